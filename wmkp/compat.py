@@ -1,0 +1,89 @@
+"""What depends on a JAX release: how a jaxpr is opened and made, a scan split, an equation bound again."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+Var = core.Var
+Literal = core.Literal
+
+# Primitives that hold one jaxpr which is simply evaluated in place: {name: key of the jaxpr in the parameters}.
+INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+REMAT = frozenset({"checkpoint", "remat", "remat2"})
+CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin"})
+
+# A weight multiplies an activation in these two, and both are bilinear.
+BILINEAR = frozenset({"dot_general", "conv_general_dilated"})
+
+# Linear in their first operand, which they only lay out anew: one element out is one element in.
+LAYOUT = frozenset(
+    "convert_element_type reshape transpose squeeze expand_dims broadcast_in_dim slice rev copy copy_p reduce_precision "
+    "stop_gradient optimization_barrier sharding_constraint reshard mesh_cast layout_constraint pvary pcast "
+    "name pbroadcast".split()
+)
+# Multi-operand primitives that only lay out, select or index; elementwise ones that are linear or affine in a weight.
+INDEXED = frozenset({"gather", "dynamic_slice"})
+JOINED = frozenset({"concatenate", "pad", "select_n"})
+AFFINE = frozenset({"add", "sub", "add_any"})
+
+# Elementwise or structural primitives in which a parameter beside an activation stays local to its own neuron.
+LOCAL = (
+    LAYOUT
+    | INDEXED
+    | JOINED
+    | AFFINE
+    | frozenset(
+        "mul div max min pow atan2 rem nextafter clamp eq ne lt le gt ge and or xor sort dynamic_update_slice "
+        "scatter scatter-add scatter_add scatter-mul scatter_mul scatter-min scatter_min scatter-max scatter_max "
+        "igamma igammac debug_callback debug_print psum psum_invariant psum2 pmax pmin".split()
+    )
+)
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """The equations' jaxpr and the values of its constants, of a closed jaxpr or of an open one without constants."""
+    consts = getattr(jaxpr, "consts", ())
+    return getattr(jaxpr, "jaxpr", jaxpr), consts
+
+
+def scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's operands are constants, and how many are carried."""
+    if "num_consts" in params:  # until 0.10
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def inner_jaxpr(eqn: Any) -> Any:
+    """The one jaxpr inside an inlined, remat or custom-derivative equation."""
+    key = INLINED.get(eqn.primitive.name) or ("jaxpr" if "jaxpr" in eqn.params else "call_jaxpr")
+    return eqn.params[key]
+
+
+def has_jaxpr(eqn: Any) -> bool:
+    """Whether an equation holds jaxprs of its own (a loop, a call, a kernel)."""
+    return any(True for _ in core.jaxprs_in_params(eqn.params))
+
+
+def binder(eqn: Any) -> Callable[..., list[Any]]:
+    """A function of an equation's operands that evaluates it as it was, its custom derivative rule included."""
+    # The whole equation goes through jaxpr_as_fun: that keeps custom rules, named scopes and tracebacks, where
+    # primitive.bind wants arguments that move between releases.
+    inputs = list(dict.fromkeys(v for v in eqn.invars if isinstance(v, Var)))
+    kept = [not isinstance(v, core.DropVar) for v in eqn.outvars]
+    jaxpr = core.Jaxpr((), inputs, [v for v, k in zip(eqn.outvars, kept, strict=True) if k], [eqn], eqn.effects)
+    evaluate = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
+
+    def bind(*operands: Any) -> list[Any]:
+        values = {v: x for v, x in zip(eqn.invars, operands, strict=True) if isinstance(v, Var)}
+        outs = iter(evaluate(*[values[v] for v in inputs]))
+        return [next(outs) if k else None for k in kept]
+
+    return bind
+
+
+def is_key(dtype: Any) -> bool:
+    """Whether a dtype is that of typed random keys."""
+    return jax.dtypes.issubdtype(dtype, jax.dtypes.extended)

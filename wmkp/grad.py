@@ -1,0 +1,182 @@
+"""Any JAX function with its backward pass through feedback weights: init_feedback, engage, value_and_grad."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from wmkp import pathways
+from wmkp.projections import Analysis, Product, analyse, is_array, run
+from wmkp.rules import Rule, RuleOrRules, resolve
+
+
+def init_feedback(key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], params: Any, *args: Any) -> Any:
+    """The feedback weights B that ``rule`` starts from.
+
+    Args:
+      key: a JAX random key; each projection draws from a key of its own, derived from this one.
+      rule: a rule, or a mapping from path patterns to rules (first match wins).
+      fun: the function to be trained, ``fun(params, *args)``.
+      params: its parameters, a pytree of floating-point arrays.
+      *args: its further arguments, or ShapeDtypeStructs in their place.
+
+    Returns:
+      A pytree of params' structure, each B in its parameter's own shape, dtype and layout (Flax's (in, out) kernel is the
+      paper's W^T, and B in that layout is the paper's B). ``None`` where no error has to pass back: at biases and
+      normalisations, at a first layer, under ``backprop()``.
+
+    Raises:
+      ValueError: no projection in ``fun``, or patterns and paths that do not match.
+      WeightTransportError: B cannot follow a parameter; the message names its path and the primitive.
+    """
+    analysis = analyse(fun, params, *args)
+    return initial_feedback(key, resolve(rule, analysis), analysis, params)
+
+
+def initial_feedback(key: jax.Array, rules: dict[str, Rule], analysis: Analysis, params: Any) -> Any:
+    """``init_feedback`` for a function that has been analysed."""
+    projections = analysis.projections()
+    leaves, tree = jax.tree.flatten(params)
+    feedback: list[Any] = [None] * len(leaves)
+    for i, path in enumerate(analysis.paths):
+        init = rules[path].init if path in rules else None
+        if init is not None and projections[path].feedback:
+            feedback[i] = init(jax.random.fold_in(key, i), projections[path], leaves[i])
+    return jax.tree.unflatten(tree, feedback)
+
+
+def feedback_leaves(params: Any, feedback: Any) -> list[Any]:
+    """Feedback's entry for each leaf of params, None where there is none.
+
+    Raises ValueError where the two do not match, naming the path, what was expected and what was found.
+    """
+    flat, tree = jax.tree_util.tree_flatten_with_path(params)
+    try:
+        leaves = tree.flatten_up_to(feedback)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            "feedback must have the structure of params, with None where there is no feedback path, as init_feedback "
+            f"returns it: {error}"
+        ) from None
+    for (path, w), b in zip(flat, leaves, strict=True):
+        if b is not None and is_array(b) and (b.shape != w.shape or b.dtype != w.dtype):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"feedback[{name!r}] is {b.dtype}{list(b.shape)} where its parameter is {w.dtype}{list(w.shape)}; make it "
+                "anew with init_feedback, or convert both alike."
+            )
+    return leaves
+
+
+def companions(analysis: Analysis, rules: dict[str, Rule], leaves: list[Any], feedback: list[Any]) -> list[Any]:
+    """For each parameter the array that the error goes back through: W itself under backprop, None where there is none."""
+    sites = analysis.sites()
+    result = []
+    for path, w, b in zip(analysis.paths, leaves, feedback, strict=True):
+        rule = rules.get(path)
+        if rule is None:
+            result.append(None)
+        elif rule.backward is None:
+            result.append(w)
+        elif b is None:
+            if any(p.needs_feedback for p in sites[path]):
+                raise ValueError(
+                    f"feedback[{path!r}] is None, but an error must pass back through that projection under "
+                    f"{rule.name}; make feedback with init_feedback(key, rule, fun, params, ...) for this rule."
+                )
+            result.append(None)
+        else:
+            result.append(rule.backward(w, b))
+    return result
+
+
+def evaluate(analysis: Analysis, leaves: list[Any], carriers: list[Any], args: Any, taps: dict[Product, Any]) -> Any:
+    """``fun``'s value, the error going back through ``carriers``; a tap's cotangent is the delta at its product's output."""
+
+    def on_product(product: Product, x: Any, w: Any, b: Any, tap: Any) -> Any:
+        if b is w:
+            y = product.multiply(x, w)
+        elif b is None:
+            path = analysis.paths[min(product.params)]
+            y = pathways.without_feedback(product.multiply, x, w, path)
+        else:
+            y = pathways.through_feedback(product.multiply, x, w, b)
+        return y if tap is None else y + tap
+
+    data = [leaf for leaf in jax.tree.leaves(args) if is_array(leaf)]
+    inputs = [*zip(leaves, carriers, strict=True), *((x, x) for x in data)]
+    outs = run(analysis.plan, inputs, on_product, taps)
+    return jax.tree.unflatten(analysis.out_tree, [value for value, _ in outs])
+
+
+def engage(fun: Callable[..., Any], rule: RuleOrRules) -> Callable[..., Any]:
+    """``fun`` in engaged mode: the same value, its backward pass through the feedback weights B (eq. 3-4).
+
+    At each projection, forward ``y = W x``; backward ``dx = B delta`` and ``dW = delta x^T``. The cotangent of B is
+    ``x delta^T`` in W's layout (eq. 15) under a rule whose B learns in engaged mode, and zero under the others.
+
+    Args:
+      fun: any JAX function ``fun(params, *args)``.
+      rule: a rule, or a mapping from path patterns to rules.
+
+    Returns:
+      ``engaged(params, feedback, *args)``, which computes what ``fun(params, *args)`` does and can be differentiated (in
+      reverse mode, with respect to params and feedback), jitted, vmapped and scanned. Without an outer ``jax.jit`` it
+      walks ``fun`` at every call.
+
+    Raises:
+      ValueError, TypeError, WeightTransportError: when called; as ``init_feedback``, or feedback that does not match.
+    """
+
+    @functools.wraps(fun, assigned=("__name__", "__doc__"), updated=())
+    def engaged(params: Any, feedback: Any, *args: Any) -> Any:
+        if isinstance(rule, Rule) and rule.backward is None:
+            return fun(params, *args)
+        analysis = analyse(fun, params, *args)
+        rules = resolve(rule, analysis)
+        leaves = jax.tree.leaves(params)
+        carriers = companions(analysis, rules, leaves, feedback_leaves(params, feedback))
+        return evaluate(analysis, leaves, carriers, args, {})
+
+    return engaged
+
+
+def check_scalar(value: Any) -> Any:
+    """The loss itself; ValueError if it is not a real scalar."""
+    if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise ValueError(
+            f"fun must return a real scalar loss to be differentiated; got {jnp.result_type(value)}{list(jnp.shape(value))}. "
+            "With has_aux=True it returns (loss, aux)."
+        )
+    return value
+
+
+def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = False) -> Callable[..., Any]:
+    """The drop-in for ``jax.value_and_grad``: gradients by any rule here.
+
+    Args:
+      fun: a loss ``fun(params, *args) -> scalar``, or ``-> (scalar, aux)`` with ``has_aux``.
+      rule: a rule, or a mapping from path patterns to rules.
+      has_aux: whether ``fun`` returns auxiliary data beside the loss.
+
+    Returns:
+      ``(params, feedback, *args) -> value, (grads, feedback_signal)``; ``value`` is ``(loss, aux)`` with ``has_aux``.
+      ``grads`` are in params' structure, shapes and dtypes. ``feedback_signal`` is in feedback's: what a gradient is to W,
+      to be descended on; ``x delta^T`` (eq. 15) for a rule whose B learns in engaged mode, zeros for one whose B does not.
+
+    Raises:
+      ValueError, TypeError, WeightTransportError: when called; as ``engage``, or a loss that is not a scalar.
+    """
+    engaged = engage(fun, rule)
+
+    def loss(params: Any, feedback: Any, *args: Any) -> Any:
+        out = engaged(params, feedback, *args)
+        if not has_aux:
+            return check_scalar(out)
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise ValueError(f"with has_aux=True fun must return (loss, aux); got {type(out).__name__}")
+        return check_scalar(out[0]), out[1]
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=has_aux)

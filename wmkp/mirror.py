@@ -1,0 +1,270 @@
+"""Mirror mode (eq. 5-11): noise in, Hebbian signal out; and the law of how good one mirror step is."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wmkp.projections import Analysis, Product, WeightTransportError, analyse, collect
+from wmkp.rules import Mirror, Rule, RuleOrRules, resolve
+
+Activation = Callable[[jax.Array], jax.Array] | None
+
+
+def mirror_gain(rule: Rule) -> float:
+    """sigma^2 E[phi'] of a rule's mirror (eq. 11): what its mean signal is times W^T, and the decay that settles at W^T.
+
+    E[phi'] is taken at weights of unit norm. For a linear response it is 1 and for ReLU 1/2 at any weights.
+
+    Raises:
+      ValueError: the rule has no mirror mode.
+    """
+    return _gain(_mirror(rule))
+
+
+def _mirror(rule: Rule) -> Mirror:
+    if rule.mirror is None:
+        raise ValueError(f"rule {rule.name} has no mirror mode; weight_mirror() has")
+    return rule.mirror
+
+
+def _gain(mirror: Mirror) -> float:
+    mean_slope, _, _ = _response(mirror.activation, mirror.noise_std)
+    return mirror.noise_std**2 * mean_slope
+
+
+def _response(activation: Activation, std: float) -> tuple[float, float, float]:
+    """E[phi'(z)], and how much more than a linear response's the variance of phi's signal is: all of phi, its odd part.
+
+    For z Gaussian of standard deviation ``std``; the variances are E[phi^2] / (std^2 E[phi']^2), 1 for a linear phi.
+    """
+    if activation is None:
+        return 1.0, 1.0, 1.0
+    nodes, weights = np.polynomial.hermite_e.hermegauss(128)
+    weights = weights / weights.sum()
+    z = std * nodes
+    with jax.ensure_compile_time_eval():
+        phi = np.asarray(activation(jnp.asarray(z, jnp.float32)), np.float64)
+    slope = float(np.sum(weights * nodes * phi) / std)  # Stein's lemma
+    odd = (phi - phi[::-1]) / 2
+    scale = (std * slope) ** 2
+    return slope, float(np.sum(weights * phi**2) / scale), float(np.sum(weights * odd**2) / scale)
+
+
+def mirror_angle(num_samples: int, fan_in: int, rule: Rule) -> float:
+    """The law of angles: degrees between B and W^T that mirroring settles at, while W stands still.
+
+    One estimate from N Gaussian samples is at ``tan(theta) = sqrt(c fan_in / N)``: c = 1 for a linear response, 2 for
+    ReLU, E[phi^2] / (sigma^2 E[phi']^2) in general. Of n orthogonal samples only the directions not drawn are missing:
+    ``sqrt((fan_in - n) / n)`` for a linear response, zero from n = fan_in. Antithetic pairs leave phi's odd part alone
+    (ReLU's is linear: relu(z) - relu(-z) = z), at two samples a direction. A leaky average of rate a divides tan^2 by
+    (2 - a) / a. It assumes a bias blocked.
+
+    Args:
+      num_samples: N, the samples a mirror step draws.
+      fan_in: the projection's.
+      rule: the rule, for its noise, activation and rate.
+
+    Raises:
+      ValueError: the rule has no mirror mode.
+    """
+    mirror = _mirror(rule)
+    return math.degrees(math.atan(math.sqrt(_tangent_squared(num_samples, fan_in, mirror))))
+
+
+def _tangent_squared(num_samples: int, fan_in: int, mirror: Mirror) -> float:
+    _, whole, odd = _response(mirror.activation, mirror.noise_std)
+    paired = "antithetic" in mirror.noise
+    directions = num_samples / 2 if paired else num_samples
+    excess = max((odd if paired else whole) - 1, 0.0) * fan_in
+    missing = max(fan_in - directions, 0) if "orthogonal" in mirror.noise else fan_in
+    return (excess + missing) / directions * mirror.rate / (2 - mirror.rate)
+
+
+def samples_for_angle(angle: float, fan_in: int, rule: Rule) -> int:
+    """How many samples a mirror step must draw for B to settle within ``angle`` degrees of W^T (see ``mirror_angle``).
+
+    Args:
+      angle: degrees, between 0 and 90.
+      fan_in: the projection's.
+      rule: the rule, for its noise, activation and rate.
+
+    Raises:
+      ValueError: the rule has no mirror mode, or ``angle`` is out of range.
+    """
+    if not 0 < angle < 90:
+        raise ValueError(f"angle must lie between 0 and 90 degrees; got {angle!r}")
+    return _samples(angle, fan_in, _mirror(rule))
+
+
+def _samples(angle: float, fan_in: int, mirror: Mirror) -> int:
+    _, whole, odd = _response(mirror.activation, mirror.noise_std)
+    pairs = 2 if "antithetic" in mirror.noise else 1
+    tangent = math.tan(math.radians(angle)) ** 2 * (2 - mirror.rate) / mirror.rate
+    excess = max((odd if pairs == 2 else whole) - 1, 0.0) * fan_in
+    if "orthogonal" in mirror.noise:
+        # Below fan_in directions: (excess + fan_in - n) / n; above, excess / n.
+        directions = (excess + fan_in) / (tangent + 1)
+        if directions > fan_in:
+            directions = max(excess / tangent, fan_in)
+    else:
+        directions = (excess + fan_in) / tangent
+    return pairs * max(1, math.ceil(directions - 1e-9))
+
+
+def draw_noise(key: jax.Array, mirror: Mirror, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
+    """Noise of shape (K, N, fan_in): K projections, N samples of each.
+
+    Orthogonal noise has X^T X = N sigma^2 I for every block of fan_in samples: a Hartley matrix, orthogonal at any size and
+    made of one table of fan_in values, its columns' signs drawn anew and, for a last block that is not whole, its rows
+    drawn at random. Antithetic noise is pairs x, -x.
+    """
+    blocks, samples, fan_in = shape
+    if "antithetic" in mirror.noise:
+        half = draw_noise(
+            key, mirror._replace(noise=mirror.noise.replace("antithetic", "").strip("+") or "gaussian"),
+            (blocks, -(-samples // 2), fan_in), dtype,
+        )  # fmt: skip
+        return jnp.concatenate([half, -half], axis=1)[:, :samples]
+    if mirror.noise == "gaussian":
+        x = jax.random.normal(key, shape, dtype)
+    elif mirror.noise == "uniform":
+        x = jax.random.uniform(key, shape, dtype, -math.sqrt(3), math.sqrt(3))
+    elif mirror.noise == "rademacher":
+        x = jax.random.rademacher(key, shape, dtype)
+    else:
+        x = _hartley_noise(key, shape, dtype)
+    return x * mirror.noise_std
+
+
+def _hartley_noise(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
+    blocks, samples, fan_in = shape
+    whole, rest = divmod(samples, fan_in)
+    angles = 2 * np.pi * np.arange(fan_in) / fan_in
+    table = jnp.asarray(np.cos(angles) + np.sin(angles), dtype)
+    columns = jnp.arange(fan_in, dtype=jnp.uint32)
+    sign_key, row_key = jax.random.split(key)
+
+    def rows(chosen: jax.Array) -> jax.Array:
+        return table[(chosen[..., None].astype(jnp.uint32) * columns) % fan_in]
+
+    parts = []
+    if whole:
+        signs = jax.random.rademacher(sign_key, (blocks, whole, 1, fan_in), dtype)
+        parts.append((rows(columns) * signs).reshape(blocks, whole * fan_in, fan_in))
+    if rest:
+        # (N, fan_in) rows of one block, all different; every one of K projections has rows of its own.
+        keys = jax.random.split(row_key, (2, blocks))
+        chosen = jax.vmap(lambda k: jax.random.choice(k, fan_in, (rest,), replace=False))(keys[0])
+        signs = jax.vmap(lambda k: jax.random.rademacher(k, (1, fan_in), dtype))(keys[1])
+        parts.append(rows(chosen) * signs)
+    return jnp.concatenate(parts, axis=1)
+
+
+def _estimate(key: jax.Array, mirror: Mirror, w: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """The mean of x y^T over samples, in the layout of ``w``: (K, fan_in, fan_out)."""
+    blocks, fan_in, _ = w.shape
+    samples = mirror.num_samples or _samples(mirror.target_angle, fan_in, mirror)
+    x = draw_noise(key, mirror, (blocks, samples, fan_in), w.dtype)
+    y = jnp.einsum("kni,kio->kno", x, w)
+    if bias is not None:
+        y = y + bias[:, None, :]
+    if mirror.activation is not None:
+        y = mirror.activation(y)
+    return jnp.einsum("kni,kno->kio", x, y) / samples
+
+
+def _bias_matrix(product: Product, bias: jax.Array, w: jax.Array) -> jax.Array:
+    """A bias as a product's output sees it -> (K, outputs of one group), beside ``w`` as (*stack, *weight shape)."""
+    axes = product.output_axes()
+    rank = product.output_aval.ndim
+    lead = bias.ndim - rank
+    bias = jnp.moveaxis(bias, [lead + a for a in axes], range(lead, lead + len(axes)))
+    bias = bias[(..., *[0] * (rank - len(axes)))]  # it varies along its outputs alone
+    groups, _, outputs, split = product.axes()
+    fan_out = product.fans()[1]
+    bias = bias.reshape(*bias.shape[:lead], -1, split, fan_out // split)
+    stack = w.shape[: w.ndim - product.weight_aval.ndim]
+    return jnp.broadcast_to(bias, (*stack, *bias.shape[lead:])).reshape(-1, fan_out // split)
+
+
+def signals(key: jax.Array, rules: dict[str, Rule], analysis: Analysis, leaves: list[Any]) -> list[Any]:
+    """Mirror mode's signal for each parameter leaf, None for those that mirror nothing."""
+    wanted: dict[Product, Mirror] = {}
+    for path, products in analysis.sites().items():
+        mirror = rules[path].mirror
+        for product in products:
+            if mirror is None or not product.needs_feedback:
+                continue
+            reason = product.unmirrored
+            if product.primitive == "conv_general_dilated" and product.weight == 0:
+                reason = "it is the left operand of a convolution"
+            if reason:
+                raise WeightTransportError(
+                    f"mirror mode cannot reach params[{path!r}] by noise alone ({reason}); give it a rule without a "
+                    f'mirror mode: rule={{"{path}": wmkp.kolen_pollack(), ".*": ...}}.'
+                )
+            wanted.setdefault(product, mirror)
+    products = list(wanted)
+
+    def weights(leaves: list[Any]) -> tuple[list[Any], list[Any]]:
+        found = collect(analysis.plan, leaves, products)
+        return [found[p][0] for p in products], [found[p][1] for p in products]
+
+    ws, pull_back, biases = jax.vjp(weights, leaves, has_aux=True)
+    mirrored = []
+    for i, (product, w, bias) in enumerate(zip(products, ws, biases, strict=True)):
+        mirror = wanted[product]
+        noise_key = jax.random.fold_in(key, i)
+        matrices = product.to_matrices(w.astype(jnp.promote_types(w.dtype, jnp.float32)))
+        kept = _bias_matrix(product, bias, w) if mirror.bias == "kept" and bias is not None else None
+        signal = _estimate(noise_key, mirror, matrices, kept)
+        mirrored.append(product.from_matrices(signal, w.shape).astype(w.dtype))
+    (pulled,) = pull_back(mirrored)
+    reached = {leaf for product in products for leaf in product.params}
+    if not all(p.plain and w.size == sum(leaves[i].size for i in p.params) for p, w in zip(products, ws, strict=True)) or (
+        len(reached) < sum(len(p.params) for p in products)
+    ):
+        # A weight used twice, in part, or scaled: the mean over its uses, each undone to the parameter itself.
+        (uses,) = pull_back(weights([jnp.ones_like(x) for x in leaves])[0])
+        pulled = [jnp.where(u > 0, s / jnp.where(u > 0, u, 1), 0) for s, u in zip(pulled, uses, strict=True)]
+    mirrors = {path for path, rule in rules.items() if rule.mirror is not None}
+    return [s if i in reached and analysis.paths[i] in mirrors else None for i, s in enumerate(pulled)]
+
+
+def mirror_signals(key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], params: Any, *args: Any) -> Any:
+    """Mirror mode (eq. 6-8) at every projection by itself: what eq. 7 multiplies by eta_B, as the mean over samples.
+
+    Each projection gets noise x, answers y = phi(W x + b), and the signal is the mean of x y^T over samples, of which the
+    expectation is sigma^2 E[phi'] W^T (eq. 10-11). A conv's noise is patches (N, fan_in), which is unbiased and costs
+    4 N |W| operations whatever the image; no data enters, only shapes.
+
+    Args:
+      key: a JAX random key.
+      rule: a rule with a mirror mode, or a mapping that has one.
+      fun: the function that is trained, ``fun(params, *args)``.
+      params: its parameters.
+      *args: its further arguments, or ShapeDtypeStructs in their place (only shapes are read).
+
+    Returns:
+      A pytree of params' structure with the signal of each B, in W's shape, dtype and layout; ``None`` where
+      ``init_feedback`` has None, and zeros for a B whose own rule has no mirror mode.
+
+    Raises:
+      ValueError: no rule has a mirror mode.
+      WeightTransportError: a projection that noise alone cannot reach; the message names its path and why.
+    """
+    analysis = analyse(fun, params, *args)
+    rules = resolve(rule, analysis)
+    if not any(r.mirror for r in rules.values()):
+        raise ValueError("no rule here has a mirror mode; weight_mirror() has")
+    leaves, tree = jax.tree.flatten(params)
+    projections = analysis.projections()
+    result = signals(key, rules, analysis, leaves)
+    for i, path in enumerate(analysis.paths):
+        if result[i] is None and path in projections and projections[path].feedback and rules[path].init is not None:
+            result[i] = jnp.zeros_like(leaves[i])
+    return jax.tree.unflatten(tree, result)

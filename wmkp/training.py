@@ -1,0 +1,179 @@
+"""TrainState, and the two steps that train it: engaged and mirror mode, each compiled on its own."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from wmkp import mirror, updates
+from wmkp.grad import initial_feedback, value_and_grad
+from wmkp.projections import analyse
+from wmkp.rules import RuleOrRules, resolve
+
+
+class TrainState(NamedTuple):
+    """All that training changes.
+
+    Attributes:
+      step: how many engaged steps were taken, int32.
+      params: the forward weights W and all other parameters.
+      feedback: the feedback weights B; None where there is no feedback path.
+      model_state: what the model keeps besides (BatchNorm's statistics), or None.
+      opt_state: the optimizer's state for params.
+      feedback_opt_state: its state for those B that learn in engaged mode.
+      key: the random key, split at every step.
+    """
+
+    step: jax.Array
+    params: Any
+    feedback: Any
+    model_state: Any
+    opt_state: Any
+    feedback_opt_state: Any
+    key: jax.Array
+
+
+class Steps(NamedTuple):
+    """What ``make_steps`` returns.
+
+    Attributes:
+      init: ``(key, params, model_state=None, mirror_steps=0) -> TrainState``; ``mirror_steps`` mirror before training,
+        with W standing still, so that B is the plain mean of that many estimates ("in utero").
+      engaged_step: ``(state, batch) -> (state, metrics)``, jitted, the state donated.
+      mirror_step: ``state -> (state, metrics)``, jitted, the state donated; changes B alone, and only where the rule
+        mirrors at each step.
+    """
+
+    init: Callable[..., TrainState]
+    engaged_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+    mirror_step: Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_steps(
+    loss_fn: Callable[..., Any],
+    rule: RuleOrRules,
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    batch: Any,
+    *,
+    model_state: Any = None,
+    mirror_optimizer: optax.GradientTransformation | None = None,
+    axis_name: str | None = None,
+) -> Steps:
+    """Builds the pure, compiled steps that train a loss under a rule.
+
+    Args:
+      loss_fn: ``(params, model_state, batch, key) -> (loss, (model_state, metrics))``; ``metrics`` a dict of scalars.
+      rule: a rule, or a mapping from path patterns to rules.
+      optimizer: of params, and, under Kolen-Pollack, of B too (``updates.kolen_pollack``).
+      params, batch, model_state: examples, of which shapes and dtypes are read (ShapeDtypeStructs will do).
+      mirror_optimizer: of B in mirror mode, stateless; by default ``updates.calibrated_mirror`` of each projection's rule.
+      axis_name: the axis of a ``jax.pmap`` or ``jax.shard_map`` around the steps: gradients, signals, metrics and
+        model_state are averaged over it, and each device draws its own part of the mirror's noise.
+
+    Returns:
+      ``Steps``.
+
+    Raises:
+      ValueError, TypeError, WeightTransportError: as ``init_feedback``, or an optimizer under which the rule cannot hold.
+    """
+    key_aval = jax.eval_shape(lambda: jax.random.key(0))
+    analysis = analyse(loss_fn, params, model_state, batch, key_aval)
+    rules = resolve(rule, analysis)
+    feedback_optimizer = updates.kolen_pollack(optimizer)
+    engaged_gradient = value_and_grad(loss_fn, rule, has_aux=True)
+    tree = jax.tree.structure(params)
+
+    def learning(feedback: Any) -> Any:
+        """Feedback with None in place of what does not learn in engaged mode."""
+        leaves = zip(analysis.paths, tree.flatten_up_to(feedback), strict=True)
+        return tree.unflatten([b if path in rules and rules[path].learns else None for path, b in leaves])
+
+    def mean(x: Any) -> Any:
+        return x if axis_name is None else jax.tree.map(lambda leaf: jax.lax.pmean(leaf, axis_name), x)
+
+    def own(x: Any) -> Any:
+        """A replicated value as each device's own, so that what is derived from it is not yet summed over devices."""
+        if axis_name is None:
+            return x
+        return jax.tree.map(lambda leaf: _vary(leaf, axis_name), x)
+
+    def own_key(key: jax.Array) -> jax.Array:
+        return key if axis_name is None else jax.random.fold_in(own(key), jax.lax.axis_index(axis_name))
+
+    def engaged_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        key, loss_key = jax.random.split(state.key)
+        (loss, (model_state, metrics)), (grads, signal) = engaged_gradient(
+            own(state.params), own(state.feedback), own(state.model_state), batch, own_key(loss_key)
+        )
+        grads, signal, model_state, metrics = mean((grads, learning(signal), model_state, {"loss": loss, **metrics}))
+        change, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, change)
+        feedback, feedback_opt_state = state.feedback, state.feedback_opt_state
+        if jax.tree.leaves(signal):
+            mine = learning(feedback)
+            change, feedback_opt_state = feedback_optimizer.update(signal, feedback_opt_state, mine)
+            feedback = _overlay(tree, feedback, optax.apply_updates(mine, change))
+        state = TrainState(state.step + 1, params, feedback, model_state, opt_state, feedback_opt_state, key)
+        return state, metrics
+
+    def mirror_feedback(key: jax.Array, params: Any, feedback: Any, count: jax.Array | None) -> Any:
+        """B after one mirror step; ``count`` numbers the steps of a mirror period from 1."""
+        chosen = {p: r if r.mirror and (r.mirror.each_step or count is not None) else r._replace(mirror=None)
+                  for p, r in rules.items()}  # fmt: skip
+        signals = mean(mirror.signals(own_key(key), chosen, analysis, jax.tree.leaves(own(params))))
+        leaves = tree.flatten_up_to(feedback)
+        for i, (path, signal) in enumerate(zip(analysis.paths, signals, strict=True)):
+            if signal is not None and leaves[i] is not None:
+                tx = mirror_optimizer or updates.calibrated_mirror(rules[path], None if count is None else 1 / count)
+                change, _ = tx.update(signal, optax.EmptyState(), leaves[i])
+                leaves[i] = leaves[i] + change
+        return tree.unflatten(leaves)
+
+    def mirror_step(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+        key, noise_key = jax.random.split(state.key)
+        feedback = mirror_feedback(noise_key, state.params, state.feedback, None)
+        change = optax.tree.norm(optax.tree.sub(feedback, state.feedback))
+        return state._replace(feedback=feedback, key=key), {"feedback_change": change}
+
+    def init(key: jax.Array, params: Any, model_state: Any = None, mirror_steps: int = 0) -> TrainState:
+        if mirror_steps < 0:
+            raise ValueError(f"mirror_steps must not be negative; got {mirror_steps}")
+        if mirror_steps and not any(r.mirror for r in rules.values()):
+            raise ValueError("mirror_steps asks for a mirror period, but no rule here has a mirror mode; weight_mirror() has")
+        # The state is donated by the steps, so it must share no buffer with what the caller keeps.
+        params, model_state, key = jax.tree.map(jnp.copy, (params, model_state, key))
+        key, feedback_key, noise_key = jax.random.split(key, 3)
+        feedback = initial_feedback(feedback_key, rules, analysis, params)
+        if mirror_steps:
+            feedback = jax.jit(
+                lambda params, feedback: jax.lax.fori_loop(
+                    0,
+                    mirror_steps,
+                    lambda i, b: mirror_feedback(jax.random.fold_in(noise_key, i), params, b, i + 1.0),
+                    feedback,
+                )
+            )(params, feedback)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            feedback=feedback,
+            model_state=model_state,
+            opt_state=optimizer.init(params),
+            feedback_opt_state=feedback_optimizer.init(learning(feedback)),
+            key=key,
+        )
+
+    return Steps(init, jax.jit(engaged_step, donate_argnums=0), jax.jit(mirror_step, donate_argnums=0))
+
+
+def _vary(x: jax.Array, axis_name: str) -> jax.Array:
+    return jax.lax.pcast(x, axis_name, to="varying") if axis_name not in jax.typeof(x).vma else x
+
+
+def _overlay(tree: Any, below: Any, above: Any) -> Any:
+    """``above`` where it has an entry, ``below`` elsewhere."""
+    pairs = zip(tree.flatten_up_to(below), tree.flatten_up_to(above), strict=True)
+    return tree.unflatten([b if a is None else a for b, a in pairs])

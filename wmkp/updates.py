@@ -1,0 +1,172 @@
+"""optax gradient transformations for feedback weights."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from wmkp.mirror import mirror_gain
+from wmkp.rules import Rule
+
+
+def kolen_pollack(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer of W, made fit for B: under it W - B^T shrinks by (1 - eta lambda) a step (eq. 14).
+
+    W and B get the same changes from the same signal, so that all that is left of their difference is what weight decay
+    leaves. That holds for SGD with momentum and weight decay in its gradient, for AdamW, and for whatever else takes a
+    gradient element by element and decays linearly. It cannot hold where the size of a weight scales its update (LAMB, LARS,
+    Adafactor's parameter scale), where weight decay is divided by a gradient's moments (Adam with L2 in its gradient), or where
+    arrays of a tree influence each other (clipping by the global norm; see ``clip_together``). Those are refused, by
+    trying the optimizer, when B's state is made.
+
+    Args:
+      optimizer: the very transformation that updates W (same learning rate, decay and momentum).
+
+    Returns:
+      A GradientTransformation for the tree of B, to be given ``feedback_signal``.
+
+    Raises:
+      ValueError: from ``init``; eq. 14 cannot hold under ``optimizer``, and why.
+    """
+
+    def init(feedback: Any) -> Any:
+        with jax.ensure_compile_time_eval():
+            _check_holds(optimizer, feedback)
+        return optimizer.init(feedback)
+
+    return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(optimizer).update)
+
+
+_TRIALS = 64  # steps tried at most: a warm-up may start at a rate of zero, and MultiSteps waits
+
+
+def _check_holds(optimizer: optax.GradientTransformation, tree: Any) -> None:
+    """Tries the optimizer on small arrays in the tree's structure: the difference of two weights must only shrink."""
+    leaves, structure = jax.tree.flatten(tree)
+    if not leaves:
+        return
+    random = np.random.default_rng(0)
+
+    def small(offset: float) -> Any:
+        draw = [random.normal(offset, 1, (3, 4) if x.ndim >= 2 else (4,) * x.ndim) for x in leaves]
+        return jax.tree.unflatten(structure, [jnp.asarray(x, jnp.float32) for x in draw])
+
+    w, b = small(0.0), small(1.0)
+    state_w, state_b = optimizer.init(w), optimizer.init(b)
+    alone = {"w": jax.tree.leaves(w)[0]}
+    state_alone = _try_init(optimizer, alone)
+    seen = 0
+    for step in range(_TRIALS):
+        gradient = small(0.5)
+        if step % 2:  # a large one, so that clipping shows
+            gradient = jax.tree.map(lambda g: 100 * g, gradient)
+        u, state_w = optimizer.update(gradient, state_w, w)
+        v, state_b = optimizer.update(gradient, state_b, b)
+        if state_alone is not None:
+            first, state_alone = optimizer.update({"w": jax.tree.leaves(gradient)[0]}, state_alone, alone)
+            _compare_alone(jax.tree.leaves(u)[0], first["w"])
+            alone = optax.apply_updates(alone, first)
+        moved = False
+        for x, y, p, q in zip(*(jax.tree.leaves(t) for t in (u, v, w, b)), strict=True):
+            change, difference, size = np.asarray(x - y), np.asarray(p - q), float(jnp.max(jnp.abs(x)))
+            if size == 0:
+                continue
+            moved = True
+            shrink = float(np.vdot(change, difference) / max(np.vdot(difference, difference), 1e-30))
+            rounding = 1e-3 * size + 1e-6 * float(np.max(np.abs(difference)))
+            if np.max(np.abs(change - shrink * difference)) > rounding:
+                raise ValueError(
+                    "optimizer cannot train Kolen-Pollack's B: given the same signal, it changes W and B differently by "
+                    "more than a common decay, so that W - B^T does not shrink (eq. 14). This is so of LAMB, LARS and "
+                    "other optimizers that scale updates by the size of the weights, and of weight decay that is divided by "
+                    "a gradient's moments. Use SGD, momentum, Adam or AdamW with decoupled weight decay."
+                )
+        seen += moved
+        if seen >= 4:
+            return
+        w, b = optax.apply_updates(w, u), optax.apply_updates(b, v)
+
+
+def _try_init(optimizer: optax.GradientTransformation, alone: Any) -> Any:
+    try:
+        return optimizer.init(alone)
+    except Exception:  # an optimizer made for one structure (labels, masks) cannot be tried on another
+        return None
+
+
+def _compare_alone(together: jax.Array, alone: jax.Array) -> None:
+    if not np.allclose(together, alone, rtol=1e-3, atol=1e-6 * float(jnp.max(jnp.abs(together)) + 1e-30)):
+        raise ValueError(
+            "optimizer cannot train Kolen-Pollack's B: the arrays of a tree influence each other's updates (as in "
+            "clipping by the global norm, or noise drawn over the tree), and W's tree is not B's, so that the two get different "
+            "changes from the same signal. Take that part out of the optimizer; wmkp.updates.clip_together clips both alike."
+        )
+
+
+def clip_together(max_norm: float) -> optax.GradientTransformation:
+    """Clips ``(grads, feedback_signal)`` by the global norm of ``grads``: W moves as without B, and B like W.
+
+    Args:
+      max_norm: the largest norm of ``grads`` that is left as it is.
+
+    Returns:
+      A stateless GradientTransformation of pairs, ``update((grads, feedback_signal), state)``.
+
+    Raises:
+      ValueError: ``max_norm`` is not positive.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be positive; got {max_norm!r}")
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        norm = optax.tree.norm(updates[0])
+        scale = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-30))
+        return jax.tree.map(lambda u: u * scale.astype(u.dtype), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def weight_mirror(learning_rate: Any, decay: Any) -> optax.GradientTransformation:
+    """The weight mirror's update (eq. 7 with decay): ``B <- B + eta_B (signal - decay B)``.
+
+    While W stands still B settles at the mean signal over ``decay``: (sigma^2 E[phi'] / decay) W^T. A decay of
+    ``mirror_gain(rule)`` makes that W^T itself; see ``calibrated_mirror``.
+
+    Args:
+      learning_rate: eta_B, a number or a scalar array.
+      decay: the share of B that is taken away, in units of the signal's.
+
+    Returns:
+      A stateless GradientTransformation for the tree of B, to be given ``mirror_signals`` (not a gradient: it is followed
+      uphill).
+
+    Raises:
+      ValueError: a negative number.
+    """
+    for name, value in (("learning_rate", learning_rate), ("decay", decay)):
+        if isinstance(value, int | float) and not value >= 0:
+            raise ValueError(f"{name} must not be negative; got {value!r}")
+
+    def update(signal: Any, state: Any, feedback: Any = None) -> tuple[Any, Any]:
+        if feedback is None:
+            raise ValueError("the weight mirror's update needs feedback: update(signal, state, feedback)")
+        return jax.tree.map(lambda s, b: (learning_rate * (s - decay * b)).astype(b.dtype), signal, feedback), state
+
+    return optax.GradientTransformation(lambda feedback: optax.EmptyState(), update)
+
+
+def calibrated_mirror(rule: Rule, rate: Any = None) -> optax.GradientTransformation:
+    """The weight mirror's update that settles at W^T itself: decay sigma^2 E[phi'], and a share ``rate`` of the way a step.
+
+    Args:
+      rule: a rule with a mirror mode.
+      rate: a, by default the rule's own; a leaky average of this rate over mirror steps.
+
+    Raises:
+      ValueError: the rule has no mirror mode.
+    """
+    gain = mirror_gain(rule)
+    rate = rule.mirror.rate if rate is None and rule.mirror is not None else rate
+    return weight_mirror(rate / gain, gain)
