@@ -67,13 +67,14 @@ def has_jaxpr(eqn: Any) -> bool:
     return any(True for _ in core.jaxprs_in_params(eqn.params))
 
 
-def binder(eqn: Any) -> Callable[..., list[Any]]:
-    """A function of an equation's operands that evaluates it as it was, its custom derivative rule included."""
+def binder(eqn: Any, parent: Any) -> Callable[..., list[Any]]:
+    """A function of the operands of one of ``parent``'s equations that evaluates it as it was, custom derivative and all."""
     # The whole equation goes through jaxpr_as_fun: that keeps custom rules, named scopes and tracebacks, where
     # primitive.bind wants arguments that move between releases.
     inputs = list(dict.fromkeys(v for v in eqn.invars if isinstance(v, Var)))
     kept = [not isinstance(v, core.DropVar) for v in eqn.outvars]
-    jaxpr = core.Jaxpr((), inputs, [v for v, k in zip(eqn.outvars, kept, strict=True) if k], [eqn], eqn.effects)
+    outputs = [v for v, k in zip(eqn.outvars, kept, strict=True) if k]
+    jaxpr = parent.replace(constvars=[], invars=inputs, outvars=outputs, eqns=[eqn], effects=eqn.effects)
     evaluate = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))
 
     def bind(*operands: Any) -> list[Any]:

@@ -17,6 +17,9 @@ import numpy as np
 from wmkp import compat
 
 
+Bind = Callable[..., list[Any]]
+
+
 class WeightTransportError(ValueError):
     """An error signal would have to travel back through a forward weight, because feedback weights cannot follow it."""
 
@@ -72,7 +75,15 @@ CONSTANT = Kind()
 class Product:
     """One equation that multiplies a weight with an activation (or an obstacle to doing so without weight transport)."""
 
-    def __init__(self, eqn: Any, weight: int, kinds: Sequence[Kind], obstacle: str | None, lengths: tuple[int, ...]):
+    def __init__(
+        self,
+        eqn: Any,
+        bind: Bind,
+        weight: int,
+        kinds: Sequence[Kind],
+        obstacle: str | None,
+        lengths: tuple[int, ...],
+    ):
         kind = kinds[weight]
         others = [k for i, k in enumerate(kinds) if i != weight]
         self.primitive: str = eqn.primitive.name
@@ -80,7 +91,7 @@ class Product:
         self.weight = weight  # which operand the weight is
         self.params = kind.params
         if obstacle:
-            self.params = frozenset().union(*(k.params for k in kinds if k.static or not kind.static))
+            self.params = self.params.union(*(k.params for k in kinds if k.static or kind.data))
         self.obstacle = obstacle
         self.unmirrored = "data multiplies, adds to or selects from it" if kind.data else kind.unmirrored
         self.plain = kind.plain
@@ -89,7 +100,7 @@ class Product:
         self.input_avals = [v.aval for i, v in enumerate(eqn.invars) if i != weight]
         self.output_aval = eqn.outvars[0].aval
         self.lengths = lengths  # of the scans around it, outermost first
-        self.bind = compat.binder(eqn)
+        self.bind = bind
         self.bias: Any = None  # the weight added to its output, if one is: (plan, variable)
 
     def multiply(self, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -150,7 +161,7 @@ class Step(NamedTuple):
 
     eqn: Any
     action: str
-    bind: Callable[..., list[Any]] | None = None
+    bind: Bind | None = None
     plans: tuple["Plan", ...] = ()
     product: Product | None = None
 
@@ -234,22 +245,55 @@ def _layout_varying(eqn: Any, varying: tuple[bool, ...]) -> tuple[bool, ...]:
         return tuple(varying[a] for a in eqn.params["permutation"])
     if name == "squeeze":
         return tuple(v for a, v in enumerate(varying) if a not in eqn.params["dimensions"])
+    if name == "reshape":
+        return _reshape_varying(eqn.invars[0].aval.shape, shape, varying)
     if shape == eqn.invars[0].aval.shape:
         return varying
     return _everywhere(eqn.outvars[0].aval)
 
 
+def _reshape_varying(old: tuple[int, ...], new: tuple[int, ...], varying: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Axes are split or merged in runs of equal size; a run that varies anywhere varies along all that it becomes."""
+    result: list[bool] = []
+    i = 0
+    while len(result) < len(new):
+        size_old, size_new, any_varies, start = 1, 1, False, len(result)
+        stop = start
+        while stop == start or size_old != size_new:
+            if stop == start or size_new < size_old:
+                size_new *= new[stop]
+                stop += 1
+            else:
+                size_old, any_varies = size_old * old[i], any_varies | varying[i]
+                i += 1
+        result.extend(any_varies and size > 1 for size in new[start:stop])
+    return tuple(result)
+
+
 def _elementwise_varying(eqn: Any, kinds: Sequence[Kind]) -> tuple[bool, ...]:
-    shape = eqn.outvars[0].aval.shape
-    weights = [k.varying for k, v in zip(kinds, eqn.invars, strict=True) if k.weight and v.aval.shape == shape]
-    if not weights:
-        return _everywhere(eqn.outvars[0].aval)
-    return tuple(any(axis) for axis in zip(*weights, strict=True))
+    """Along which axes the weights among an elementwise equation's operands vary (an axis of size one is broadcast)."""
+    out = eqn.outvars[0].aval
+    weights = [(k.varying, v.aval.shape) for k, v in zip(kinds, eqn.invars, strict=True) if k.weight]
+    for _, shape in weights:
+        if shape and (len(shape) != out.ndim or any(a not in (1, b) for a, b in zip(shape, out.shape, strict=True))):
+            return _everywhere(out)
+    varying = [v for v, shape in weights if shape] or [(False,) * out.ndim]
+    return tuple(any(axis) for axis in zip(*varying, strict=True))
 
 
 def _is_matrix(varying: tuple[bool, ...]) -> bool:
     """A weight that varies along two axes can be a matrix of synapses; along one it is a gain, bias or threshold."""
     return sum(varying) >= 2
+
+
+def _is_matrix_operand(eqn: Any, operand: int, varying: tuple[bool, ...]) -> bool:
+    """Whether a weight varies both along the axes that a product sums over and along those that remain its own."""
+    if eqn.primitive.name != "dot_general":
+        return _is_matrix(varying)
+    contract, batch = eqn.params["dimension_numbers"]
+    inputs, groups = contract[operand], batch[operand]
+    outputs = [a for a in range(len(varying)) if a not in inputs and a not in groups]
+    return any(varying[a] for a in inputs) and any(varying[a] for a in outputs)
 
 
 def _follows(name: str, kinds: Sequence[Kind]) -> bool:
@@ -280,7 +324,7 @@ def _weight_kind(eqn: Any, kinds: Sequence[Kind]) -> Kind:
         return Kind(data=True)
     if name in compat.LAYOUT:
         varying = _layout_varying(eqn, kinds[0].varying)
-    elif name in compat.INDEXED or not any(v.aval.shape == out.shape for v in eqn.invars):
+    elif name in compat.INDEXED:
         varying = _everywhere(out)
     else:
         varying = _elementwise_varying(eqn, kinds)
@@ -329,16 +373,19 @@ class _Analyser:
 
         plan = Plan(jaxpr, consts, [], env, [])
         for eqn in jaxpr.eqns:
-            step, outs = self.step(eqn, [read(v) for v in eqn.invars], lengths, plan)
+            bind = compat.binder(eqn, jaxpr)
+            step, outs = self.step(eqn, bind, [read(v) for v in eqn.invars], lengths, plan)
             plan.steps.append(step)
             env.update(zip(eqn.outvars, outs, strict=True))
         plan.outputs.extend(read(v) for v in jaxpr.outvars)
         return plan
 
-    def step(self, eqn: Any, kinds: list[Kind], lengths: tuple[int, ...], plan: Plan) -> tuple[Step, list[Kind]]:
+    def step(
+        self, eqn: Any, bind: Bind, kinds: list[Kind], lengths: tuple[int, ...], plan: Plan
+    ) -> tuple[Step, list[Kind]]:
         name, count = eqn.primitive.name, len(eqn.outvars)
         if not any(k.active for k in kinds):
-            return Step(eqn, "bind", compat.binder(eqn)), [Kind(data=any(k.data for k in kinds))] * count
+            return Step(eqn, "bind", bind), [Kind(data=any(k.data for k in kinds))] * count
         if name in compat.INLINED or name in compat.REMAT:
             inner = self.plan(compat.inner_jaxpr(eqn), kinds, lengths)
             return Step(eqn, "remat" if name in compat.REMAT else "inline", None, (inner,)), inner.outputs
@@ -347,62 +394,64 @@ class _Analyser:
         if name == "cond":
             return self.cond(eqn, kinds, lengths)
         if name in compat.BILINEAR:
-            return self.bilinear(eqn, kinds, lengths)
+            return self.bilinear(eqn, bind, kinds, lengths)
         weights = [k for k in kinds if k.weight]
         if name == "reduce_sum" and kinds[0].gain and any(kinds[0].gain[1][a] for a in eqn.params["axes"]):
             # x * w, then a sum along w: a projection written by hand.
             params = kinds[0].gain[0]
             kind = Kind(params, varying=_everywhere(eqn.invars[0].aval))
-            product = Product(eqn, 0, [kind, _activation(kinds)], "mul, then reduce_sum", lengths)
+            product = Product(eqn, bind, 0, [kind, _activation(kinds)], "mul, then reduce_sum", lengths)
             product.needs_feedback = True
-            return Step(eqn, "bind", compat.binder(eqn), (), product), [_activation(kinds)] * count
+            return Step(eqn, "bind", bind, (), product), [_activation(kinds)] * count
         if compat.has_jaxpr(eqn):
-            return self.opaque(eqn, kinds, lengths)
+            return self.opaque(eqn, bind, kinds, lengths)
         if not weights:
             out = _activation(kinds)
             if name in compat.LAYOUT and eqn.outvars[0].aval.shape == eqn.invars[0].aval.shape:
                 out = out._replace(gain=kinds[0].gain, product=kinds[0].product)
             if name == "stop_gradient" or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
                 out = Kind(data=True)
-            return Step(eqn, "bind", compat.binder(eqn)), [out] * count
+            return Step(eqn, "bind", bind), [out] * count
         statics = [i for i, k in enumerate(kinds) if k.static]
         if statics and any(k.data for k in kinds) and name not in compat.LOCAL:
-            product = Product(eqn, statics[0], kinds, name, lengths)
-            return Step(eqn, "bind", compat.binder(eqn), (), product), [_activation(kinds)] * count
+            product = Product(eqn, bind, statics[0], kinds, name, lengths)
+            return Step(eqn, "bind", bind, (), product), [_activation(kinds)] * count
         if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.complexfloating) and name == "mul" and _union(kinds).data:
-            product = Product(eqn, [k.weight for k in kinds].index(True), kinds, "mul of complex numbers", lengths)
-            return Step(eqn, "bind", compat.binder(eqn), (), product), [_activation(kinds)] * count
+            product = Product(eqn, bind, [k.weight for k in kinds].index(True), kinds, "mul of complex numbers", lengths)
+            return Step(eqn, "bind", bind, (), product), [_activation(kinds)] * count
         if name in compat.AFFINE:
             self.note_bias(eqn, kinds, plan)
         out = _weight_kind(eqn, kinds)
         action = "follow" if out.weight and not out.obstacle else "bind"
-        return Step(eqn, action, compat.binder(eqn)), [out] * count
+        return Step(eqn, action, bind), [out] * count
 
-    def bilinear(self, eqn: Any, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
+    def bilinear(
+        self, eqn: Any, bind: Bind, kinds: list[Kind], lengths: tuple[int, ...]
+    ) -> tuple[Step, list[Kind]]:
         name = eqn.primitive.name
-        bind = compat.binder(eqn)
         union = _union(kinds)
         statics = [i for i, k in enumerate(kinds) if k.static]
         weights = [i for i, k in enumerate(kinds) if k.weight]
-        touched = [i for i, k in enumerate(kinds) if k.data]
         if not union.data:
             # No data: a map of weights alone. With a constant it is linear, but it mixes elements.
             reason = f"{name} of two parameters" if len(weights) == 2 else f"{name} with a constant array"
             out = union._replace(obstacle=union.obstacle or reason, varying=_everywhere(eqn.outvars[0].aval))
             return Step(eqn, "bind", bind), [out]
         out = Kind(data=True, active=True)
-        if not weights or (not statics and len(touched) < 2):
+        # A weight that data has touched is an activity of neurons (a looked-up embedding, a bias added) to weights, and
+        # to other activities too unless it is a matrix between the summed axes and those that remain.
+        candidates = statics
+        if all(k.data for k in kinds):
+            candidates = [i for i in weights if _is_matrix_operand(eqn, i, kinds[i].varying)]
+        if not candidates:
             return Step(eqn, "bind", bind), [out]
-        weight, obstacle = (statics or weights)[0], None
-        if statics:
-            obstacle = kinds[weight].obstacle
-        elif len(weights) == 2:
+        weight = candidates[0]
+        obstacle = kinds[weight].obstacle
+        if len(candidates) == 2:
             obstacle = f"{name} of two parameters that data has touched"
-        else:
-            obstacle = kinds[weight].obstacle
         if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.complexfloating):
             obstacle = f"{name} of complex numbers"
-        product = Product(eqn, weight, kinds, obstacle, lengths)
+        product = Product(eqn, bind, weight, kinds, obstacle, lengths)
         step = Step(eqn, "bind" if obstacle else "product", bind, (), product)
         return step, [out._replace(product=product)]
 
@@ -416,10 +465,12 @@ class _Analyser:
                 if all(not v or a in y.product.output_axes() for a, v in enumerate(b.varying)):
                     y.product.bias = (plan, var)
 
-    def opaque(self, eqn: Any, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
+    def opaque(
+        self, eqn: Any, bind: Bind, kinds: list[Kind], lengths: tuple[int, ...]
+    ) -> tuple[Step, list[Kind]]:
         """A call that cannot be opened: a custom derivative (its own backward pass would be lost), a while, a kernel."""
         name, count = eqn.primitive.name, len(eqn.outvars)
-        step = Step(eqn, "bind", compat.binder(eqn))
+        step = Step(eqn, "bind", bind)
         weights = [i for i, k in enumerate(kinds) if k.weight]
         if not weights:
             return step, [_activation(kinds)] * count
@@ -437,7 +488,7 @@ class _Analyser:
             return step, [_activation(kinds)] * count
         else:
             outs = [_activation(kinds)] * count
-        product = Product(eqn, weights[0], kinds, name, lengths)
+        product = Product(eqn, bind, weights[0], kinds, name, lengths)
         return step._replace(product=product), outs
 
     def cond(self, eqn: Any, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
@@ -780,7 +831,7 @@ def _mirrored(kind: Kind) -> bool:
     return not (kind.data or kind.obstacle or kind.unmirrored)
 
 
-def _bind_stacked(bind: Callable[..., list[Any]], operands: Sequence[_Stacked]) -> list[_Stacked | None]:
+def _bind_stacked(bind: Bind, operands: Sequence[_Stacked]) -> list[_Stacked | None]:
     levels = tuple(sorted({level for x in operands for level in x.levels}))
     # Casts to a compute dtype are left out (see _collect), so a constant may have to follow its weight's dtype.
     dtype = jnp.result_type(*(x.value for x in operands if jnp.issubdtype(jnp.result_type(x.value), jnp.floating)), -1.0)

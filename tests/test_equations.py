@@ -1,0 +1,345 @@
+"""The paper's equations (1-4 and 14-18), written out in NumPy, against training here; and no backward pass reads W."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+import wmkp
+from wmkp import pathways
+
+SIZES = (7, 9, 8, 6, 5)  # three hidden layers
+STEPS, BATCH = 30, 11
+RATE, DECAY, MOMENTUM = 0.05, 0.02, 0.9
+PHI = {
+    "tanh": (jnp.tanh, np.tanh, lambda y: 1 - y**2),
+    "sigmoid": (jax.nn.sigmoid, lambda a: 1 / (1 + np.exp(-a)), lambda y: y * (1 - y)),
+}
+RULES = {
+    "fa": wmkp.feedback_alignment(),
+    "kp": wmkp.kolen_pollack(),
+    "ss": wmkp.sign_symmetry(scale=1.5),
+}
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def network(seed=0):
+    """Initial weights and a batch of data for each step, in float64, in Flax's layout: kernels (in, out), rows samples."""
+    rng = np.random.default_rng(seed)
+    params = [
+        {"w": rng.normal(size=(m, n)) / np.sqrt(m), "b": 0.3 * rng.normal(size=n)}
+        for m, n in zip(SIZES[:-1], SIZES[1:], strict=True)
+    ]
+    data = rng.normal(size=(STEPS, BATCH, SIZES[0])), rng.normal(size=(STEPS, BATCH, SIZES[-1]))
+    return params, data
+
+
+def mlp_loss(phi, params, x, target):
+    """Half the squared error, the mean over samples; the last layer is linear."""
+    for layer in params[:-1]:
+        x = phi(x @ layer["w"] + layer["b"])
+    x = x @ params[-1]["w"] + params[-1]["b"]
+    return jnp.sum((x - target) ** 2) / (2 * x.shape[0])
+
+
+def paper(rule, phi, slope, params, feedback, data, rate, decay, momentum):
+    """Eq. 1-4 and 15-18 as the paper has them: activities are columns, W is (out, in) and B is (in, out).
+
+    ``slope`` is phi' as a function of phi's value. The paper's step, -eta x (signal) - lambda x (weight), is taken with
+    heavy-ball momentum.
+    """
+    layers = len(params)
+    W = [layer["w"].T.copy() for layer in params]
+    b = [layer["b"][:, None].copy() for layer in params]
+    B = [None] + [np.array(layer["w"]) for layer in feedback[1:]]
+    speed_W, speed_b = [np.zeros_like(w) for w in W], [np.zeros_like(v) for v in b]
+    speed_B = [None] + [np.zeros_like(v) for v in B[1:]]
+    for x, target in zip(*data, strict=True):
+        y = [x.T]
+        for l in range(layers):
+            a = W[l] @ y[l] + b[l]
+            y.append(phi(a) if l < layers - 1 else a)  # (1)
+        back = list(B)
+        if rule == "ss":
+            back = [None] + [RULES_SS_SCALE / np.sqrt(W[l].shape[1]) * np.sign(W[l]).T for l in range(1, layers)]
+        delta = [None] * layers
+        delta[-1] = (y[-1] - target.T) / x.shape[0]
+        for l in reversed(range(layers - 1)):
+            delta[l] = slope(y[l + 1]) * (back[l + 1] @ delta[l + 1])  # (3)
+        for l in range(layers):
+            signal = delta[l] @ y[l].T  # (4) and (16): delta_{l+1} y_l^T
+            if rule == "kp" and l > 0:
+                signal_B = y[l] @ delta[l].T  # (15) and (17): y_l delta_{l+1}^T
+                speed_B[l] = momentum * speed_B[l] + signal_B + decay * B[l]
+                B[l] = B[l] - rate * speed_B[l]
+            speed_W[l] = momentum * speed_W[l] + signal + decay * W[l]
+            W[l] = W[l] - rate * speed_W[l]
+            speed_b[l] = momentum * speed_b[l] + delta[l].sum(1, keepdims=True) + decay * b[l]
+            b[l] = b[l] - rate * speed_b[l]
+    return W, b, B
+
+
+RULES_SS_SCALE = 1.5
+
+
+def optimizer(decay=DECAY, momentum=MOMENTUM):
+    return optax.chain(optax.add_decayed_weights(decay), optax.sgd(RATE, momentum=momentum))
+
+
+def train(rule, loss, tx, params, data, feedback):
+    """Every step's params and feedback, as arrays with a leading axis of steps; the initial ones first."""
+    learns = rule.learns
+    tx_b = wmkp.updates.kolen_pollack(tx)
+
+    def step(carry, batch):
+        params, feedback, state, state_b = carry
+        _, (grads, signal) = wmkp.value_and_grad(loss, rule)(params, feedback, *batch)
+        change, state = tx.update(grads, state, params)
+        new = optax.apply_updates(params, change)
+        if learns:
+            change, state_b = tx_b.update(signal, state_b, feedback)
+            feedback = optax.apply_updates(feedback, change)
+        return (new, feedback, state, state_b), (new, feedback)
+
+    def run(params, feedback, data):
+        init = params, feedback, tx.init(params), tx_b.init(feedback)
+        _, history = lax.scan(step, init, data)
+        return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), (params, feedback), history)
+
+    return jax.jit(run)(params, feedback, data)
+
+
+@pytest.mark.parametrize(("rule", "phi"), [("fa", "tanh"), ("kp", "tanh"), ("kp", "sigmoid"), ("ss", "sigmoid")])
+def test_thirty_steps_equal_numpy(float64, rule, phi):
+    params, data = network()
+    activation, *numpy_phi = PHI[phi]
+    loss = functools.partial(mlp_loss, activation)
+    feedback = wmkp.init_feedback(jax.random.key(1), RULES[rule], loss, params, data[0][0], data[1][0])
+    assert feedback[0]["w"] is None and all(layer["b"] is None for layer in feedback)
+    assert all(layer["w"].dtype == jnp.float64 for layer in feedback[1:])
+    history, feedback_history = train(RULES[rule], loss, optimizer(), params, data, feedback)
+    W, b, B = paper(rule, *numpy_phi, params, feedback, data, RATE, DECAY, MOMENTUM)
+    assert all(np.max(np.abs(w - p["w"].T)) > 0.01 for w, p in zip(W, params, strict=True)), "training must move W"
+    for l in range(len(params)):
+        np.testing.assert_allclose(history[l]["w"][-1], W[l].T, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(history[l]["b"][-1], b[l][:, 0], rtol=0, atol=1e-10)
+        if l:
+            np.testing.assert_allclose(feedback_history[l]["w"][-1], B[l], rtol=0, atol=1e-10)
+            moved = np.max(np.abs(B[l] - np.asarray(feedback[l]["w"])))
+            assert moved > 0.01 if rule == "kp" else moved == 0
+
+
+def test_compiled_steps_equal_numpy(float64):
+    """The same through make_steps: its engaged step is eq. 1-4 and 15-18, and nothing besides."""
+    params, data = network(3)
+    loss = functools.partial(mlp_loss, jnp.tanh)
+
+    def loss_fn(params, model_state, batch, key):
+        return loss(params, *batch), (model_state, {})
+
+    batches = [(data[0][i], data[1][i]) for i in range(STEPS)]
+    steps = wmkp.make_steps(loss_fn, wmkp.kolen_pollack(), optimizer(), params, batches[0])
+    state = steps.init(jax.random.key(2), jax.tree.map(jnp.asarray, params))
+    start = jax.tree.map(np.asarray, state.feedback)
+    for batch in batches:
+        state, _ = steps.engaged_step(state, batch)
+    W, b, B = paper("kp", *PHI["tanh"][1:], params, start, data, RATE, DECAY, MOMENTUM)
+    assert int(state.step) == STEPS
+    for l in range(len(params)):
+        np.testing.assert_allclose(state.params[l]["w"], W[l].T, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(state.params[l]["b"], b[l][:, 0], rtol=0, atol=1e-10)
+        if l:
+            np.testing.assert_allclose(state.feedback[l]["w"], B[l], rtol=0, atol=1e-10)
+
+
+# --- eq. 14 -----------------------------------------------------------------------------------------------------------
+
+
+def sgd_law(first, steps, decay, momentum=0.0):
+    """W - B^T under SGD: its own momentum is all that drives it besides the decay, D' = (1 + mu - eta lambda) D - mu D_."""
+    law = [1.0, 1 - RATE * decay]
+    for _ in range(steps - 1):
+        law.append((1 + momentum - RATE * decay) * law[-1] - momentum * law[-2])
+    return np.array(law)[:, None, None] * first
+
+
+def powers(first, steps, rate):
+    return (rate ** np.arange(steps + 1))[:, None, None] * first
+
+
+EQ14 = {
+    "sgd": (optimizer(0.03, None), lambda d: powers(d, STEPS, 1 - RATE * 0.03)),
+    "sgd, no decay": (optax.sgd(RATE), lambda d: powers(d, STEPS, 1)),
+    "momentum": (optimizer(0.03), lambda d: sgd_law(d, STEPS, 0.03, MOMENTUM)),
+    "momentum, no decay": (optax.sgd(RATE, momentum=MOMENTUM), lambda d: powers(d, STEPS, 1)),
+    "adamw": (optax.adamw(0.01, weight_decay=0.4), lambda d: powers(d, STEPS, 1 - 0.01 * 0.4)),
+    "adam": (optax.adam(0.01), lambda d: powers(d, STEPS, 1)),
+}
+
+
+@pytest.mark.parametrize("name", EQ14)
+def test_difference_shrinks_as_equation_14_says(float64, name):
+    tx, law = EQ14[name]
+    params, data = network(1)
+    loss = functools.partial(mlp_loss, jnp.tanh)
+    feedback = wmkp.init_feedback(jax.random.key(5), RULES["kp"], loss, params, data[0][0], data[1][0])
+    history, feedback_history = train(RULES["kp"], loss, tx, params, data, feedback)
+    for l in range(1, len(params)):
+        difference = np.asarray(history[l]["w"] - feedback_history[l]["w"])
+        np.testing.assert_allclose(difference, law(difference[0]), rtol=0, atol=1e-12)
+        assert np.max(np.abs(history[l]["w"][-1] - history[l]["w"][0])) > 0.01, "W must have learned meanwhile"
+
+
+def test_momentum_clock():
+    """The recurrence's slow root is 1 - eta lambda / (1 - mu): the clock by which Kolen-Pollack's budget is set."""
+    law = sgd_law(np.ones((1, 1)), 400, 5e-4, 0.9)[:, 0, 0]
+    assert law[-1] / law[-2] == pytest.approx(1 - RATE * 5e-4 / (1 - 0.9), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["momentum, no decay", "momentum", "adamw"])
+def test_mirrored_start_stays_mirrored(name):
+    """In float32 too: from B = W, Kolen-Pollack adds no difference, and its losses are backprop's."""
+    params, data = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), network(2))
+    loss = functools.partial(mlp_loss, jnp.tanh)
+    tx, _ = EQ14[name]
+    feedback = [{"w": layer["w"] if l else None, "b": None} for l, layer in enumerate(params)]
+    history, feedback_history = train(RULES["kp"], loss, tx, params, data, feedback)
+    history_bp, _ = train(wmkp.backprop(), loss, tx, params, data, feedback)
+    for l in range(len(params)):
+        if l:
+            np.testing.assert_allclose(history[l]["w"], feedback_history[l]["w"], rtol=0, atol=1e-7)
+        np.testing.assert_allclose(history[l]["w"], history_bp[l]["w"], rtol=0, atol=2e-5)
+
+
+# --- nothing in the backward pass depends on W ------------------------------------------------------------------------
+
+KEY = jax.random.key(0)
+CONV = functools.partial(
+    lax.conv_general_dilated, window_strides=(2, 2), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+)
+PRODUCTS = {  # multiply, x, W
+    "dense": (lambda x, w: x @ w, (5, 6), (6, 4)),
+    "heads": (lambda x, w: jnp.einsum("btd,dhk->bhtk", x, w), (2, 3, 6), (6, 2, 4)),
+    "batched": (lambda x, w: jnp.einsum("gnd,gde->gne", x, w), (3, 5, 6), (3, 6, 4)),
+    "strided conv": (CONV, (2, 6, 6, 4), (3, 3, 4, 8)),
+    "grouped conv": (functools.partial(CONV, feature_group_count=2), (2, 6, 6, 4), (3, 3, 2, 8)),
+}
+
+
+def holds(pull_back, w):
+    """Whether w is among what a vjp has kept (in any layout)."""
+    kept = [np.asarray(leaf) for leaf in jax.tree.leaves(pull_back) if hasattr(leaf, "shape")]
+    flat = np.sort(np.asarray(w), axis=None)
+    return any(np.array_equal(np.sort(leaf, axis=None), flat) for leaf in kept if leaf.size == flat.size)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_product_backward_does_not_depend_on_w(name):
+    multiply, x_shape, w_shape = PRODUCTS[name]
+    rng = np.random.default_rng(0)
+    x, w, b, other = (rng.normal(size=s).astype(np.float32) for s in (x_shape, w_shape, w_shape, w_shape))
+    through = functools.partial(pathways.through_feedback, multiply)
+    y, pull_back = jax.vjp(through, x, w, b)
+    np.testing.assert_array_equal(y, multiply(x, w))
+    delta = rng.normal(size=y.shape).astype(np.float32)
+    assert not holds(pull_back, w)
+    assert holds(pull_back, b), "the check must see what is kept"
+    assert holds(jax.vjp(multiply, x, w)[1], w), "backprop does keep W"
+    gradient = jax.jit(lambda x, w, b: jax.vjp(through, x, w, b)[1](delta))
+    reference = gradient(x, w, b)
+    for replaced in (other, 1e6 * w, np.full_like(w, np.nan)):
+        for ours, theirs in zip(gradient(x, replaced, b), reference, strict=True):
+            np.testing.assert_array_equal(ours, theirs)  # bit for bit, even where W is not a number
+    # dx is the transpose of the product with B; dW, and the signal of B, that of the product with x.
+    dx, dw = jax.jit(lambda x, b: jax.vjp(multiply, x, b)[1](delta))(x, b)
+    np.testing.assert_allclose(reference[0], dx, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(reference[1], dw, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(reference[1], reference[2])
+
+
+WIDTHS = (4, 6, 5, 7, 3)
+
+
+def linear(params, x, c):
+    """A linear network under a loss of constant delta: no activation gates an error, so a delta is made of B alone."""
+    x = x + params["shift"]
+    for w in params["w"]:
+        x = x @ w
+    return jnp.sum(x * c)
+
+
+def linear_network():
+    rng = np.random.default_rng(4)
+    shapes = [*zip(WIDTHS[:-1], WIDTHS[1:], strict=True), (8, WIDTHS[0]), (8, WIDTHS[-1])]
+    *w, x, c = (rng.normal(size=s).astype(np.float32) for s in shapes)
+    return {"shift": np.zeros(WIDTHS[0], np.float32), "w": w}, x, c
+
+
+@functools.cache
+def linear_gradients(name):
+    """(init_feedback's B, compiled gradients) of the linear network, compiled once for all examples."""
+    rule = {**RULES, "wm": wmkp.weight_mirror(), "bp": wmkp.backprop()}[name]
+    feedback = wmkp.init_feedback(KEY, rule, linear, *linear_network())
+    return feedback, jax.jit(wmkp.value_and_grad(linear, rule))
+
+
+@settings(max_examples=12, deadline=None)
+@given(changed=st.integers(0, 3), seed=st.integers(0, 2**16), rule=st.sampled_from(["fa", "kp", "wm"]))
+def test_input_delta_does_not_depend_on_any_w(changed, seed, rule):
+    params, x, c = linear_network()
+    feedback, gradient = linear_gradients(rule)
+    value, (grads, _) = gradient(params, feedback, x, c)
+    w = list(params["w"])
+    w[changed] = np.random.default_rng(seed).normal(size=w[changed].shape).astype(np.float32)
+    new_value, (new_grads, _) = gradient({**params, "w": w}, feedback, x, c)
+    assert new_value != value
+    # The delta at the input (the gradient of a shift of it), and at the first projection's output, times its input.
+    np.testing.assert_array_equal(grads["shift"], new_grads["shift"])
+    np.testing.assert_array_equal(grads["w"][0], new_grads["w"][0])
+    expected = np.asarray(c, np.float64)
+    for b in reversed(feedback["w"]):
+        expected = expected @ np.asarray(b, np.float64).T
+    np.testing.assert_allclose(grads["shift"], expected.sum(0), rtol=1e-4)
+    _, backprop = linear_gradients("bp")
+    (_, (old, _)), (_, (new, _)) = (backprop(p, None, x, c) for p in (params, {**params, "w": w}))
+    assert not np.allclose(old["shift"], new["shift"], rtol=1e-3), "backprop's delta does depend on it"
+
+
+def test_sign_symmetry_depends_on_signs_alone():
+    params, x, c = linear_network()
+    feedback, gradient = linear_gradients("ss")
+
+    def input_delta(params):
+        return gradient(params, feedback, x, c)[1][0]["shift"]
+
+    grown = {**params, "w": [np.exp(w) * w for w in params["w"]]}
+    np.testing.assert_array_equal(input_delta(params), input_delta(grown))
+    flipped = {**params, "w": [w.copy() for w in params["w"]]}
+    flipped["w"][0][0, 0] *= -1
+    assert not np.array_equal(input_delta(params), input_delta(flipped))
+
+
+@pytest.mark.parametrize("rule", ["fa", "kp"])
+def test_engaged_residuals_hold_no_w(rule):
+    """What a whole model's backward pass keeps has every B in it, and no W: nonlinear, and its first layer included."""
+    params, data = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), network())
+    loss = functools.partial(mlp_loss, jnp.tanh)
+    x, target = data[0][0], data[1][0]
+    feedback = wmkp.init_feedback(KEY, RULES[rule], loss, params, x, target)
+    _, pull_back = jax.vjp(lambda p, b: wmkp.engage(loss, RULES[rule])(p, b, x, target), params, feedback)
+    _, backprop = jax.vjp(lambda p: loss(p, x, target), params)
+    for l, layer in enumerate(params):
+        assert not holds(pull_back, layer["w"])
+        if l:
+            assert holds(pull_back, feedback[l]["w"]) and holds(backprop, layer["w"])

@@ -1,0 +1,464 @@
+"""With B = W every rule's gradient is backprop's, whatever the model is made of and however JAX transforms it."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import wmkp
+import wmkp.nnx
+
+KEY = jax.random.key(0)
+
+
+def mirrored(feedback, params):
+    """B = W wherever there is a B."""
+    leaves, tree = jax.tree.flatten(params)
+    return tree.unflatten(
+        [None if b is None else w for w, b in zip(leaves, tree.flatten_up_to(feedback), strict=True)]
+    )
+
+
+def check(fun, params, *args, paths=None, exact=True, has_aux=False):
+    """Value and gradients against jax.value_and_grad; the signal against the gradients; and a B that is not W differs."""
+    rule = wmkp.kolen_pollack()
+    found = wmkp.projections(fun, params, *args)
+    with_feedback = [path for path, p in found.items() if p.feedback]
+    if paths is not None:
+        assert with_feedback == paths
+    feedback = wmkp.init_feedback(KEY, rule, fun, params, *args)
+    present = jax.tree_util.tree_flatten_with_path(feedback)[0]
+    assert [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in present] == with_feedback
+    engaged = jax.jit(wmkp.value_and_grad(fun, rule, has_aux=has_aux))
+    value, (grads, signal) = engaged(params, mirrored(feedback, params), *args)
+    expected, expected_grads = jax.jit(jax.value_and_grad(fun, has_aux=has_aux))(params, *args)
+    # Rounding: the two programs are compiled apart.
+    plain = lambda t: [x for x in jax.tree.leaves(t) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    chex.assert_trees_all_close(plain(value), plain(expected), rtol=1e-5 if exact else 2e-2)
+    scale = max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(expected_grads))
+    chex.assert_trees_all_close(grads, expected_grads, rtol=1e-4, atol=(2e-6 if exact else 2e-2) * scale)
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(signal, feedback)
+    _, (others, _) = engaged(params, feedback, *args)
+    differ = [not np.allclose(a, b, rtol=1e-3) for a, b in zip(*map(jax.tree.leaves, (grads, others)), strict=True)]
+    assert any(differ), "a random B must change some gradient"
+    return grads, signal, feedback
+
+
+class LinenCNN(nn.Module):
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.Conv(8, (3, 3), dtype=self.dtype)(x)
+        x = nn.BatchNorm(use_running_average=not train, dtype=self.dtype)(x)
+        x = nn.relu(x)
+        x = nn.Conv(16, (3, 3), strides=2, feature_group_count=4, use_bias=False, dtype=self.dtype)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, dtype=self.dtype)(x))
+        x = nn.Conv(16, (3, 3), kernel_dilation=2, dtype=self.dtype)(x)
+        x = nn.ConvTranspose(8, (2, 2), strides=(2, 2), dtype=self.dtype)(nn.relu(x))
+        x = x.reshape(x.shape[0], -1, 8)
+        x = x + nn.MultiHeadDotProductAttention(2, dtype=self.dtype)(x)
+        return nn.Dense(5, dtype=self.dtype)(nn.LayerNorm(dtype=self.dtype)(x).mean(1))
+
+
+def cross_entropy(logits, labels):
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), labels[:, None], 1))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_linen_cnn_with_batchnorm_attention_and_all_sorts_of_conv(dtype):
+    model = LinenCNN(dtype)
+    x, y = jax.random.normal(KEY, (4, 8, 8, 3)), jnp.arange(4)
+    variables = model.init(KEY, x)
+    params, stats = variables["params"], variables["batch_stats"]
+
+    def loss(params, stats, x, y):
+        logits, state = model.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
+        return cross_entropy(logits, y), state
+
+    attention = "MultiHeadDotProductAttention_0"
+    check(
+        loss,
+        params,
+        stats,
+        x,
+        y,
+        has_aux=True,
+        exact=dtype == jnp.float32,
+        paths=[
+            "ConvTranspose_0/kernel",
+            "Conv_1/kernel",
+            "Conv_2/kernel",
+            "Dense_0/kernel",
+            *(f"{attention}/{name}/kernel" for name in ("key", "out", "query", "value")),
+        ],
+    )
+
+
+def test_bf16_gradients_are_bit_identical_to_backprop_when_compiled_alike():
+    model = LinenCNN(jnp.bfloat16)
+    x, y = jax.random.normal(KEY, (4, 8, 8, 3)), jnp.arange(4)
+    variables = model.init(KEY, x)
+
+    def loss(params, x, y):
+        logits, _ = model.apply({**variables, "params": params}, x, mutable=["batch_stats"])
+        return cross_entropy(logits, y)
+
+    params = variables["params"]
+    rule = wmkp.kolen_pollack()
+    feedback = mirrored(wmkp.init_feedback(KEY, rule, loss, params, x, y), params)
+    _, (grads, _) = wmkp.value_and_grad(loss, rule)(params, feedback, x, y)  # not jitted: one primitive at a time
+    chex.assert_trees_all_equal(grads, jax.grad(loss)(params, x, y))
+
+
+class NNXCNN(nnx.Module):
+    def __init__(self, rngs):
+        self.conv1 = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.conv2 = nnx.Conv(8, 8, (3, 3), strides=2, feature_group_count=2, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        self.dropout = nnx.Dropout(0.2, rngs=rngs)
+        self.head = nnx.Linear(8, 5, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.conv1(x)))
+        x = nnx.relu(self.conv2(x)).reshape(x.shape[0], -1, 8)
+        return self.head(self.dropout(self.attention(x)).mean(1))
+
+
+def test_nnx_cnn_with_batchnorm_and_dropout():
+    apply, params, state = wmkp.nnx.pure(NNXCNN(nnx.Rngs(0)))
+    x, y = jax.random.normal(KEY, (4, 8, 8, 3)), jnp.arange(4)
+
+    def loss(params, state, x, y):
+        logits, state = apply(params, state, x)
+        return cross_entropy(logits, y), state
+
+    check(loss, params, state, x, y, has_aux=True)
+    (_, new_state), _ = jax.jit(wmkp.value_and_grad(loss, wmkp.backprop(), has_aux=True))(params, None, state, x, y)
+    assert not np.allclose(new_state["norm"]["mean"].get_value(), state["norm"]["mean"].get_value())
+    first, _ = apply(params, state, x)
+    second, _ = apply(params, new_state, x)
+    assert not np.allclose(first, second), "the dropout stream must have moved on"
+
+
+def test_nnx_pure_equals_the_model_itself():
+    model = NNXCNN(nnx.Rngs(0))
+    model.eval()
+    x = jax.random.normal(KEY, (2, 8, 8, 3))
+    apply, params, state = wmkp.nnx.pure(model)
+    chex.assert_trees_all_close(apply(params, state, x)[0], model(x), rtol=1e-6)
+    shifted, _ = apply(jax.tree.map(lambda p: p + 1, params), state, x)
+    assert not np.allclose(shifted, model(x))
+
+
+def layers(num, width, key=KEY):
+    return jax.random.normal(key, (num, width, width)) / np.sqrt(width)
+
+
+def test_scan_over_stacked_weights():
+    def loss(w, x):
+        h, hidden = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), h.mean()), x, w)
+        return jnp.sum(h**2) + hidden.sum()
+
+    grads, signal, _ = check(loss, layers(4, 6), jax.random.normal(KEY, (3, 6)), paths=[""])
+    chex.assert_trees_all_close(signal, grads, rtol=1e-5)
+
+
+def test_scan_over_time_reversed_and_nested():
+    params = {"wx": layers(1, 6)[0], "wh": layers(2, 6), "h0": jnp.full((6,), 0.1)}
+
+    def loss(params, xs):
+        def cell(h, x):
+            def deeper(h, w):
+                return jnp.tanh(h @ w + x @ params["wx"]), None
+
+            h, _ = jax.lax.scan(deeper, h, params["wh"])
+            return h, h
+
+        h, hs = jax.lax.scan(cell, jnp.broadcast_to(params["h0"], (3, 6)), xs, reverse=True)
+        return jnp.sum(h**2) + jnp.sum(hs)
+
+    check(loss, params, jax.random.normal(KEY, (5, 3, 6)), paths=["wh"])
+
+
+def test_scan_that_carries_its_weights():
+    def loss(params, x):
+        def body(carry, scale):
+            h, w = carry
+            return (jnp.tanh(h @ w) * scale, w), None
+
+        (h, w), _ = jax.lax.scan(body, (x @ params["a"], params["w"]), jnp.arange(1.0, 4.0))
+        return jnp.sum((h @ w) ** 2)
+
+    params = {"a": layers(1, 6)[0], "w": layers(1, 6)[0]}
+    check(loss, params, jax.random.normal(KEY, (3, 6)), paths=["w"])
+
+
+@pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.dots_saveable])
+def test_checkpoint(policy):
+    def block(w, x):
+        return jnp.tanh(x @ w)
+
+    def loss(ws, x):
+        for w in ws:
+            x = jax.checkpoint(block, policy=policy)(w, x)
+        return jnp.sum(x**2)
+
+    check(loss, list(layers(3, 6)), jax.random.normal(KEY, (3, 6)), paths=["1", "2"])
+
+
+def test_linen_remat_scan_and_lstm():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.RNN(nn.OptimizedLSTMCell(6))(x)
+            x = nn.RNN(nn.GRUCell(6))(x)
+            block = nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+            x, _ = block()(x, None)
+            return nn.Dense(1)(x)
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return x + nn.tanh(nn.Dense(6)(x)), None
+
+    model, x = Model(), jax.random.normal(KEY, (2, 5, 4))
+    params = model.init(KEY, x)
+    check(lambda params, x: jnp.mean(model.apply(params, x) ** 2), params, x)
+
+
+def test_vmap_over_the_function_and_of_the_weights():
+    def loss(params, xs):
+        first = jax.vmap(lambda x: jnp.tanh(x @ params["a"]))(xs)  # over data
+        second = jax.vmap(lambda w: jnp.tanh(first @ w))(params["heads"])  # over weights
+        third = jax.vmap(lambda x, w: x @ w)(second, params["out"])  # over both
+        return jnp.sum(third**2)
+
+    params = {"a": layers(1, 6)[0], "heads": layers(3, 6), "out": layers(3, 6)}
+    x = jax.random.normal(KEY, (5, 6))
+    _, _, feedback = check(loss, params, x, paths=["heads", "out"])
+
+    # ... and over the engaged function itself, weights and feedback and data.
+    rule = wmkp.kolen_pollack()
+    stack = lambda t: jax.tree.map(lambda a: jnp.stack([a, 2 * a]), t)
+    engaged = wmkp.value_and_grad(loss, rule)
+    together = jax.vmap(engaged)(stack(params), stack(feedback), jnp.stack([x, x]))
+    apart = engaged(jax.tree.map(lambda a: 2 * a, params), jax.tree.map(lambda a: 2 * a, feedback), x)
+    chex.assert_trees_all_close(jax.tree.map(lambda a: a[1], together), apart, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_used_twice():
+    def loss(params, x):
+        h = jnp.tanh(x @ params["w"])
+        return jnp.sum((jnp.tanh(h @ params["w"]) @ params["w"].T) ** 2)
+
+    grads, signal, _ = check(loss, {"w": layers(1, 6)[0]}, jax.random.normal(KEY, (3, 6)), paths=["w"])
+    # The first use needs no feedback path, but B learns from every use, as W does.
+    chex.assert_trees_all_close(signal, grads, rtol=1e-5)
+
+
+def test_layout_changes_on_the_way_to_the_product():
+    """Fused QKV, DenseGeneral reshapes, a constant scale, a mask, padding, a transposed use, concatenated parameters."""
+    mask = jnp.asarray(np.random.default_rng(0).random((6, 6)) > 0.3)
+
+    def loss(params, x):
+        x = jnp.tanh(x @ params["in"])
+        q, k, v = jnp.split(x @ params["qkv"], 3, axis=-1)
+        wq, wk = params["qkv"][:, :6], params["qkv"].reshape(6, 3, 6)[:, 1]
+        x = jax.nn.softmax(q @ k.T) @ v + x @ wq + jnp.einsum("nd,de->ne", x, wk)
+        x = x @ (params["scaled"] / np.sqrt(6)) + x @ jnp.where(mask, params["scaled"], 0)
+        x = x @ jnp.pad(params["padded"], ((0, 0), (1, 1)))
+        x = jnp.concatenate([x, x], 1) @ jnp.concatenate([params["a"], params["b"].T[::-1]], 0)
+        w = params["bank"].astype(jnp.bfloat16).astype(jnp.float32)[1]
+        return jnp.sum(jnp.matmul(x, w) ** 2) + jnp.sum(x @ -params["bank"][0])
+
+    draw = lambda *shape: jax.random.normal(KEY, shape) / np.sqrt(6)
+    params = {
+        "in": draw(6, 6),
+        "qkv": draw(6, 18),
+        "scaled": draw(6, 6),
+        "padded": draw(6, 4),
+        "a": draw(6, 6),
+        "b": draw(6, 6),
+        "bank": draw(2, 6, 6),
+    }
+    check(loss, params, draw(3, 6), paths=["a", "b", "bank", "padded", "qkv", "scaled"])
+
+
+def test_tied_embedding_is_a_projection_where_it_is_attended_and_local_where_it_is_looked_up():
+    class LM(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            embed = nn.Embed(11, 8)
+            position = self.param("position", nn.initializers.normal(1.0), (5, 8))
+            x = embed(tokens) + position
+            for _ in range(2):
+                x = x + nn.SelfAttention(2)(nn.LayerNorm()(x))
+                x = x + nn.Dense(8)(nn.gelu(nn.Dense(16)(nn.RMSNorm()(x))))
+            return embed.attend(x)
+
+    model, tokens = LM(), jax.random.randint(KEY, (3, 5), 0, 11)
+    params = model.init(KEY, tokens)["params"]
+
+    def loss(params, tokens):
+        logits = model.apply({"params": params}, tokens)
+        return cross_entropy(logits.reshape(-1, 11), tokens.reshape(-1))
+
+    _, _, feedback = check(loss, params, tokens)
+    assert feedback["Embed_0"]["embedding"] is not None
+    assert feedback["position"] is None
+
+
+def test_experts_chosen_by_data_and_masked_weights():
+    """B follows its weight through a lookup, a mask or noise that data decides."""
+
+    def loss(params, x, index, noise):
+        x = jnp.tanh(x @ params["in"])
+        x = jnp.tanh(jnp.einsum("nd,nde->ne", x, params["experts"][index]))  # a lookup of whole matrices
+        x = jnp.tanh(x @ (params["dropped"] * (noise > 0)))  # DropConnect
+        return jnp.sum((x @ (params["noisy"] + noise)) ** 2)  # a sampled weight
+
+    params = {"in": layers(1, 6)[0], "experts": layers(3, 6), "dropped": layers(1, 6)[0], "noisy": layers(1, 6)[0]}
+    args = jax.random.normal(KEY, (4, 6)), jnp.array([0, 2, 1, 2]), jax.random.normal(KEY, (6, 6))
+    check(loss, params, *args, paths=["dropped", "experts", "noisy"])
+
+
+def test_mixture_of_experts_by_einsum():
+    def loss(params, x):
+        x = jnp.tanh(x @ params["in"])
+        gate = jax.nn.softmax(x @ params["router"])
+        h = jax.nn.relu(jnp.einsum("nd,edf->nef", x, params["up"]))
+        y = jnp.einsum("nef,efd->ned", h, params["down"])
+        return jnp.sum(jnp.einsum("ne,ned->nd", gate, y) ** 2)
+
+    draw = lambda *shape: jax.random.normal(KEY, shape) / np.sqrt(6)
+    params = {"in": draw(6, 6), "router": draw(6, 3), "up": draw(3, 6, 8), "down": draw(3, 8, 6)}
+    check(loss, params, draw(5, 6), paths=["down", "router", "up"])
+
+
+def test_cond_and_switch():
+    def loss(params, x, i):
+        x = jnp.tanh(x @ params["in"])
+        x = jax.lax.cond(i > 0, lambda x: jnp.tanh(x @ params["a"]), lambda x: x @ params["b"].T, x)
+        w = jax.lax.switch(i, [lambda: params["a"], lambda: params["b"] * 2])
+        return jnp.sum((x @ w) ** 2)
+
+    params = {"in": layers(1, 6)[0], "a": layers(1, 6)[0], "b": layers(1, 6, jax.random.key(1))[0]}
+    for i in (0, 1):
+        check(loss, params, jax.random.normal(KEY, (3, 6)), i, paths=["a", "b"])
+        check(loss, params, jax.random.normal(KEY, (3, 6)), jnp.int32(i), paths=["a", "b"])
+
+
+def test_conv_in_one_and_three_dimensions_and_a_local_one():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.tanh(nn.Conv(4, (3,))(x))
+            x = nn.tanh(nn.Conv(4, (3,), padding="CAUSAL")(x))
+            x = nn.tanh(nn.ConvLocal(4, (3,))(x))
+            x = x.reshape(x.shape[0], 2, 2, 2, -1)
+            return nn.Conv(3, (2, 2, 2))(x)
+
+    model, x = Model(), jax.random.normal(KEY, (2, 10, 3))
+    params = model.init(KEY, x)
+    paths = ["params/ConvLocal_0/kernel", "params/Conv_1/kernel", "params/Conv_2/kernel"]
+    check(lambda p, x: jnp.sum(model.apply(p, x) ** 2), params, x, paths=paths)
+
+
+def test_spectral_norm_is_followed():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.tanh(nn.Dense(6)(x))
+            return nn.SpectralNorm(nn.Dense(6))(x, update_stats=True)
+
+    model, x = Model(), jax.random.normal(KEY, (3, 6))
+    variables = model.init(KEY, x)
+    rest = {k: v for k, v in variables.items() if k != "params"}
+
+    def loss(params, rest, x):
+        out, _ = model.apply({"params": params, **rest}, x, mutable=list(rest))
+        return jnp.sum(out**2)
+
+    check(loss, variables["params"], rest, x, paths=["Dense_1/kernel"])
+
+
+def test_static_arguments_and_numpy_data():
+    def loss(params, x, name, train, power):
+        assert name == "tanh" and train is True
+        h = jnp.tanh(x @ params[0]) if train else x
+        return jnp.sum((h @ params[1]) ** power)
+
+    args = np.ones((3, 6), np.float32), "tanh", True, 2
+    feedback = wmkp.init_feedback(KEY, wmkp.kolen_pollack(), loss, list(layers(2, 6)), *args)
+    params = list(layers(2, 6))
+    value, (grads, _) = wmkp.value_and_grad(loss, wmkp.kolen_pollack())(params, mirrored(feedback, params), *args)
+    chex.assert_trees_all_close((value, grads), jax.value_and_grad(loss)(params, *args), rtol=1e-5)
+
+
+def test_hessian_vector_products_through_an_engaged_function():
+    def loss(params, x):
+        return jnp.sum(jnp.tanh(jnp.tanh(x @ params[0]) @ params[1]) ** 2)
+
+    params, x = list(layers(2, 6)), jax.random.normal(KEY, (3, 6))
+    rule = wmkp.kolen_pollack()
+    engaged = wmkp.engage(loss, rule)
+    feedback = mirrored(wmkp.init_feedback(KEY, rule, loss, params, x), params)
+    # With B = W moving together, the derivative of the engaged gradient is the Hessian.
+    both = lambda p: jax.grad(engaged)(p, mirrored(feedback, p), x)
+    tangent = jax.tree.map(lambda a: jnp.cos(a), params)
+    ours = jax.jvp(both, (params,), (tangent,))[1]
+    theirs = jax.jvp(lambda p: jax.grad(loss)(p, x), (params,), (tangent,))[1]
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_inside_shard_map_and_with_shard_map_outside():
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    params, x = list(layers(3, 6)), jax.random.normal(KEY, (8, 6))
+
+    def loss(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return jax.lax.pmean(jnp.sum(x**2), "d")
+
+    rule = wmkp.kolen_pollack()
+    feedback = [None, params[1], params[2]]
+    sharded = jax.shard_map(
+        wmkp.value_and_grad(loss, rule), mesh=mesh, in_specs=(spec(), spec(), spec("d")), out_specs=spec()
+    )
+    plain = jax.shard_map(jax.value_and_grad(loss), mesh=mesh, in_specs=(spec(), spec("d")), out_specs=spec())
+    value, (grads, signal) = jax.jit(sharded)(params, feedback, x)
+    chex.assert_trees_all_close((value, grads), jax.jit(plain)(params, x), rtol=1e-5)
+    chex.assert_trees_all_close(signal[1:], grads[1:], rtol=1e-5)
+
+
+def test_only_the_rule_that_learns_gets_a_signal():
+    def loss(params, x):
+        return jnp.sum(jnp.tanh(jnp.tanh(x @ params[0]) @ params[1]) ** 2)
+
+    params, x = list(layers(2, 6)), jax.random.normal(KEY, (3, 6))
+    for rule in (wmkp.feedback_alignment(), wmkp.sign_symmetry(), wmkp.weight_mirror()):
+        feedback = wmkp.init_feedback(KEY, rule, loss, params, x)
+        _, (_, signal) = wmkp.value_and_grad(loss, rule)(params, feedback, x)
+        assert not np.any(signal[1])
+    assert wmkp.init_feedback(KEY, wmkp.backprop(), loss, params, x) == [None, None]
+
+
+def test_a_thousand_layers_trace_in_linear_time():
+    """Counted, not timed: the plan holds each equation once."""
+    from wmkp.projections import analyse
+
+    def loss(ws, x):
+        for w in ws:
+            x = jnp.tanh(x @ w)
+        return jnp.sum(x)
+
+    analysis = analyse(loss, [jnp.eye(2)] * 1000, jnp.ones((1, 2)))
+    assert len(analysis.plan.steps) == len(analysis.plan.jaxpr.eqns) <= 2002
+    assert len(analysis.projections()) == 1000
