@@ -1,0 +1,226 @@
+"""Weight transport never happens in silence: what B cannot follow is an error with the path, the primitive and the way out."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import wmkp
+
+KEY = jax.random.key(0)
+RULES = [wmkp.feedback_alignment(), wmkp.sign_symmetry(), wmkp.kolen_pollack(), wmkp.weight_mirror()]
+
+
+def weights(*names, shape=(6, 6)):
+    return {n: jax.random.normal(jax.random.fold_in(KEY, i), shape) / 2 for i, n in enumerate(names)}
+
+
+X = jax.random.normal(KEY, (3, 6))
+
+
+def refuse(fun, params, *args, match):
+    """Every rule but backprop refuses, in every function; backprop for the named parameters is the way out."""
+    for rule in RULES:
+        with pytest.raises(wmkp.WeightTransportError, match=match) as error:
+            wmkp.init_feedback(KEY, rule, fun, params, *args)
+        with pytest.raises(wmkp.WeightTransportError, match=match):
+            wmkp.value_and_grad(fun, rule)(params, jax.tree.map(lambda w: w, params), *args)
+        assert "params[" in str(error.value) and "wmkp.backprop()" in str(error.value)
+    expected = jax.value_and_grad(fun)(params, *args)
+    chex.assert_trees_all_close(wmkp.value_and_grad(fun, wmkp.backprop())(params, None, *args)[0], expected[0])
+    obstacles = [path for path, p in wmkp.projections(fun, params, *args).items() if p.obstacle]
+    assert obstacles
+    rules = {f"^{path}$": wmkp.backprop() for path in obstacles} | {".*": wmkp.kolen_pollack()}
+    feedback = wmkp.init_feedback(KEY, rules, fun, params, *args)
+    mirrored = jax.tree.map(lambda w, b: None if b is None else w, params, feedback, is_leaf=lambda x: x is None)
+    _, (grads, _) = wmkp.value_and_grad(fun, rules)(params, mirrored, *args)
+    chex.assert_trees_all_close(grads, expected[1], rtol=1e-4, atol=1e-5)
+    return obstacles
+
+
+def tanh_first(params, x):
+    return jnp.tanh(x @ params["first"])
+
+
+UNFOLLOWABLE = {
+    "a weight norm": (lambda p: p["w"] / jnp.linalg.norm(p["w"], axis=0), "mul|div"),
+    "a product of two parameters": (lambda p: p["w"] @ p["other"], "dot_general of two parameters"),
+    "two parameters multiplied": (lambda p: p["w"] * p["other"], "mul"),
+    "its own transpose": (lambda p: p["w"] @ p["w"].T, "dot_general of two parameters"),
+    "a nonlinearity": (lambda p: jnp.tanh(p["w"]), "tanh"),
+    "a positive weight": (lambda p: jax.nn.softplus(p["w"]), "max|custom_jvp_call|log1p|logaddexp"),
+    "a square": (lambda p: p["w"] ** 2, "square|integer_pow|pow|mul"),
+    "a mixing by constants": (lambda p: p["w"] @ jnp.eye(6)[::-1], "dot_general with a constant"),
+    "a sum over itself": (lambda p: p["w"] - p["w"].mean(0), "reduce_sum|div|sub"),
+    "a cumulative sum": (lambda p: jnp.cumsum(p["w"], 0), "cumsum"),
+    "a sort": (lambda p: jnp.sort(p["w"], 0), "sort"),
+    "an inverse": (lambda p: jnp.linalg.inv(p["w"]), "lu|triangular|inv|custom"),
+    "a low-rank change": (lambda p: p["w"] + p["other"][:, :2] @ p["other"][:2], "dot_general of two parameters"),
+    "an average with another's square": (lambda p: p["w"] + p["other"] ** 2, "square|integer_pow|pow|mul"),
+}
+
+
+@pytest.mark.parametrize("name", UNFOLLOWABLE)
+def test_weights_that_feedback_cannot_follow(name):
+    make, primitive = UNFOLLOWABLE[name]
+
+    def fun(params, x):
+        return jnp.sum((tanh_first(params, x) @ make(params)) ** 2)
+
+    obstacles = refuse(fun, weights("first", "other", "w"), X, match=primitive)
+    assert "w" in obstacles and "first" not in obstacles
+
+
+BY_HAND = {
+    "a matrix product by hand": lambda p, x: jnp.sum(x[:, :, None] * p["w"][None], axis=1),
+    "a readout by hand": lambda p, x: jnp.sum(x * p["w"][0], axis=1),
+    "a convolution by Fourier transform": lambda p, x: jnp.fft.irfft(jnp.fft.rfft(x) * jnp.fft.rfft(p["w"][0]), 6),
+    "a triangular solve": lambda p, x: jax.scipy.linalg.solve_triangular(p["w"] + 3 * jnp.eye(6), x.T),
+    "a ragged product": lambda p, x: jax.lax.ragged_dot(x, p["w"].reshape(1, 6, 6), jnp.array([3])),
+    "a masked nonlinear weight": lambda p, x: x @ (jnp.tanh(p["w"]) * (x[0] > 0)),
+    "a sampled weight": lambda p, x: x @ (p["first"] + jnp.exp(p["w"]) * jnp.cos(x.T @ x)),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_products_that_are_no_product_primitive(name):
+    def fun(params, x):
+        return jnp.sum(BY_HAND[name](params, tanh_first(params, x)) ** 2)
+
+    refuse(fun, weights("first", "w"), X, match="w")
+
+
+def test_custom_derivatives_around_a_projection_are_not_thrown_away():
+    @jax.custom_vjp
+    def linear(x, w):
+        return x @ w
+
+    linear.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
+
+    def fun(params, x):
+        return jnp.sum(linear(tanh_first(params, x), params["w"]) ** 2)
+
+    refuse(fun, weights("first", "w"), X, match="custom_vjp_call")
+
+
+def test_custom_derivatives_beside_a_projection_are_kept():
+    @jax.custom_jvp
+    def clip(x):
+        return jnp.clip(x, -1, 1)
+
+    clip.defjvp(lambda x, t: (clip(x[0]), 7 * t[0]))  # a straight-through estimator, 7 to be recognisable
+
+    def fun(params, x):
+        return jnp.sum(clip(clip(x @ params["first"]) @ params["w"]) ** 2) + jnp.sum(clip(params["w"]))
+
+    params = weights("first", "w")
+    _, (grads, _) = wmkp.value_and_grad(fun, wmkp.kolen_pollack())(params, {"first": None, "w": params["w"]}, X)
+    chex.assert_trees_all_close(grads, jax.grad(fun)(params, X), rtol=1e-5)
+
+
+def test_weight_norm_and_lora_as_flax_ships_them():
+    from flax import nnx
+
+    import wmkp.nnx
+
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.tanh(nn.Dense(6, name="first")(x))
+            return nn.WeightNorm(nn.Dense(6, name="second"))(x)
+
+    params = Normed().init(KEY, X)["params"]
+    fun = lambda p, x: jnp.sum(Normed().apply({"params": p}, x) ** 2)
+    obstacles = refuse(fun, params, X, match="second/kernel")
+    assert "first/kernel" not in obstacles
+
+    apply, params, state = wmkp.nnx.pure(nnx.LoRA(6, 2, 6, base_module=nnx.Linear(6, 6, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)))
+    lora = lambda p, x: jnp.sum(apply(p, state, jnp.tanh(x))[0] ** 2)
+    assert not any(p.obstacle for p in wmkp.projections(lora, params, X).values())  # x A B: two projections in a row
+
+
+def test_the_gradient_at_the_data_of_a_first_layer_is_refused():
+    """A first layer has no B; the error at its input would travel back through W."""
+
+    def fun(params, x):
+        return jnp.sum(jnp.tanh(tanh_first(params, x) @ params["w"]) ** 2)
+
+    params, rule = weights("first", "w"), wmkp.kolen_pollack()
+    feedback = wmkp.init_feedback(KEY, rule, fun, params, X)
+    engaged = wmkp.engage(fun, rule)
+    for transform in (jax.grad, lambda f, argnums: jax.jit(jax.grad(f, argnums=argnums))):
+        with pytest.raises(wmkp.WeightTransportError, match="'first'.*no feedback"):
+            transform(engaged, argnums=2)(params, feedback, X)
+    with pytest.raises(wmkp.WeightTransportError, match="'first'.*no feedback"):
+        jax.grad(lambda x: jax.jit(engaged)(params, feedback, x))(X)
+    jax.grad(engaged)(params, feedback, X)  # and that of the parameters is not
+
+
+def test_feedback_missing_for_a_projection_that_needs_it():
+    def fun(params, x):
+        return jnp.sum(tanh_first(params, x) @ params["w"])
+
+    with pytest.raises(ValueError, match=r"feedback\['w'\] is None.*init_feedback"):
+        wmkp.value_and_grad(fun, wmkp.kolen_pollack())(weights("first", "w"), {"first": None, "w": None}, X)
+
+
+def test_the_backward_pass_holds_no_forward_weight():
+    """In the jaxpr of the backward pass alone, W is not even an input (its shape is its own, so that it would show)."""
+    params = {"first": jnp.ones((6, 5)), "w": jnp.ones((5, 4)), "last": jnp.ones((4, 3))}
+
+    def fun(params, x):
+        return jnp.sum(jnp.tanh(jnp.tanh(tanh_first(params, x) @ params["w"]) @ params["last"]))
+
+    rule = wmkp.kolen_pollack()
+    feedback = wmkp.init_feedback(KEY, rule, fun, params, X)
+    engaged = wmkp.engage(fun, rule)
+    value, vjp = jax.vjp(lambda p: engaged(p, feedback, X), params)
+    kept = [np.asarray(x) for x in jax.tree.leaves(vjp)]
+    for name in ("w", "last"):
+        assert any(np.array_equal(x, feedback[name]) for x in kept)
+        assert not any(np.array_equal(x, params[name]) for x in kept)
+    _, plain = jax.vjp(lambda p: fun(p, X), params)
+    assert any(np.array_equal(x, params["w"]) for x in jax.tree.leaves(plain)), "backprop does keep it"
+
+
+def test_data_closed_over_is_an_error_that_says_so():
+    fun = lambda p: jnp.sum(jnp.tanh(jnp.tanh(X @ p["first"]) @ p["w"]) ** 2)
+    with pytest.raises((ValueError, wmkp.WeightTransportError), match="Data must be an argument of fun"):
+        wmkp.init_feedback(KEY, wmkp.kolen_pollack(), fun, weights("first", "w"))
+
+
+def test_parameters_that_are_no_floating_point_arrays():
+    fun = lambda p, x: jnp.sum(x @ p["w"])
+    for bad in (jnp.ones((6, 6), jnp.int32), jnp.ones((6, 6), jnp.complex64), 3.0, "w"):
+        with pytest.raises(TypeError, match=r"params\['w'\]"):
+            wmkp.init_feedback(KEY, wmkp.kolen_pollack(), fun, {"w": bad}, X)
+
+
+def test_patterns_that_match_nothing_and_projections_that_match_no_pattern():
+    fun = lambda p, x: jnp.sum(tanh_first(p, x) @ p["w"])
+    with pytest.raises(ValueError, match="'haed' matches no projection; there are: first, w"):
+        wmkp.init_feedback(KEY, {"haed": wmkp.backprop(), ".*": wmkp.kolen_pollack()}, fun, weights("first", "w"), X)
+    with pytest.raises(ValueError, match="no pattern of rule matches projection 'w'"):
+        wmkp.init_feedback(KEY, {"first": wmkp.backprop()}, fun, weights("first", "w"), X)
+    with pytest.raises(TypeError, match="rule must be"):
+        wmkp.init_feedback(KEY, "kolen_pollack", fun, weights("first", "w"), X)
+
+
+def test_feedback_of_another_structure_shape_or_dtype():
+    fun = lambda p, x: jnp.sum(tanh_first(p, x) @ p["w"])
+    params, run = weights("first", "w"), wmkp.value_and_grad(fun, wmkp.kolen_pollack())
+    with pytest.raises(ValueError, match="feedback must have the structure of params"):
+        run(params, {"w": params["w"]}, X)
+    with pytest.raises(ValueError, match=r"feedback\['w'\] is float32\[6, 5\] where its parameter is float32\[6, 6\]"):
+        run(params, {"first": None, "w": params["w"][:, :5]}, X)
+    with pytest.raises(ValueError, match=r"feedback\['w'\] is bfloat16"):
+        run(params, {"first": None, "w": params["w"].astype(jnp.bfloat16)}, X)
+
+
+def test_a_loss_that_is_no_scalar():
+    fun = lambda p, x: tanh_first(p, x) @ p["w"]
+    params = weights("first", "w")
+    with pytest.raises(ValueError, match=r"scalar loss.*float32\[3, 6\]"):
+        wmkp.value_and_grad(fun, wmkp.kolen_pollack())(params, {"first": None, "w": params["w"]}, X)
