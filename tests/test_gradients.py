@@ -99,20 +99,29 @@ def test_linen_cnn_with_batchnorm_attention_and_all_sorts_of_conv(dtype):
     )
 
 
-def test_bf16_gradients_are_bit_identical_to_backprop_when_compiled_alike():
-    model = LinenCNN(jnp.bfloat16)
-    x, y = jax.random.normal(KEY, (4, 8, 8, 3)), jnp.arange(4)
-    variables = model.init(KEY, x)
+def test_bf16_gradients_are_bit_identical_to_backprop():
+    """One primitive at a time, so that nothing is fused otherwise."""
 
-    def loss(params, x, y):
-        logits, _ = model.apply({**variables, "params": params}, x, mutable=["batch_stats"])
-        return cross_entropy(logits, y)
+    def loss(params, x):
+        x, params = x.astype(jnp.bfloat16), jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+        conv = jax.lax.conv_general_dilated(x, params["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = jax.lax.conv_general_dilated(
+            jnp.tanh(conv), params["grouped"], (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=4,
+        )  # fmt: skip
+        x = jax.lax.dot_general(jnp.tanh(x), params["dense"], (((1, 2, 3), (0, 1, 2)), ((), ())))
+        return jnp.sum(x.astype(jnp.float32) ** 2)
 
-    params = variables["params"]
+    draw = lambda i, *shape: jax.random.normal(jax.random.fold_in(KEY, i), shape) / 3
+    params = {"conv": draw(0, 3, 3, 3, 8), "grouped": draw(1, 3, 3, 2, 8), "dense": draw(2, 3, 3, 8, 5)}
+    x = draw(3, 4, 8, 8, 3)
     rule = wmkp.kolen_pollack()
-    feedback = mirrored(wmkp.init_feedback(KEY, rule, loss, params, x, y), params)
-    _, (grads, _) = wmkp.value_and_grad(loss, rule)(params, feedback, x, y)  # not jitted: one primitive at a time
-    chex.assert_trees_all_equal(grads, jax.grad(loss)(params, x, y))
+    feedback = mirrored(wmkp.init_feedback(KEY, rule, loss, params, x), params)
+    _, (grads, signal) = wmkp.value_and_grad(loss, rule)(params, feedback, x)
+    chex.assert_trees_all_equal(grads, jax.grad(loss)(params, x))
+    chex.assert_trees_all_equal(signal, {**grads, "conv": None})
+    _, engaged_signal = jax.grad(wmkp.engage(loss, rule), argnums=(0, 1))(params, feedback, x)
+    chex.assert_trees_all_equal(engaged_signal, signal)  # the cotangent of B, where it is asked for as such
 
 
 class NNXCNN(nnx.Module):
@@ -309,9 +318,15 @@ def test_tied_embedding_is_a_projection_where_it_is_attended_and_local_where_it_
         logits = model.apply({"params": params}, tokens)
         return cross_entropy(logits.reshape(-1, 11), tokens.reshape(-1))
 
-    _, _, feedback = check(loss, params, tokens)
+    _, signal, feedback = check(loss, params, tokens)
     assert feedback["Embed_0"]["embedding"] is not None
     assert feedback["position"] is None
+    # B's signal is that of the projection alone: W has the looked-up rows' share besides.
+    embedding = params["Embed_0"]["embedding"]
+    only_attended = jax.grad(lambda e: loss({**params, "Embed_0": {"embedding": e}}, tokens))(embedding)
+    assert not np.allclose(signal["Embed_0"]["embedding"], only_attended, atol=1e-4)
+    outside = jax.grad(wmkp.engage(loss, wmkp.kolen_pollack()), argnums=1)(params, mirrored(feedback, params), tokens)
+    chex.assert_trees_all_close(signal, outside, rtol=1e-4, atol=1e-6)
 
 
 def test_experts_chosen_by_data_and_masked_weights():

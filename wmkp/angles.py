@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from wmkp.grad import check_scalar, companions, evaluate, feedback_leaves
+from wmkp.grad import check_loss, companions, evaluate, feedback_leaves
 from wmkp.projections import Analysis, Product, analyse
 from wmkp.rules import RuleOrRules, resolve
 
@@ -94,9 +94,9 @@ def _deltas(
         if not p.obstacle
     }
 
-    def loss(taps: list[jax.Array]) -> jax.Array:
-        out = evaluate(analysis, leaves, carriers, args, dict(zip(products, taps, strict=True)))
-        return check_scalar(out[0] if has_aux else out)
+    def loss(taps: list[jax.Array]) -> Any:
+        return evaluate(analysis, leaves, carriers, args, dict(zip(products, taps, strict=True)))
 
     products = list(taps)
-    return dict(zip(products, jax.grad(loss)(list(taps.values())), strict=True))
+    deltas = jax.grad(check_loss(loss, has_aux), has_aux=has_aux)(list(taps.values()))
+    return dict(zip(products, deltas[0] if has_aux else deltas, strict=True))

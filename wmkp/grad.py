@@ -143,14 +143,22 @@ def engage(fun: Callable[..., Any], rule: RuleOrRules) -> Callable[..., Any]:
     return engaged
 
 
-def check_scalar(value: Any) -> Any:
-    """The loss itself; ValueError if it is not a real scalar."""
-    if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-        raise ValueError(
-            f"fun must return a real scalar loss to be differentiated; got {jnp.result_type(value)}{list(jnp.shape(value))}. "
-            "With has_aux=True it returns (loss, aux)."
-        )
-    return value
+def check_loss(fun: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """``fun``, but ValueError if what it returns is not a real scalar (beside auxiliary data)."""
+
+    def loss(*args: Any) -> Any:
+        out = fun(*args)
+        if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+            raise ValueError(f"with has_aux=True fun must return (loss, aux); got {type(out).__name__}")
+        value = out[0] if has_aux else out
+        if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            raise ValueError(
+                "fun must return a real scalar loss to be differentiated; got "
+                f"{jnp.result_type(value)}{list(jnp.shape(value))}. With has_aux=True it returns (loss, aux)."
+            )
+        return out
+
+    return loss
 
 
 def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = False) -> Callable[..., Any]:
@@ -169,14 +177,32 @@ def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = F
     Raises:
       ValueError, TypeError, WeightTransportError: when called; as ``engage``, or a loss that is not a scalar.
     """
-    engaged = engage(fun, rule)
+    def value_and_gradients(params: Any, feedback: Any, *args: Any) -> Any:
+        if isinstance(rule, Rule) and rule.backward is None:
+            value, grads = jax.value_and_grad(check_loss(fun, has_aux), has_aux=has_aux)(params, *args)
+            return value, (grads, jax.tree.map(jnp.zeros_like, feedback))
+        analysis = analyse(fun, params, *args)
+        rules = resolve(rule, analysis)
+        leaves, tree = jax.tree.flatten(params)
+        entries = feedback_leaves(params, feedback)
+        # Where W does nothing but multiply activations, the cotangent of what stands in for it in the backward pass is
+        # W's own gradient: it is not computed (nor stacked up by a scan) a second time.
+        same = {
+            i for i, b in enumerate(entries) if b is not None and i not in analysis.shared and analysis.paths[i] in rules
+        }
 
-    def loss(params: Any, feedback: Any, *args: Any) -> Any:
-        out = engaged(params, feedback, *args)
-        if not has_aux:
-            return check_scalar(out)
-        if not (isinstance(out, tuple) and len(out) == 2):
-            raise ValueError(f"with has_aux=True fun must return (loss, aux); got {type(out).__name__}")
-        return check_scalar(out[0]), out[1]
+        def loss(leaves: list[Any], entries: list[Any]) -> Any:
+            carriers = companions(analysis, rules, leaves, entries)
+            carriers = [jax.lax.stop_gradient(c) if i in same else c for i, c in enumerate(carriers)]
+            return evaluate(analysis, leaves, carriers, args, {})
 
-    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=has_aux)
+        value, (grads, signal) = jax.value_and_grad(check_loss(loss, has_aux), argnums=(0, 1), has_aux=has_aux)(
+            leaves, entries
+        )
+        for i in same:
+            backward = rules[analysis.paths[i]].backward
+            if backward is not None:
+                (signal[i],) = jax.vjp(functools.partial(backward, leaves[i]), entries[i])[1](grads[i])
+        return value, (tree.unflatten(grads), tree.unflatten(signal))
+
+    return value_and_gradients

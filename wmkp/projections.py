@@ -190,6 +190,7 @@ class Analysis(NamedTuple):
     plan: Plan
     paths: list[str]
     out_tree: Any
+    shared: frozenset[int]  # the parameters (leaf numbers) with uses beside the products they are weights of
 
     def sites(self) -> dict[str, list[Product]]:
         """The products that each parameter takes part in, keyed by its path, in the parameters' own order."""
@@ -361,7 +362,10 @@ def _join(a: Kind, b: Kind, varying: tuple[bool, ...], name: str) -> Kind:
 
 
 class _Analyser:
-    """Builds plans; holds what does not change along the walk."""
+    """Builds plans, and notes the parameters that do anything but multiply an activation."""
+
+    def __init__(self) -> None:
+        self.shared: set[int] = set()
 
     def plan(self, jaxpr: Any, kinds: Sequence[Kind], lengths: tuple[int, ...]) -> Plan:
         jaxpr, consts = compat.open_jaxpr(jaxpr)
@@ -374,7 +378,10 @@ class _Analyser:
         plan = Plan(jaxpr, consts, [], env, [])
         for eqn in jaxpr.eqns:
             bind = compat.binder(eqn, jaxpr)
-            step, outs = self.step(eqn, bind, [read(v) for v in eqn.invars], lengths, plan)
+            operands = [read(v) for v in eqn.invars]
+            step, outs = self.step(eqn, bind, operands, lengths, plan)
+            if not step.plans:
+                self.note_uses(step, operands, outs)
             plan.steps.append(step)
             env.update(zip(eqn.outvars, outs, strict=True))
         plan.outputs.extend(read(v) for v in jaxpr.outvars)
@@ -454,6 +461,13 @@ class _Analyser:
         product = Product(eqn, bind, weight, kinds, obstacle, lengths)
         step = Step(eqn, "bind" if obstacle else "product", bind, (), product)
         return step, [out._replace(product=product)]
+
+    def note_uses(self, step: Step, kinds: list[Kind], outs: list[Kind]) -> None:
+        """A weight may be laid out anew, and multiply an activation: any other use gives it a gradient B does not have."""
+        for i, kind in enumerate(kinds):
+            multiplies = step.action == "product" and step.product is not None and step.product.weight == i
+            if kind.weight and not multiplies and not (step.action == "follow" and all(k.static for k in outs)):
+                self.shared |= kind.params
 
     def note_bias(self, eqn: Any, kinds: list[Kind], plan: Plan) -> None:
         """A weight added to a product's output, and varying along nothing but its outputs, is that layer's bias."""
@@ -562,8 +576,10 @@ def analyse(fun: Callable[..., Any], params: Any, *args: Any) -> Analysis:
         Kind(frozenset({i}), active=True, varying=_everywhere(leaf) if hasattr(leaf, "shape") else ())
         for i, (_, leaf) in enumerate(flat)
     ]
-    plan = _Analyser().plan(jaxpr, kinds + [Kind(data=True)] * len(traced), ())
-    return Analysis(plan, paths, out_tree)
+    analyser = _Analyser()
+    plan = analyser.plan(jaxpr, kinds + [Kind(data=True)] * len(traced), ())
+    shared = analyser.shared.union(*(kind.params for kind in plan.outputs))
+    return Analysis(plan, paths, out_tree, frozenset(shared))
 
 
 def is_array(leaf: Any) -> bool:
