@@ -17,13 +17,11 @@ KEY = jax.random.key(0)
 def mirrored(feedback, params):
     """B = W wherever there is a B."""
     leaves, tree = jax.tree.flatten(params)
-    return tree.unflatten(
-        [None if b is None else w for w, b in zip(leaves, tree.flatten_up_to(feedback), strict=True)]
-    )
+    return tree.unflatten([None if b is None else w for w, b in zip(leaves, tree.flatten_up_to(feedback), strict=True)])
 
 
 def check(fun, params, *args, paths=None, exact=True, has_aux=False):
-    """Value and gradients against jax.value_and_grad; the signal against the gradients; and a B that is not W differs."""
+    """Value and gradients against jax.value_and_grad; and a B that is not W differs."""
     rule = wmkp.kolen_pollack()
     found = wmkp.projections(fun, params, *args)
     with_feedback = [path for path, p in found.items() if p.feedback]
@@ -104,7 +102,9 @@ def test_bf16_gradients_are_bit_identical_to_backprop():
 
     def loss(params, x):
         x, params = x.astype(jnp.bfloat16), jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
-        conv = jax.lax.conv_general_dilated(x, params["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        conv = jax.lax.conv_general_dilated(
+            x, params["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
         x = jax.lax.conv_general_dilated(
             jnp.tanh(conv), params["grouped"], (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=4,
@@ -272,7 +272,7 @@ def test_a_weight_used_twice():
 
 
 def test_layout_changes_on_the_way_to_the_product():
-    """Fused QKV, DenseGeneral reshapes, a constant scale, a mask, padding, a transposed use, concatenated parameters."""
+    """Fused QKV, DenseGeneral reshapes, a constant scale, a mask, padding, a transpose, concatenated parameters."""
     mask = jnp.asarray(np.random.default_rng(0).random((6, 6)) > 0.3)
 
     def loss(params, x):

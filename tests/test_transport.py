@@ -1,4 +1,4 @@
-"""Weight transport never happens in silence: what B cannot follow is an error with the path, the primitive and the way out."""
+"""Weight transport never happens in silence: what B cannot follow is an error that says what to do."""
 
 import chex
 import flax.linen as nn
@@ -136,7 +136,9 @@ def test_weight_norm_and_lora_as_flax_ships_them():
     obstacles = refuse(fun, params, X, match="second/kernel")
     assert "first/kernel" not in obstacles
 
-    apply, params, state = wmkp.nnx.pure(nnx.LoRA(6, 2, 6, base_module=nnx.Linear(6, 6, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)))
+    apply, params, state = wmkp.nnx.pure(
+        nnx.LoRA(6, 2, 6, base_module=nnx.Linear(6, 6, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    )
     lora = lambda p, x: jnp.sum(apply(p, state, jnp.tanh(x))[0] ** 2)
     assert not any(p.obstacle for p in wmkp.projections(lora, params, X).values())  # x A B: two projections in a row
 
@@ -151,9 +153,9 @@ def test_the_gradient_at_the_data_of_a_first_layer_is_refused():
     feedback = wmkp.init_feedback(KEY, rule, fun, params, X)
     engaged = wmkp.engage(fun, rule)
     for transform in (jax.grad, lambda f, argnums: jax.jit(jax.grad(f, argnums=argnums))):
-        with pytest.raises(wmkp.WeightTransportError, match="'first'.*no feedback"):
+        with pytest.raises(wmkp.WeightTransportError, match=r"'first'.*no feedback"):
             transform(engaged, argnums=2)(params, feedback, X)
-    with pytest.raises(wmkp.WeightTransportError, match="'first'.*no feedback"):
+    with pytest.raises(wmkp.WeightTransportError, match=r"'first'.*no feedback"):
         jax.grad(lambda x: jax.jit(engaged)(params, feedback, x))(X)
     jax.grad(engaged)(params, feedback, X)  # and that of the parameters is not
 
@@ -176,7 +178,7 @@ def test_the_backward_pass_holds_no_forward_weight():
     rule = wmkp.kolen_pollack()
     feedback = wmkp.init_feedback(KEY, rule, fun, params, X)
     engaged = wmkp.engage(fun, rule)
-    value, vjp = jax.vjp(lambda p: engaged(p, feedback, X), params)
+    _, vjp = jax.vjp(lambda p: engaged(p, feedback, X), params)
     kept = [np.asarray(x) for x in jax.tree.leaves(vjp)]
     for name in ("w", "last"):
         assert any(np.array_equal(x, feedback[name]) for x in kept)

@@ -1,11 +1,64 @@
 """wmkp: neural networks trained without weight transport, in JAX."""
 
 from wmkp import updates
-from wmkp.angles import delta_angles, matrix_angles
+from wmkp.angles import delta_angles, input_covariances, matrix_angles
 from wmkp.grad import engage, init_feedback, value_and_grad
 from wmkp.mirror import mirror_angle, mirror_gain, mirror_signals, samples_for_angle
 from wmkp.projections import Projection, WeightTransportError, projections
-from wmkp.rules import Mirror, Rule, backprop, feedback_alignment, kolen_pollack, sign_symmetry, weight_mirror
+from wmkp.rules import (
+    Mirror,
+    Rule,
+    activation_alignment,
+    activity_mirror,
+    alignment,
+    backprop,
+    direct_feedback_alignment,
+    direct_kolen_pollack,
+    feedback_alignment,
+    information_alignment,
+    kolen_pollack,
+    kolen_pollack_transported,
+    product_feedback_alignment,
+    sign_symmetry,
+    symmetric_alignment,
+    weight_mirror,
+)
 from wmkp.training import Steps, TrainState, make_steps
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Mirror",
+    "Projection",
+    "Rule",
+    "Steps",
+    "TrainState",
+    "WeightTransportError",
+    "activation_alignment",
+    "activity_mirror",
+    "alignment",
+    "backprop",
+    "delta_angles",
+    "direct_feedback_alignment",
+    "direct_kolen_pollack",
+    "engage",
+    "feedback_alignment",
+    "information_alignment",
+    "init_feedback",
+    "input_covariances",
+    "kolen_pollack",
+    "kolen_pollack_transported",
+    "make_steps",
+    "matrix_angles",
+    "mirror_angle",
+    "mirror_gain",
+    "mirror_signals",
+    "product_feedback_alignment",
+    "projections",
+    "samples_for_angle",
+    "sign_symmetry",
+    "symmetric_alignment",
+    "updates",
+    "value_and_grad",
+    "weight_mirror",
+]

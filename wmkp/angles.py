@@ -1,4 +1,4 @@
-"""Matrix angles and delta angles, in degrees."""
+"""What to watch: matrix angles and delta angles, in degrees, and the covariances of what projections get."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from wmkp.alignment import covariance
 from wmkp.grad import check_loss, companions, evaluate, feedback_leaves
-from wmkp.projections import Analysis, Product, analyse
-from wmkp.rules import RuleOrRules, resolve
+from wmkp.projections import Analysis, Direct, Product, analyse
+from wmkp.rules import ProductFeedback, Rule, RuleOrRules, resolve
 
 
 def angle(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -30,10 +31,13 @@ def _unit(a: jax.Array) -> jax.Array:
 def matrix_angles(params: Any, feedback: Any) -> dict[str, jax.Array]:
     """The angle between W and B of each projection that has a B, all entries taken as one vector.
 
+    Under product feedback alignment it is the angle between W and R B. Direct feedback has no shape in common with W,
+    and no matrix angle. Sign symmetry's B has the signs that W had when B was made.
+
     Args:
       params: the parameters.
-      feedback: the feedback weights, in params' structure, layout and shapes (so that W and the paper's B^T compare entry
-        by entry).
+      feedback: the feedback weights, in params' structure, layout and shapes (so that W and the paper's B^T compare
+        entry by entry).
 
     Returns:
       ``{path: degrees}``, scalars; NaN where one of the two is all zero.
@@ -42,10 +46,12 @@ def matrix_angles(params: Any, feedback: Any) -> dict[str, jax.Array]:
       ValueError: feedback does not match params.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    pairs = zip(flat, feedback_leaves(params, feedback), strict=True)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): angle(w, b) for (path, w), b in pairs if b is not None
-    }
+    result = {}
+    for (path, w), b in zip(flat, feedback_leaves(params, feedback), strict=True):
+        b = b.effective() if isinstance(b, ProductFeedback) else b
+        if b is not None and not isinstance(b, Direct):
+            result[jax.tree_util.keystr(path, simple=True, separator="/")] = angle(w, b)
+    return result
 
 
 def delta_angles(
@@ -74,8 +80,8 @@ def delta_angles(
     rules = resolve(rule, analysis)
     leaves = jax.tree.leaves(params)
     carriers = companions(analysis, rules, leaves, feedback_leaves(params, feedback))
-    ours = _deltas(analysis, leaves, carriers, args, has_aux)
-    theirs = _deltas(analysis, leaves, leaves, args, has_aux)
+    ours = _deltas(analysis, rules, leaves, carriers, args, has_aux)
+    theirs = _deltas(analysis, {}, leaves, leaves, args, has_aux)
     result = {}
     for path, products in analysis.sites().items():
         products = [p for p in products if p in ours]
@@ -86,7 +92,7 @@ def delta_angles(
 
 
 def _deltas(
-    analysis: Analysis, leaves: list[Any], carriers: list[Any], args: Any, has_aux: bool
+    analysis: Analysis, rules: dict[str, Rule], leaves: list[Any], carriers: list[Any], args: Any, has_aux: bool
 ) -> dict[Product, jax.Array]:
     taps = {
         p: jnp.zeros((*p.lengths, *p.output_aval.shape), p.output_aval.dtype)
@@ -95,8 +101,53 @@ def _deltas(
     }
 
     def loss(taps: list[jax.Array]) -> Any:
-        return evaluate(analysis, leaves, carriers, args, dict(zip(products, taps, strict=True)))
+        return evaluate(analysis, rules, leaves, carriers, args, dict(zip(products, taps, strict=True)))
 
     products = list(taps)
     deltas = jax.grad(check_loss(loss, has_aux), has_aux=has_aux)(list(taps.values()))
     return dict(zip(products, deltas[0] if has_aux else deltas, strict=True))
+
+
+def input_covariances(fun: Callable[..., Any], params: Any, *args: Any) -> dict[str, jax.Array]:
+    """E[x x^T] of the input of each projection: what mirroring on activity multiplies W^T with (eq. 5).
+
+    Means over batch and positions (not centred); a conv's input is its patches, in the kernel's (height, width,
+    channel) order. A parameter used in several places has the mean over its uses.
+
+    Args:
+      fun: any JAX function ``fun(params, *args)``.
+      params: its parameters.
+      *args: its further arguments.
+
+    Returns:
+      ``{path: (groups, fan_in, fan_in)}``, in the squared units of the activity.
+    """
+    analysis = analyse(fun, params, *args)
+    leaves = jax.tree.leaves(params)
+    sites = {path: [p for p in products if not p.obstacle] for path, products in analysis.sites().items()}
+    products = list(dict.fromkeys(p for found in sites.values() for p in found))
+    groups = {p: (jax.eval_shape(p.input_matrices, p.input_avals[0]).shape[0], p.fans()[0]) for p in products}
+    taps = [jnp.zeros((*p.lengths, k, n, n)) for p, (k, n) in groups.items()]
+
+    def outputs(taps: list[jax.Array]) -> list[jax.Array]:
+        out = evaluate(analysis, {}, leaves, leaves, args, dict(zip(products, taps, strict=True)), _recorded)
+        return [x for x in jax.tree.leaves(out) if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
+
+    out, vjp = jax.vjp(outputs, taps)
+    found = dict(zip(products, vjp([jnp.ones_like(x) for x in out])[0], strict=True))
+    means = {p: c.reshape(-1, *c.shape[-3:]).mean(0) for p, c in found.items()}
+    return {path: sum(means[p] for p in site) / len(site) for path, site in sites.items() if site}
+
+
+def _recorded(product: Product, x: jax.Array, y: jax.Array, tap: jax.Array) -> jax.Array:
+    """``y`` as it is; the tap's cotangent is the covariance of ``x``."""
+
+    @jax.custom_vjp
+    def record(y: jax.Array, x: jax.Array, tap: jax.Array) -> jax.Array:
+        return y
+
+    record.defvjp(
+        lambda y, x, tap: (y, x),
+        lambda x, delta: (delta, jnp.zeros_like(x), covariance(product, x).astype(tap.dtype)),
+    )
+    return record(y, x, tap)

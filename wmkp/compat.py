@@ -19,7 +19,8 @@ BILINEAR = frozenset({"dot_general", "conv_general_dilated"})
 
 # Linear in their first operand, which they only lay out anew: one element out is one element in.
 LAYOUT = frozenset(
-    "convert_element_type reshape transpose squeeze expand_dims broadcast_in_dim slice rev copy copy_p reduce_precision "
+    "convert_element_type reshape transpose squeeze expand_dims broadcast_in_dim slice rev copy copy_p "
+    "reduce_precision "
     "stop_gradient optimization_barrier sharding_constraint reshard mesh_cast layout_constraint pvary pcast "
     "name pbroadcast".split()
 )
@@ -68,7 +69,7 @@ def has_jaxpr(eqn: Any) -> bool:
 
 
 def binder(eqn: Any, parent: Any) -> Callable[..., list[Any]]:
-    """A function of the operands of one of ``parent``'s equations that evaluates it as it was, custom derivative and all."""
+    """A function of an equation's operands that evaluates it as it stands in ``parent``, custom derivative and all."""
     # The whole equation goes through jaxpr_as_fun: that keeps custom rules, named scopes and tracebacks, where
     # primitive.bind wants arguments that move between releases.
     inputs = list(dict.fromkeys(v for v in eqn.invars if isinstance(v, Var)))

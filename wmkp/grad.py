@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from wmkp import pathways
-from wmkp.projections import Analysis, Product, analyse, is_array, run
+from wmkp.alignment import activity_gradient
+from wmkp.projections import Analysis, Direct, Handler, Product, analyse, is_array, run
 from wmkp.rules import Rule, RuleOrRules, resolve
 
 
@@ -23,8 +24,8 @@ def init_feedback(key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], pa
       *args: its further arguments, or ShapeDtypeStructs in their place.
 
     Returns:
-      A pytree of params' structure, each B in its parameter's own shape, dtype and layout (Flax's (in, out) kernel is the
-      paper's W^T, and B in that layout is the paper's B). ``None`` where no error has to pass back: at biases and
+      A pytree of params' structure, each B in its parameter's own shape, dtype and layout (Flax's (in, out) kernel is
+      the paper's W^T, and B in that layout is the paper's B). ``None`` where no error has to pass back: at biases and
       normalisations, at a first layer, under ``backprop()``.
 
     Raises:
@@ -52,7 +53,8 @@ def feedback_leaves(params: Any, feedback: Any) -> list[Any]:
 
     Raises ValueError where the two do not match, naming the path, what was expected and what was found.
     """
-    flat, tree = jax.tree_util.tree_flatten_with_path(params)
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    tree: Any = jax.tree.structure(params)
     try:
         leaves = tree.flatten_up_to(feedback)
     except (ValueError, TypeError, KeyError) as error:
@@ -64,16 +66,17 @@ def feedback_leaves(params: Any, feedback: Any) -> list[Any]:
         if b is not None and is_array(b) and (b.shape != w.shape or b.dtype != w.dtype):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
-                f"feedback[{name!r}] is {b.dtype}{list(b.shape)} where its parameter is {w.dtype}{list(w.shape)}; make it "
+                f"feedback[{name!r}] is {b.dtype}{list(b.shape)} where its parameter is {w.dtype}{list(w.shape)}; "
+                f"make it "
                 "anew with init_feedback, or convert both alike."
             )
     return leaves
 
 
 def companions(analysis: Analysis, rules: dict[str, Rule], leaves: list[Any], feedback: list[Any]) -> list[Any]:
-    """For each parameter the array that the error goes back through: W itself under backprop, None where there is none."""
+    """For each parameter what the error goes back through: W itself under backprop, None where there is nothing."""
     sites = analysis.sites()
-    result = []
+    result: list[Any] = []
     for path, w, b in zip(analysis.paths, leaves, feedback, strict=True):
         rule = rules.get(path)
         if rule is None:
@@ -92,22 +95,44 @@ def companions(analysis: Analysis, rules: dict[str, Rule], leaves: list[Any], fe
     return result
 
 
-def evaluate(analysis: Analysis, leaves: list[Any], carriers: list[Any], args: Any, taps: dict[Product, Any]) -> Any:
-    """``fun``'s value, the error going back through ``carriers``; a tap's cotangent is the delta at its product's output."""
+def _delta_tap(product: Product, x: Any, y: Any, tap: Any) -> Any:
+    """``y``; the tap's cotangent is the delta there."""
+    return y + tap
 
-    def on_product(product: Product, x: Any, w: Any, b: Any, tap: Any) -> Any:
+
+def evaluate(
+    analysis: Analysis,
+    rules: dict[str, Rule],
+    leaves: list[Any],
+    carriers: list[Any],
+    args: Any,
+    taps: dict[Product, Any],
+    tapped: Callable[[Product, Any, Any, Any], Any] = _delta_tap,
+) -> Any:
+    """``fun``'s value, the error going back through ``carriers``; taps come in by ``tapped(product, x, y, tap)``."""
+    direct = any(isinstance(carrier, Direct) for carrier in carriers)
+    last = analysis.last() if direct else None
+
+    def on_product(handler: Handler, product: Product, x: Any, w: Any, b: Any, tap: Any) -> Any:
+        path = analysis.paths[min(product.params)]
+        local = rules[path].local if path in rules else None
         if b is w:
             y = product.multiply(x, w)
-        elif b is None:
-            path = analysis.paths[min(product.params)]
+        elif b is None or (isinstance(b, Direct) and not product.needs_feedback):
             y = pathways.without_feedback(product.multiply, x, w, path)
+        elif isinstance(b, Direct):
+            y, handler.channel = pathways.directly(product.multiply, x, w, b.array, handler.channel)
         else:
-            y = pathways.through_feedback(product.multiply, x, w, b)
-        return y if tap is None else y + tap
+            gradient = None if local is None else activity_gradient(local, product)
+            y = pathways.through_feedback(product.multiply, x, w, b, gradient)
+        if product is last:
+            y = pathways.emit_error(y, handler.channel)
+        return y if tap is None else tapped(product, x, y, tap)
 
     data = [leaf for leaf in jax.tree.leaves(args) if is_array(leaf)]
     inputs = [*zip(leaves, carriers, strict=True), *((x, x) for x in data)]
-    outs = run(analysis.plan, inputs, on_product, taps)
+    channel = None if last is None else jnp.zeros(last.output_aval.shape, last.output_aval.dtype)
+    outs = run(analysis.plan, inputs, Handler(on_product, taps, channel))
     return jax.tree.unflatten(analysis.out_tree, [value for value, _ in outs])
 
 
@@ -122,9 +147,9 @@ def engage(fun: Callable[..., Any], rule: RuleOrRules) -> Callable[..., Any]:
       rule: a rule, or a mapping from path patterns to rules.
 
     Returns:
-      ``engaged(params, feedback, *args)``, which computes what ``fun(params, *args)`` does and can be differentiated (in
-      reverse mode, with respect to params and feedback), jitted, vmapped and scanned. Without an outer ``jax.jit`` it
-      walks ``fun`` at every call.
+      ``engaged(params, feedback, *args)``, which computes what ``fun(params, *args)`` does and can be differentiated
+      (in reverse mode, with respect to params and feedback), jitted, vmapped and scanned. Without an outer ``jax.jit``
+      it walks ``fun`` at every call.
 
     Raises:
       ValueError, TypeError, WeightTransportError: when called; as ``init_feedback``, or feedback that does not match.
@@ -138,7 +163,7 @@ def engage(fun: Callable[..., Any], rule: RuleOrRules) -> Callable[..., Any]:
         rules = resolve(rule, analysis)
         leaves = jax.tree.leaves(params)
         carriers = companions(analysis, rules, leaves, feedback_leaves(params, feedback))
-        return evaluate(analysis, leaves, carriers, args, {})
+        return evaluate(analysis, rules, leaves, carriers, args, {})
 
     return engaged
 
@@ -171,30 +196,39 @@ def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = F
 
     Returns:
       ``(params, feedback, *args) -> value, (grads, feedback_signal)``; ``value`` is ``(loss, aux)`` with ``has_aux``.
-      ``grads`` are in params' structure, shapes and dtypes. ``feedback_signal`` is in feedback's: what a gradient is to W,
-      to be descended on; ``x delta^T`` (eq. 15) for a rule whose B learns in engaged mode, zeros for one whose B does not.
+      ``grads`` are in params' structure, shapes and dtypes. ``feedback_signal`` is in feedback's: what a gradient is to
+      W, to be descended on; ``x delta^T`` (eq. 15) for a rule whose B learns in engaged mode, zeros for one whose B
+      does not.
 
     Raises:
       ValueError, TypeError, WeightTransportError: when called; as ``engage``, or a loss that is not a scalar.
     """
+
     def value_and_gradients(params: Any, feedback: Any, *args: Any) -> Any:
         if isinstance(rule, Rule) and rule.backward is None:
             value, grads = jax.value_and_grad(check_loss(fun, has_aux), has_aux=has_aux)(params, *args)
             return value, (grads, jax.tree.map(jnp.zeros_like, feedback))
         analysis = analyse(fun, params, *args)
         rules = resolve(rule, analysis)
-        leaves, tree = jax.tree.flatten(params)
+        leaves, tree = jax.tree.leaves(params), jax.tree.structure(params)
         entries = feedback_leaves(params, feedback)
         # Where W does nothing but multiply activations, the cotangent of what stands in for it in the backward pass is
         # W's own gradient: it is not computed (nor stacked up by a scan) a second time.
         same = {
-            i for i, b in enumerate(entries) if b is not None and i not in analysis.shared and analysis.paths[i] in rules
+            i
+            for i, (path, b) in enumerate(zip(analysis.paths, entries, strict=True))
+            if b is not None
+            and path in rules
+            and (rules[path].transported or i not in analysis.shared)
+            and not (rules[path].local or rules[path].direct)
         }
 
         def loss(leaves: list[Any], entries: list[Any]) -> Any:
             carriers = companions(analysis, rules, leaves, entries)
-            carriers = [jax.lax.stop_gradient(c) if i in same else c for i, c in enumerate(carriers)]
-            return evaluate(analysis, leaves, carriers, args, {})
+            carriers = [
+                jax.lax.stop_gradient(c) if i in same and leaves[i] is not c else c for i, c in enumerate(carriers)
+            ]
+            return evaluate(analysis, rules, leaves, carriers, args, {})
 
         value, (grads, signal) = jax.value_and_grad(check_loss(loss, has_aux), argnums=(0, 1), has_aux=has_aux)(
             leaves, entries
@@ -203,6 +237,6 @@ def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = F
             backward = rules[analysis.paths[i]].backward
             if backward is not None:
                 (signal[i],) = jax.vjp(functools.partial(backward, leaves[i]), entries[i])[1](grads[i])
-        return value, (tree.unflatten(grads), tree.unflatten(signal))
+        return value, (jax.tree.unflatten(tree, grads), jax.tree.unflatten(tree, signal))
 
     return value_and_gradients

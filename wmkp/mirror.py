@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wmkp.projections import Analysis, Product, WeightTransportError, analyse, collect
+from wmkp.alignment import local_gradient
+from wmkp.grad import feedback_leaves
+from wmkp.projections import Analysis, Product, WeightTransportError, analyse, collect, is_array
 from wmkp.rules import Mirror, Rule, RuleOrRules, resolve
 
 Activation = Callable[[jax.Array], jax.Array] | None
 
 
 def mirror_gain(rule: Rule) -> float:
-    """sigma^2 E[phi'] of a rule's mirror (eq. 11): what its mean signal is times W^T, and the decay that settles at W^T.
+    """sigma^2 E[phi'] of a rule's mirror (eq. 11): its mean signal over W^T, and the decay that settles at W^T.
 
     E[phi'] is taken at weights of unit norm. For a linear response it is 1 and for ReLU 1/2 at any weights.
 
@@ -118,9 +120,9 @@ def _samples(angle: float, fan_in: int, mirror: Mirror) -> int:
 def draw_noise(key: jax.Array, mirror: Mirror, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
     """Noise of shape (K, N, fan_in): K projections, N samples of each.
 
-    Orthogonal noise has X^T X = N sigma^2 I for every block of fan_in samples: a Hartley matrix, orthogonal at any size and
-    made of one table of fan_in values, its columns' signs drawn anew and, for a last block that is not whole, its rows
-    drawn at random. Antithetic noise is pairs x, -x.
+    Orthogonal noise has X^T X = N sigma^2 I for every block of fan_in samples: a Hartley matrix, orthogonal at any size
+    and made of one table of fan_in values, its columns' signs drawn anew and, for a last block that is not whole, its
+    rows drawn at random. Antithetic noise is pairs x, -x.
     """
     blocks, samples, fan_in = shape
     if "antithetic" in mirror.noise:
@@ -164,8 +166,8 @@ def _hartley_noise(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> j
     return jnp.concatenate(parts, axis=1)
 
 
-def _estimate(key: jax.Array, mirror: Mirror, w: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """The mean of x y^T over samples, in the layout of ``w``: (K, fan_in, fan_out)."""
+def _estimate(key: jax.Array, mirror: Mirror, w: jax.Array, bias: jax.Array | None, b: jax.Array | None) -> jax.Array:
+    """The mean of x y^T over samples (or minus R's gradient at ``b``), in the layout of ``w``: (K, fan_in, fan_out)."""
     blocks, fan_in, _ = w.shape
     samples = mirror.num_samples or _samples(mirror.target_angle, fan_in, mirror)
     x = draw_noise(key, mirror, (blocks, samples, fan_in), w.dtype)
@@ -174,6 +176,10 @@ def _estimate(key: jax.Array, mirror: Mirror, w: jax.Array, bias: jax.Array | No
         y = y + bias[:, None, :]
     if mirror.activation is not None:
         y = mirror.activation(y)
+    if mirror.alignment is not None:
+        assert b is not None
+        multiply = lambda x, w: jnp.einsum("kni,kio->kno", x, w)
+        return -local_gradient(mirror.alignment, multiply, x, y, w, b, samples)
     return jnp.einsum("kni,kno->kio", x, y) / samples
 
 
@@ -184,14 +190,16 @@ def _bias_matrix(product: Product, bias: jax.Array, w: jax.Array) -> jax.Array:
     lead = bias.ndim - rank
     bias = jnp.moveaxis(bias, [lead + a for a in axes], range(lead, lead + len(axes)))
     bias = bias[(..., *[0] * (rank - len(axes)))]  # it varies along its outputs alone
-    groups, _, outputs, split = product.axes()
+    *_, split = product.axes()
     fan_out = product.fans()[1]
     bias = bias.reshape(*bias.shape[:lead], -1, split, fan_out // split)
     stack = w.shape[: w.ndim - product.weight_aval.ndim]
     return jnp.broadcast_to(bias, (*stack, *bias.shape[lead:])).reshape(-1, fan_out // split)
 
 
-def signals(key: jax.Array, rules: dict[str, Rule], analysis: Analysis, leaves: list[Any]) -> list[Any]:
+def signals(
+    key: jax.Array, rules: dict[str, Rule], analysis: Analysis, leaves: list[Any], feedback: list[Any]
+) -> list[Any]:
     """Mirror mode's signal for each parameter leaf, None for those that mirror nothing."""
     wanted: dict[Product, Mirror] = {}
     for path, products in analysis.sites().items():
@@ -215,19 +223,24 @@ def signals(key: jax.Array, rules: dict[str, Rule], analysis: Analysis, leaves: 
         return [found[p][0] for p in products], [found[p][1] for p in products]
 
     ws, pull_back, biases = jax.vjp(weights, leaves, has_aux=True)
+    losses = [wanted[p].alignment is not None for p in products]
+    if any(losses):  # these read B, laid out as its weight is
+        entries = [w if b is None or not is_array(b) else b for w, b in zip(leaves, feedback, strict=True)]
+        bs = weights(entries)[0]
     mirrored = []
     for i, (product, w, bias) in enumerate(zip(products, ws, biases, strict=True)):
         mirror = wanted[product]
         noise_key = jax.random.fold_in(key, i)
         matrices = product.to_matrices(w.astype(jnp.promote_types(w.dtype, jnp.float32)))
         kept = _bias_matrix(product, bias, w) if mirror.bias == "kept" and bias is not None else None
-        signal = _estimate(noise_key, mirror, matrices, kept)
+        b = product.to_matrices(bs[i].astype(matrices.dtype)) if losses[i] else None
+        signal = _estimate(noise_key, mirror, matrices, kept, b)
         mirrored.append(product.from_matrices(signal, w.shape).astype(w.dtype))
     (pulled,) = pull_back(mirrored)
     reached = {leaf for product in products for leaf in product.params}
-    if not all(p.plain and w.size == sum(leaves[i].size for i in p.params) for p, w in zip(products, ws, strict=True)) or (
-        len(reached) < sum(len(p.params) for p in products)
-    ):
+    if not all(
+        p.plain and w.size == sum(leaves[i].size for i in p.params) for p, w in zip(products, ws, strict=True)
+    ) or (len(reached) < sum(len(p.params) for p in products)):
         # A weight used twice, in part, or scaled: the mean over its uses, each undone to the parameter itself.
         (uses,) = pull_back(weights([jnp.ones_like(x) for x in leaves])[0])
         pulled = [jnp.where(u > 0, s / jnp.where(u > 0, u, 1), 0) for s, u in zip(pulled, uses, strict=True)]
@@ -235,12 +248,14 @@ def signals(key: jax.Array, rules: dict[str, Rule], analysis: Analysis, leaves: 
     return [s if i in reached and analysis.paths[i] in mirrors else None for i, s in enumerate(pulled)]
 
 
-def mirror_signals(key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], params: Any, *args: Any) -> Any:
+def mirror_signals(
+    key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], params: Any, *args: Any, feedback: Any = None
+) -> Any:
     """Mirror mode (eq. 6-8) at every projection by itself: what eq. 7 multiplies by eta_B, as the mean over samples.
 
-    Each projection gets noise x, answers y = phi(W x + b), and the signal is the mean of x y^T over samples, of which the
-    expectation is sigma^2 E[phi'] W^T (eq. 10-11). A conv's noise is patches (N, fan_in), which is unbiased and costs
-    4 N |W| operations whatever the image; no data enters, only shapes.
+    Each projection gets noise x, answers y = phi(W x + b), and the signal is the mean of x y^T over samples, of which
+    the expectation is sigma^2 E[phi'] W^T (eq. 10-11). A conv's noise is patches (N, fan_in), which is unbiased and
+    costs 4 N |W| operations whatever the image; no data enters, only shapes.
 
     Args:
       key: a JAX random key.
@@ -248,13 +263,15 @@ def mirror_signals(key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], p
       fun: the function that is trained, ``fun(params, *args)``.
       params: its parameters.
       *args: its further arguments, or ShapeDtypeStructs in their place (only shapes are read).
+      feedback: the feedback weights, for those rules whose signal depends on B (``alignment``): their signal is the
+        whole change of B over its rate, decay and all.
 
     Returns:
       A pytree of params' structure with the signal of each B, in W's shape, dtype and layout; ``None`` where
       ``init_feedback`` has None, and zeros for a B whose own rule has no mirror mode.
 
     Raises:
-      ValueError: no rule has a mirror mode.
+      ValueError: no rule has a mirror mode; or one whose signal depends on B was given no ``feedback``.
       WeightTransportError: a projection that noise alone cannot reach; the message names its path and why.
     """
     analysis = analyse(fun, params, *args)
@@ -263,7 +280,10 @@ def mirror_signals(key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], p
         raise ValueError("no rule here has a mirror mode; weight_mirror() has")
     leaves, tree = jax.tree.flatten(params)
     projections = analysis.projections()
-    result = signals(key, rules, analysis, leaves)
+    if feedback is None and any(r.mirror and r.mirror.alignment for r in rules.values()):
+        raise ValueError("the signal of this rule depends on B: give mirror_signals feedback=")
+    entries = [None] * len(leaves) if feedback is None else feedback_leaves(params, feedback)
+    result = signals(key, rules, analysis, leaves, entries)
     for i, path in enumerate(analysis.paths):
         if result[i] is None and path in projections and projections[path].feedback and rules[path].init is not None:
             result[i] = jnp.zeros_like(leaves[i])

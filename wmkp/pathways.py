@@ -10,33 +10,78 @@ from typing import Any
 
 import jax
 
-from wmkp.projections import WeightTransportError
+from wmkp.alignment import Multiply
+from wmkp.projections import WeightTransportError, direct_sizes
 
-Multiply = Callable[[jax.Array, jax.Array], jax.Array]
+LocalGradient = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def through_feedback(multiply: Multiply, x: jax.Array, w: jax.Array, b: jax.Array) -> jax.Array:
+def through_feedback(
+    multiply: Multiply, x: jax.Array, w: jax.Array, b: jax.Array, local: LocalGradient | None = None
+) -> jax.Array:
     """``multiply(x, w)``, with the error sent back through ``b``; W is not among what the backward pass keeps.
 
     The cotangent of ``b`` is that of ``w`` (eq. 15: y delta^T in the paper's layout, delta y^T in W's), which is the
-    Kolen-Pollack signal.
+    Kolen-Pollack signal; or, with ``local``, ``local(x, u, w, b)``: the gradient of a loss of this projection alone,
+    which no error enters.
     """
 
     @jax.custom_vjp
     def product(x: jax.Array, w: jax.Array, b: jax.Array) -> jax.Array:
         return multiply(x, w)
 
-    def forward(x: jax.Array, w: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        return multiply(x, w), (x, b)
+    def forward(x: jax.Array, w: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[Any, ...]]:
+        u = multiply(x, w)
+        return u, (x, b) if local is None else (x, b, local(x, u, w, b))
 
-    def backward(kept: tuple[jax.Array, jax.Array], delta: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        x, b = kept
+    def backward(kept: tuple[Any, ...], delta: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        x, b = kept[:2]
         (dx,) = jax.linear_transpose(lambda x: multiply(x, b), x)(delta)
         (dw,) = jax.linear_transpose(lambda w: multiply(x, w), b)(delta)
-        return dx, dw, dw
+        return dx, dw, dw if local is None else kept[2]
 
     product.defvjp(forward, backward)
     return product(x, w, b)
+
+
+def directly(
+    multiply: Multiply, x: jax.Array, w: jax.Array, b: jax.Array, channel: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """``multiply(x, w)``, and ``channel`` as it came, whose cotangent times ``b`` is the error at ``x`` (Nokland 2016).
+
+    ``b`` is (size of one input, size of one error); what travels back through the channel is the error at the network's
+    output. The cotangent of ``b`` is x e^T, summed over samples (direct Kolen-Pollack).
+    """
+    _, inputs, errors = direct_sizes(x.shape, channel.shape)
+    aval = jax.typeof(w)
+
+    @jax.custom_vjp
+    def product(x: jax.Array, w: jax.Array, b: jax.Array, channel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return multiply(x, w), channel
+
+    def forward(x: jax.Array, w: jax.Array, b: jax.Array, channel: jax.Array) -> tuple[Any, Any]:
+        return (multiply(x, w), channel), (x, b)
+
+    def backward(kept: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        (x, b), (delta, error) = kept, cotangents
+        e = error.reshape(-1, errors).astype(b.dtype)
+        dx = (e @ b.T).reshape(x.shape).astype(x.dtype)
+        (dw,) = jax.linear_transpose(lambda w: multiply(x, w), aval)(delta)
+        return dx, dw, x.reshape(-1, inputs).astype(b.dtype).T @ e, error
+
+    product.defvjp(forward, backward)
+    return product(x, w, b, channel)
+
+
+def emit_error(y: jax.Array, channel: jax.Array) -> jax.Array:
+    """``y`` as it is; the error that comes back to it also enters the channel."""
+
+    @jax.custom_vjp
+    def emit(y: jax.Array, channel: jax.Array) -> jax.Array:
+        return y
+
+    emit.defvjp(lambda y, channel: (y, None), lambda _, error: (error, error))
+    return emit(y, channel)
 
 
 def without_feedback(multiply: Multiply, x: jax.Array, w: jax.Array, path: str) -> jax.Array:

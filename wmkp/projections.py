@@ -1,11 +1,12 @@
-"""Finds the projections of a JAX function (where a parameter multiplies an activation), and runs it with others in their place.
+"""Finds the projections of a JAX function (a parameter times an activation), and runs it with others in their place.
 
-``analyse`` walks the function's jaxpr once and says of every value what it is: a constant, an activation (data has touched
-it) or a weight (made of parameters), and of every equation what is to be done with it. ``run`` then evaluates the
-function by that plan, carrying with each weight its feedback companion B through the same layout changes, and hands
+``analyse`` walks the function's jaxpr once and says of every value what it is: a constant, an activation (data has
+touched it) or a weight (made of parameters), and of every equation what is to be done with it. ``run`` then evaluates
+the function by that plan, carrying with each weight its feedback companion B through the same layout changes, and hands
 each product of a weight with an activation to its caller. ``collect`` evaluates the weights alone, without any data.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +17,6 @@ import numpy as np
 
 from wmkp import compat
 
-
 Bind = Callable[..., list[Any]]
 
 
@@ -24,12 +24,14 @@ class WeightTransportError(ValueError):
     """An error signal would have to travel back through a forward weight, because feedback weights cannot follow it."""
 
 
-class Projection(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Projection:
     """One population of neurons projecting to another: a parameter that multiplies an activation.
 
     Attributes:
       path: the parameter's path, as ``jax.tree_util.keystr(path, simple=True, separator="/")`` prints it.
-      kind: the primitive that multiplies, ``"dot_general"`` or ``"conv_general_dilated"`` (or, with an ``obstacle``, another).
+      kind: the primitive that multiplies, ``"dot_general"`` or ``"conv_general_dilated"`` (or, with an ``obstacle``,
+        another).
       fan_in: how many presynaptic values one postsynaptic value sums over (for a conv, those of one patch and group).
       fan_out: how many postsynaptic values there are (for a conv, its output channels).
       feedback: whether an error must pass back through it: ``False`` where its input needs no gradient (a first layer).
@@ -44,10 +46,30 @@ class Projection(NamedTuple):
     feedback: bool
     uses: int
     obstacle: str | None
+    analysis: "Analysis" = dataclasses.field(repr=False, compare=False)
+
+    def matrix_axes(self, shape: tuple[int, ...]) -> tuple[list[int], list[int], list[int]]:
+        """Which axes of the parameter, of this shape, number its groups (and scans' steps), its inputs and its outputs.
+
+        Raises:
+          ValueError: the parameter is not one matrix (or a stack of them) that is used whole, in one place.
+        """
+        return self.analysis.matrix_axes(self.path, shape)
+
+    def direct_shape(self) -> tuple[int, ...]:
+        """The shape of feedback from the network's output straight to this projection's input.
+
+        (steps of a scan over stacked weights..., size of one input, size of one error); the output is that of the last
+        projection to be evaluated, and inputs and errors are those of one sample (and position, where both have it).
+
+        Raises:
+          ValueError: the projections that share this parameter have inputs of different sizes.
+        """
+        return self.analysis.direct_shape(self.path)
 
 
 class Kind(NamedTuple):
-    """What a value is. ``params`` are the parameters (leaf numbers) it is made of *as a weight*; none for the rest."""
+    """What a value is. ``params``: the parameters (leaf numbers) it is made of *as a weight*; none for the rest."""
 
     params: frozenset[int] = frozenset()
     data: bool = False  # data has touched it
@@ -56,8 +78,10 @@ class Kind(NamedTuple):
     unmirrored: str | None = None  # a weight that B can follow, but that mirror mode cannot reach: why
     plain: bool = True  # each of its elements is one element of a parameter, unscaled
     varying: tuple[bool, ...] = ()  # of a weight: along which axes it varies (it is broadcast along the others)
-    gain: tuple[frozenset[int], tuple[bool, ...]] | None = None  # an activation just multiplied by a weight, elementwise
+    # Of an activation: which parameters it has just been multiplied by, elementwise, and along which axes these vary.
+    gain: tuple[frozenset[int], tuple[bool, ...]] | None = None
     product: Any = None  # an activation that is a product's output, untouched
+    stack: tuple[int, ...] = ()  # of a weight inside scans: the lengths of those along which it changes
 
     @property
     def weight(self) -> bool:
@@ -73,7 +97,7 @@ CONSTANT = Kind()
 
 
 class Product:
-    """One equation that multiplies a weight with an activation (or an obstacle to doing so without weight transport)."""
+    """One equation that multiplies a weight with an activation (or an obstacle to doing so without transport)."""
 
     def __init__(
         self,
@@ -95,6 +119,7 @@ class Product:
         self.obstacle = obstacle
         self.unmirrored = "data multiplies, adds to or selects from it" if kind.data else kind.unmirrored
         self.plain = kind.plain
+        self.stack = kind.stack
         self.needs_feedback = any(k.active for k in others)
         self.weight_aval = eqn.invars[weight].aval
         self.input_avals = [v.aval for i, v in enumerate(eqn.invars) if i != weight]
@@ -155,6 +180,33 @@ class Product:
         m = m.reshape(-1, split, *m.shape[1:]).swapaxes(1, 2)
         return m.reshape([shape[a] for a in order]).transpose(np.argsort(order))
 
+    def samples(self) -> int:
+        """How many samples the output holds of each postsynaptic value (batch and positions)."""
+        shape = self.output_aval.shape
+        return math.prod(size for axis, size in enumerate(shape) if axis not in self.output_axes())
+
+    def input_matrices(self, x: jax.Array) -> jax.Array:
+        """The product's input as (K, samples, fan_in), K its groups, each sample in the order of ``to_matrices``."""
+        groups, _, _, split = self.axes()
+        fan_in = self.fans()[0]
+        if self.primitive == "dot_general":
+            contract, batch = self.eqn_params["dimension_numbers"]
+            inputs, groups = list(contract[1 - self.weight]), list(batch[1 - self.weight])
+            samples = [a for a in range(x.ndim) if a not in inputs and a not in groups]
+            count = math.prod(x.shape[a] for a in groups)
+            return x.transpose([*groups, *samples, *inputs]).reshape(count, -1, fan_in)
+        p = self.eqn_params
+        numbers = p["dimension_numbers"]
+        if p["batch_group_count"] > 1 or self.weight == 0:
+            raise ValueError("the patches of a convolution by batch groups, or by its left operand, are not supported")
+        space = [self.weight_aval.shape[a] for a in numbers.rhs_spec[2:]]
+        patches = jax.lax.conv_general_dilated_patches(
+            x, space, p["window_strides"], p["padding"], p["lhs_dilation"], p["rhs_dilation"], dimension_numbers=numbers
+        )
+        patches = jnp.moveaxis(patches, numbers.out_spec[1], -1)  # features come before the patch's own positions
+        patches = patches.reshape(-1, split, fan_in // math.prod(space), math.prod(space))
+        return patches.transpose(1, 0, 3, 2).reshape(split, -1, fan_in)
+
 
 class Step(NamedTuple):
     """One equation, and what to do with it: "bind", "follow", "product", "inline", "remat", "scan" or "cond"."""
@@ -207,15 +259,72 @@ class Analysis(NamedTuple):
             first = max(products, key=lambda p: p.fans()[0])
             obstacle = next((p.obstacle for p in products if p.obstacle), None)
             feedback = any(p.needs_feedback for p in products)
-            result[path] = Projection(path, first.primitive, *first.fans(), feedback, len(products), obstacle)
+            result[path] = Projection(path, first.primitive, *first.fans(), feedback, len(products), obstacle, self)
         return result
+
+    def last(self) -> Product:
+        """The last product to be evaluated: the network's output."""
+        return [product for product in self.plan.products() if not product.obstacle][-1]
+
+    def direct_shape(self, path: str) -> tuple[int, ...]:
+        """See ``Projection.direct_shape``."""
+        products = [p for p in self.sites()[path] if p.needs_feedback]
+        error = self.last()
+        if error.lengths:
+            raise ValueError(
+                "direct feedback needs the last projection outside of any lax.scan, so that its output has one error"
+            )
+        shapes = {direct_sizes(p.input_avals[0].shape, error.output_aval.shape)[1:] for p in products}
+        stacks = {p.stack for p in products}
+        if len(shapes) != 1 or len(stacks) != 1:
+            raise ValueError(f"params[{path!r}] takes inputs of different sizes; direct feedback needs one size")
+        return (*stacks.pop(), *shapes.pop())
+
+    def matrix_axes(self, path: str, shape: tuple[int, ...]) -> tuple[list[int], list[int], list[int]]:
+        """See ``Projection.matrix_axes``."""
+        products, leaf = self.sites()[path], self.paths.index(path)
+        product = products[0]
+        roles: tuple[list[int], list[int], list[int]] = ([], [], [])
+        whole = len(products) == 1 and product.plain and not product.unmirrored and not product.obstacle
+        for axis, size in enumerate(shape):
+            # Laid out as the product sees it, an axis' index varies along the groups, the inputs or the outputs.
+            leaves: list[Any] = [None] * len(self.paths)
+            with jax.ensure_compile_time_eval():
+                leaves[leaf] = jax.lax.broadcasted_iota(jnp.float32, shape, axis)
+                index = np.asarray(collect(self.plan, leaves, [product])[product][0]) if whole else np.zeros(1)
+            if not whole or index.size != math.prod(shape):
+                raise ValueError(
+                    f"params[{path!r}] is not one matrix (or a stack of them) used whole in one place; this rule "
+                    f"needs one"
+                )
+            groups, inputs, _, _ = product.axes()
+            lead = index.ndim - product.weight_aval.ndim
+            along = {a for a in range(index.ndim) if size > 1 and np.ptp(index, axis=a).any()}
+            if along <= {lead + a for a in inputs}:
+                roles[1].append(axis)
+            else:
+                roles[0 if along <= {*range(lead), *(lead + a for a in groups)} else 2].append(axis)
+        return roles
+
+
+def direct_sizes(x: tuple[int, ...], error: tuple[int, ...]) -> tuple[int, int, int]:
+    """How many leading axes an input and the output's error share, and the sizes of one input and of one error.
+
+    They share the batch and, where both have them, the positions: all axes but their last, as far as they agree.
+    """
+    shared = 0
+    for a, b in zip(x[:-1], error[:-1], strict=False):
+        if a != b:
+            break
+        shared += 1
+    return shared, math.prod(x[shared:]), math.prod(error[shared:])
 
 
 # --- what each equation makes of its operands -------------------------------------------------------------------------
 
 
 def _union(kinds: Sequence[Kind]) -> Kind:
-    """What all operands have in common whatever the equation does: the parameters, data, and whether a gradient flows."""
+    """What operands come to together, whatever the equation does: parameters, data, whether a gradient flows."""
     return Kind(
         params=frozenset().union(*(k.params for k in kinds)),
         data=any(k.data for k in kinds),
@@ -223,6 +332,7 @@ def _union(kinds: Sequence[Kind]) -> Kind:
         obstacle=next((k.obstacle for k in kinds if k.obstacle), None),
         unmirrored=next((k.unmirrored for k in kinds if k.unmirrored), None),
         plain=all(k.plain for k in kinds if k.weight),
+        stack=max((k.stack for k in kinds if k.weight), key=len, default=()),
     )
 
 
@@ -317,7 +427,8 @@ def _weight_kind(eqn: Any, kinds: Sequence[Kind]) -> Kind:
     out = eqn.outvars[0].aval
     union = _union(kinds)
     follows = _follows(name, kinds)
-    if not jnp.issubdtype(out.dtype, jnp.floating):  # an index, a comparison: no gradient; a complex weight: not followed
+    # An index or a comparison has no gradient; a complex weight is not followed.
+    if not jnp.issubdtype(out.dtype, jnp.floating):
         if not jnp.issubdtype(out.dtype, jnp.complexfloating):
             return Kind(data=union.data)
         follows = False
@@ -424,7 +535,9 @@ class _Analyser:
             product = Product(eqn, bind, statics[0], kinds, name, lengths)
             return Step(eqn, "bind", bind, (), product), [_activation(kinds)] * count
         if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.complexfloating) and name == "mul" and _union(kinds).data:
-            product = Product(eqn, bind, [k.weight for k in kinds].index(True), kinds, "mul of complex numbers", lengths)
+            product = Product(
+                eqn, bind, [k.weight for k in kinds].index(True), kinds, "mul of complex numbers", lengths
+            )
             return Step(eqn, "bind", bind, (), product), [_activation(kinds)] * count
         if name in compat.AFFINE:
             self.note_bias(eqn, kinds, plan)
@@ -432,9 +545,7 @@ class _Analyser:
         action = "follow" if out.weight and not out.obstacle else "bind"
         return Step(eqn, action, bind), [out] * count
 
-    def bilinear(
-        self, eqn: Any, bind: Bind, kinds: list[Kind], lengths: tuple[int, ...]
-    ) -> tuple[Step, list[Kind]]:
+    def bilinear(self, eqn: Any, bind: Bind, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
         name = eqn.primitive.name
         union = _union(kinds)
         statics = [i for i, k in enumerate(kinds) if k.static]
@@ -463,7 +574,7 @@ class _Analyser:
         return step, [out._replace(product=product)]
 
     def note_uses(self, step: Step, kinds: list[Kind], outs: list[Kind]) -> None:
-        """A weight may be laid out anew, and multiply an activation: any other use gives it a gradient B does not have."""
+        """A weight may be laid out anew and multiply an activation; any other use adds a gradient that B has not."""
         for i, kind in enumerate(kinds):
             multiplies = step.action == "product" and step.product is not None and step.product.weight == i
             if kind.weight and not multiplies and not (step.action == "follow" and all(k.static for k in outs)):
@@ -475,14 +586,13 @@ class _Analyser:
             ((kinds[0], None), (kinds[1], eqn.invars[1])),
             ((kinds[1], None), (kinds[0], eqn.invars[0])),
         ):
-            if y.product is not None and b.static and eqn.primitive.name != "sub" and not b.obstacle:
-                if all(not v or a in y.product.output_axes() for a, v in enumerate(b.varying)):
-                    y.product.bias = (plan, var)
+            if y.product is None or not b.static or b.obstacle or eqn.primitive.name == "sub":
+                continue
+            if all(not v or a in y.product.output_axes() for a, v in enumerate(b.varying)):
+                y.product.bias = (plan, var)
 
-    def opaque(
-        self, eqn: Any, bind: Bind, kinds: list[Kind], lengths: tuple[int, ...]
-    ) -> tuple[Step, list[Kind]]:
-        """A call that cannot be opened: a custom derivative (its own backward pass would be lost), a while, a kernel."""
+    def opaque(self, eqn: Any, bind: Bind, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
+        """A call that cannot be opened: a custom derivative (its backward pass would be lost), a while, a kernel."""
         name, count = eqn.primitive.name, len(eqn.outvars)
         step = Step(eqn, "bind", bind)
         weights = [i for i, k in enumerate(kinds) if k.weight]
@@ -521,8 +631,10 @@ class _Analyser:
         avals = [v.aval for v in jaxpr.invars]
         inner = list(kinds)
         for i, kind in enumerate(kinds):
-            varying = kind.varying[1:] if i >= consts + carries else kind.varying
-            inner[i] = kind._replace(varying=varying, gain=None, product=None)
+            sliced = i >= consts + carries
+            varying = kind.varying[1:] if sliced else kind.varying
+            stack = (*kind.stack, eqn.params["length"]) if sliced and kind.weight else kind.stack
+            inner[i] = kind._replace(varying=varying, gain=None, product=None, stack=stack)
         lengths = (*lengths, eqn.params["length"])
         while True:
             plan = self.plan(eqn.params["jaxpr"], inner, lengths)
@@ -540,7 +652,8 @@ class _Analyser:
                 break
         outs = list(inner[consts : consts + carries])
         for kind in plan.outputs[carries:]:
-            outs.append(kind._replace(varying=(kind.weight and True, *kind.varying), gain=None, product=None))
+            varying = (kind.weight, *kind.varying)
+            outs.append(kind._replace(varying=varying, gain=None, product=None, stack=kind.stack[: len(lengths) - 1]))
         return Step(eqn, "scan", None, (plan,)), outs
 
 
@@ -613,14 +726,39 @@ def projections(fun: Callable[..., Any], params: Any, *args: Any) -> dict[str, P
 # A value beside its companion: for a weight the feedback array that has followed it (None where there is none, the
 # value itself under backprop), for all else the value.
 Pair = tuple[Any, Any]
-OnProduct = Callable[[Product, Any, Any, Any, Any], Any]
 
 
-def run(plan: Plan, inputs: Sequence[Pair], on_product: OnProduct, taps: dict[Product, Any]) -> list[Pair]:
-    """Evaluates a plan; ``on_product(product, x, w, b, tap)`` stands in for each product of a weight with an activation.
+class Handler:
+    """What stands in for the products while a plan runs, and what they share.
 
-    ``taps`` hold an array for some products, with a leading axis for each scan around it; the others get ``None``.
+    Attributes:
+      on_product: ``(product, x, w, b, tap) -> y``, called for each product of a weight with an activation.
+      taps: an array for some products, with a leading axis for each scan around it; the others get ``None``.
+      channel: an array that goes from each product to the next, through every loop and branch (or None): its cotangent
+        travels from the last product straight to all before it.
     """
+
+    def __init__(self, on_product: Callable[["Handler", Product, Any, Any, Any, Any], Any], taps: dict, channel: Any):
+        self.on_product = on_product
+        self.taps = taps
+        self.channel = channel
+
+
+class Direct:
+    """Feedback weights of a shape of their own, which carry the output's error straight to a projection's input.
+
+    They stay as they are while their weight is laid out anew; a scan takes a slice of both.
+    """
+
+    def __init__(self, array: Any):
+        self.array = array
+
+
+jax.tree_util.register_pytree_node(Direct, lambda d: ((d.array,), None), lambda _, children: Direct(*children))
+
+
+def run(plan: Plan, inputs: Sequence[Pair], handler: Handler) -> list[Pair]:
+    """Evaluates a plan, the handler in place of each product of a weight with an activation."""
     env: dict[Any, Pair] = {v: (c, c) for v, c in zip(plan.jaxpr.constvars, plan.consts, strict=True)}
     env.update(zip(plan.jaxpr.invars, inputs, strict=True))
 
@@ -629,32 +767,37 @@ def run(plan: Plan, inputs: Sequence[Pair], on_product: OnProduct, taps: dict[Pr
 
     for step in plan.steps:
         operands = [read(v) for v in step.eqn.invars]
-        env.update(zip(step.eqn.outvars, _evaluate(step, operands, on_product, taps), strict=True))
+        env.update(zip(step.eqn.outvars, _evaluate(step, operands, handler), strict=True))
     return [read(v) for v in plan.jaxpr.outvars]
 
 
-def _evaluate(step: Step, operands: list[Pair], on_product: OnProduct, taps: dict[Product, Any]) -> list[Pair]:
+def _evaluate(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
     values = [value for value, _ in operands]
     if step.action == "product":
         product = step.product
         assert product is not None
         w, b = operands[product.weight]
-        y = on_product(product, values[1 - product.weight], w, b, taps.get(product))
+        y = handler.on_product(handler, product, values[1 - product.weight], w, b, handler.taps.get(product))
         return [(y, y)]
     if step.action == "inline":
-        return run(step.plans[0], operands, on_product, taps)
+        return run(step.plans[0], operands, handler)
     if step.action == "remat":
-        return _remat(step, operands, on_product, taps)
+        return _remat(step, operands, handler)
     if step.action == "scan":
-        return _scan(step, operands, on_product, taps)
+        return _scan(step, operands, handler)
     if step.action == "cond":
-        return _cond(step, operands, on_product, taps)
+        return _cond(step, operands, handler)
     assert step.bind is not None
     outs = step.bind(*values)
     if step.action == "bind" or all(b is a for a, b in operands):
         return [(y, y) for y in outs]
     if any(b is None for _, b in operands):
         return [(y, None) for y in outs]
+    direct = [b for _, b in operands if isinstance(b, Direct)]
+    if direct:
+        if any(b is not direct[0] for b in direct):
+            raise ValueError("parameters joined to one weight cannot each have direct feedback; give them another rule")
+        return [(y, direct[0]) for y in outs]
     return list(zip(outs, step.bind(*(_companion(pair) for pair in operands)), strict=True))
 
 
@@ -683,22 +826,20 @@ class _Packed:
         return pairs
 
 
-def _remat(step: Step, operands: list[Pair], on_product: OnProduct, taps: dict[Product, Any]) -> list[Pair]:
+def _remat(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
     packed, outs = _Packed(operands), _Packed([])
+    mine = [p for p in step.plans[0].products() if p in handler.taps]
 
-    def body(arrays: list[Any], taps: dict[Product, Any]) -> list[Any]:
+    def body(arrays: list[Any], taps: list[Any], channel: Any) -> tuple[list[Any], Any]:
         nonlocal outs
-        pairs = run(step.plans[0], packed.unflatten(arrays), on_product, taps)
+        inner = Handler(handler.on_product, dict(zip(mine, taps, strict=True)), channel)
+        pairs = run(step.plans[0], packed.unflatten(arrays), inner)
         outs = _Packed(pairs)
-        return _Packed.flatten(pairs)
+        return _Packed.flatten(pairs), inner.channel
 
-    mine = [p for p in step.plans[0].products() if p in taps]
-    remat = jax.checkpoint(
-        lambda arrays, values: body(arrays, dict(zip(mine, values, strict=True))),
-        prevent_cse=step.eqn.params["prevent_cse"],
-        policy=step.eqn.params["policy"],
-    )
-    flat = remat(_Packed.flatten(operands), [taps[p] for p in mine])
+    options = {k: step.eqn.params[k] for k in ("prevent_cse", "policy")}
+    remat = jax.checkpoint(body, **options)
+    flat, handler.channel = remat(_Packed.flatten(operands), [handler.taps[p] for p in mine], handler.channel)
     return outs.unflatten(flat)
 
 
@@ -707,22 +848,23 @@ def _as_kind(pair: Pair, kind: Kind) -> Pair:
     return pair if kind.weight and not kind.obstacle else (pair[0], pair[0])
 
 
-def _cond(step: Step, operands: list[Pair], on_product: OnProduct, taps: dict[Product, Any]) -> list[Pair]:
+def _cond(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
     (index, _), rest = operands[0], operands[1:]
-    kinds = [_join_all(outs, v.aval) for outs, v in zip(zip(*(p.outputs for p in step.plans)), step.eqn.outvars)]
+    kinds = [_join_all([plan.outputs[i] for plan in step.plans], v.aval) for i, v in enumerate(step.eqn.outvars)]
     followed = [i for i, k in enumerate(kinds) if k.weight and not k.obstacle]
     lost: set[int] = set()
 
-    def branch(plan: Plan) -> Callable[[], tuple[list[Any], list[Any]]]:
-        def evaluate() -> tuple[list[Any], list[Any]]:
-            pairs = run(plan, rest, on_product, taps)
+    def branch(plan: Plan) -> Callable[[], tuple[list[Any], list[Any], Any]]:
+        def evaluate() -> tuple[list[Any], list[Any], Any]:
+            inner = Handler(handler.on_product, handler.taps, handler.channel)
+            pairs = run(plan, rest, inner)
             lost.update(i for i in followed if pairs[i][1] is None)
             companions = [pairs[i][0] if i in lost else _companion(pairs[i]) for i in followed]
-            return [a for a, _ in pairs], companions
+            return [a for a, _ in pairs], companions, inner.channel
 
         return evaluate
 
-    values, companions = jax.lax.switch(index, [branch(plan) for plan in step.plans])
+    values, companions, handler.channel = jax.lax.switch(index, [branch(plan) for plan in step.plans])
     outs = [(a, a) for a in values]
     for i, b in zip(followed, companions, strict=True):
         outs[i] = (values[i], None if i in lost else b)
@@ -736,7 +878,7 @@ def _join_all(kinds: Sequence[Kind], aval: Any) -> Kind:
     return out
 
 
-def _scan(step: Step, operands: list[Pair], on_product: OnProduct, taps: dict[Product, Any]) -> list[Pair]:
+def _scan(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
     (plan,), params = step.plans, step.eqn.params
     consts, carries = compat.scan_sizes(params)
     kinds = [plan.kinds[v] for v in plan.jaxpr.invars]
@@ -746,14 +888,17 @@ def _scan(step: Step, operands: list[Pair], on_product: OnProduct, taps: dict[Pr
     for i, kind in enumerate(kinds[consts : consts + carries]):
         if kind.weight and not kind.obstacle and init[i][1] is init[i][0] and _differs(plan, i):
             init[i] = (init[i][0], jax.lax.stop_gradient(init[i][0]))
-    mine = [p for p in plan.products() if p in taps]
+    mine = [p for p in plan.products() if p in handler.taps]
+    taps = [handler.taps[p] for p in mine]
     lost: set[int] = set()
+    carry_pack = xs_pack = ys_pack = _Packed([])
 
-    def body(carry: list[Any], slices: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
+    def body(
+        carry: tuple[list[Any], Any], slices: tuple[list[Any], list[Any]]
+    ) -> tuple[tuple[list[Any], Any], list[Any]]:
         nonlocal ys_pack
-        arrays, tap_slices = slices
-        inputs = [*fixed, *carry_pack.unflatten(carry), *xs_pack.unflatten(arrays)]
-        pairs = run(plan, inputs, on_product, {**taps, **dict(zip(mine, tap_slices, strict=True))})
+        inner = Handler(handler.on_product, dict(zip(mine, slices[1], strict=True)), carry[1])
+        pairs = run(plan, [*fixed, *carry_pack.unflatten(carry[0]), *xs_pack.unflatten(slices[0])], inner)
         out = []
         for i, (pair, mode) in enumerate(zip(pairs[:carries], carry_pack.modes, strict=True)):
             out.append(pair[0])
@@ -762,11 +907,11 @@ def _scan(step: Step, operands: list[Pair], on_product: OnProduct, taps: dict[Pr
                     lost.add(i)
                 out.append(pair[0] if pair[1] is None else _companion(pair))
         ys_pack = _Packed(pairs[carries:])
-        return out, _Packed.flatten(pairs[carries:])
+        return (out, inner.channel), _Packed.flatten(pairs[carries:])
 
     while True:
         carry_pack, xs_pack, ys_pack = _Packed(init), _Packed(xs), _Packed([])
-        inputs = _Packed.flatten(init), (_Packed.flatten(xs), [taps[p] for p in mine])
+        inputs = (_Packed.flatten(init), handler.channel), (_Packed.flatten(xs), taps)
         if "own" not in carry_pack.modes:
             break
         # A companion that the body loses was never one: find out before the loop is built.
@@ -776,7 +921,7 @@ def _scan(step: Step, operands: list[Pair], on_product: OnProduct, taps: dict[Pr
         init = [(a, None) if i in lost else (a, b) for i, (a, b) in enumerate(init)]
         lost.clear()
     options = {k: params[k] for k in ("length", "reverse", "unroll")}
-    final, ys = jax.lax.scan(body, *inputs, **options)
+    (final, handler.channel), ys = jax.lax.scan(body, *inputs, **options)
     return [*carry_pack.unflatten(final), *ys_pack.unflatten(ys)]
 
 
@@ -789,20 +934,20 @@ def _differs(plan: Plan, carry: int) -> bool:
 
 
 class _Stacked(NamedTuple):
-    """A weight, or a constant, with a leading axis for each scan it changes along (``levels``: how deep each is nested)."""
+    """A weight, or a constant, with an axis for each scan it changes along (``levels``: how deep each is nested)."""
 
     value: Any
     levels: tuple[int, ...] = ()
 
 
-def collect(plan: Plan, leaves: Sequence[jax.Array], wanted: Sequence[Product]) -> dict[Product, tuple[Any, Any]]:
+def collect(plan: Plan, leaves: Sequence[Any], wanted: Sequence[Product]) -> dict[Product, tuple[Any, Any]]:
     """For each wanted product its weight as the product sees it, and its bias as its output sees it (or None).
 
-    Only layout changes are evaluated: no data is needed. A product inside scans has its weight (and bias) with a leading
-    axis for each scan along which the weight (or bias) changes.
+    Only layout changes are evaluated: no data is needed. A product inside scans has its weight (and bias) with a
+    leading axis for each scan along which the weight (or bias) changes.
     """
     found: dict[Product, tuple[Any, Any]] = {}
-    inputs = [_Stacked(x) for x in leaves] + [None] * (len(plan.jaxpr.invars) - len(leaves))
+    inputs = [None if x is None else _Stacked(x) for x in leaves] + [None] * (len(plan.jaxpr.invars) - len(leaves))
     _collect(plan, inputs, frozenset(wanted), found, 1)
     return found
 
@@ -832,9 +977,10 @@ def _collect(
             outs = _collect_scan(step, operands, wanted, found, level)
         elif step.eqn.primitive.name == "convert_element_type" and plan.kinds[step.eqn.outvars[0]].weight:
             outs = operands  # B is mirrored at its own precision, whatever the compute dtype
-        elif step.bind is not None and all(x is not None for x in operands):
-            if all(_mirrored(plan.kinds[v]) for v in step.eqn.outvars):
-                outs = _bind_stacked(step.bind, [x for x in operands if x is not None])
+        elif step.bind is not None and all(_mirrored(plan.kinds[v]) for v in step.eqn.outvars):
+            present = [x for x in operands if x is not None]
+            if len(present) == len(operands):
+                outs = _bind_stacked(step.bind, present)
         env.update(zip(step.eqn.outvars, outs, strict=True))
     for product, (weight, _) in list(found.items()):
         if product.bias is not None and product.bias[0] is plan:
@@ -850,7 +996,9 @@ def _mirrored(kind: Kind) -> bool:
 def _bind_stacked(bind: Bind, operands: Sequence[_Stacked]) -> list[_Stacked | None]:
     levels = tuple(sorted({level for x in operands for level in x.levels}))
     # Casts to a compute dtype are left out (see _collect), so a constant may have to follow its weight's dtype.
-    dtype = jnp.result_type(*(x.value for x in operands if jnp.issubdtype(jnp.result_type(x.value), jnp.floating)), -1.0)
+    dtype = jnp.result_type(
+        *(x.value for x in operands if jnp.issubdtype(jnp.result_type(x.value), jnp.floating)), -1.0
+    )
     operands = [
         _Stacked(jnp.asarray(x.value, dtype), x.levels) if jnp.issubdtype(jnp.result_type(x.value), jnp.floating) else x
         for x in operands
@@ -886,7 +1034,8 @@ def _collect_scan(
         else:
             axis = len(y.levels)
             stacked = jnp.broadcast_to(
-                jnp.expand_dims(y.value, axis), (*y.value.shape[:axis], step.eqn.params["length"], *y.value.shape[axis:])
+                jnp.expand_dims(y.value, axis),
+                (*y.value.shape[:axis], step.eqn.params["length"], *y.value.shape[axis:]),
             )
             outs[i] = _Stacked(stacked, y.levels)
     return outs

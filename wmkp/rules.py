@@ -8,20 +8,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from wmkp.projections import Analysis, Projection, WeightTransportError
+from wmkp.alignment import Alignment
+from wmkp.projections import Analysis, Direct, Projection, WeightTransportError
 
 
 class Mirror(NamedTuple):
     """How a rule's B is mirrored (eq. 6-8): the noise, the response to it, and how fast B follows.
 
     Attributes:
-      noise: "gaussian", "uniform" or "rademacher".
+      noise: one of ``NOISES``.
       noise_std: sigma, the standard deviation of each presynaptic value.
       num_samples: how many samples a mirror step draws for a projection, or None: what ``target_angle`` asks for.
       target_angle: degrees; the angle between B and W^T that the leaky average settles at, if W stands still.
       rate: a, the share of B that one mirror step replaces (of B's difference from the estimate of W^T).
       activation: phi, or None for a linear response.
       bias: "blocked" (none reaches the mirror) or "kept" (the layer's own).
+      alignment: local losses to go down instead of the leaky average of x y^T, or None.
       each_step: whether ``mirror_step`` learns, or only the mirror period before training.
     """
 
@@ -32,6 +34,7 @@ class Mirror(NamedTuple):
     rate: float = 0.1
     activation: Callable[[jax.Array], jax.Array] | None = None
     bias: str = "blocked"
+    alignment: Alignment | None = None
     each_step: bool = True
 
 
@@ -40,17 +43,25 @@ class Rule(NamedTuple):
 
     Attributes:
       name: as the tables print it.
-      init: ``(key, projection, W) -> B``, in W's shape and dtype.
+      init: ``(key, projection, W) -> B``, in W's shape and dtype (or a pytree of its own, see ``backward``).
       backward: ``(W, B) -> array`` in W's layout: what the error goes back through; None for W itself (backprop).
-      learns: whether B learns in engaged mode, from the signal y delta^T.
+      learns: whether B learns in engaged mode from the signal y delta^T, by W's own optimizer.
       mirror: how B learns in mirror mode; None where it does not.
+      local: the local loss by which B learns in engaged mode from the projection's own activity, or None.
+      transported: whether B's signal is W's whole gradient, carried over, instead of the circuit's own.
+      redrawn: whether B is drawn anew at each engaged step.
+      direct: whether B carries the error at the network's output straight to this projection's input.
     """
 
     name: str
-    init: Callable[[jax.Array, Projection, jax.Array], jax.Array] | None
-    backward: Callable[[jax.Array, jax.Array], jax.Array] | None
+    init: Callable[[jax.Array, Projection, jax.Array], Any] | None
+    backward: Callable[[jax.Array, Any], Any] | None
     learns: bool = False
     mirror: Mirror | None = None
+    local: Alignment | None = None
+    transported: bool = False
+    redrawn: bool = False
+    direct: bool = False
 
 
 RuleOrRules = Rule | Mapping[str, Rule]
@@ -65,7 +76,9 @@ def _random_feedback(scale: float) -> Callable[[jax.Array, Projection, jax.Array
 
 def _check_scale(scale: float) -> None:
     if not (isinstance(scale, int | float) and math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale must be a positive number, the standard deviation of B times sqrt(fan_in); got {scale!r}")
+        raise ValueError(
+            f"scale must be a positive number, the standard deviation of B times sqrt(fan_in); got {scale!r}"
+        )
 
 
 def backprop() -> Rule:
@@ -91,40 +104,76 @@ def feedback_alignment(scale: float = 1.0) -> Rule:
     return Rule("feedback_alignment", _random_feedback(scale), lambda w, b: jax.lax.stop_gradient(b))
 
 
-def sign_symmetry(scale: float = 1.0) -> Rule:
-    """Uniform sign-concordant feedback (uSF; Liao et al. 2016, Xiao et al. 2018): the error goes back through c sign(W)^T.
+def sign_symmetry(magnitude: str = "uniform", scale: float = 1.0) -> Rule:
+    """Sign-concordant feedback (Liao et al. 2016, Moskovitz et al. 2018, Xiao et al. 2018): through abs(B) * sign(W)^T.
 
-    The signs of W are transported at every step, its magnitudes are not. ``B`` holds the magnitude c, with the signs W had
-    at the start; the backward pass uses ``abs(B) * sign(W)``.
+    The signs of W are transported at every step, its magnitudes are not. B holds the magnitudes, with the signs that W
+    had when B was made; the backward pass takes W's signs of the moment. B does not learn.
 
     Args:
-      scale: c is ``scale / sqrt(fan_in)``, with the default the standard deviation of W's initial distribution under LeCun
-        initialisation (use sqrt(2) for He's).
+      magnitude: "uniform" (uSF): one constant c for all; "fixed" (frSF): Gaussian, drawn once; "batch" (brSF):
+        Gaussian, drawn anew for each batch (by ``engaged_step``; with ``value_and_grad`` alone, call ``init_feedback``
+        for each).
+      scale: c, or the Gaussian's standard deviation, is ``scale / sqrt(fan_in)``: with the default that of W's initial
+        distribution under LeCun initialisation (sqrt(2) for He's).
 
     Raises:
-      ValueError: ``scale`` is not a positive number.
+      ValueError: an argument is out of its range.
     """
     _check_scale(scale)
+    names = {"uniform": "sign_symmetry", "fixed": "sign_symmetry_fixed", "batch": "sign_symmetry_batch"}
+    if magnitude not in names:
+        raise ValueError(f'magnitude must be "uniform", "fixed" or "batch"; got {magnitude!r}')
 
     def init(key: jax.Array, projection: Projection, w: jax.Array) -> jax.Array:
-        return jnp.where(w < 0, -1, 1).astype(w.dtype) * (scale / math.sqrt(projection.fan_in))
+        size = jnp.ones(w.shape) if magnitude == "uniform" else jnp.abs(jax.random.normal(key, w.shape))
+        return (jnp.where(w < 0, -1, 1) * size * (scale / math.sqrt(projection.fan_in))).astype(w.dtype)
 
     def backward(w: jax.Array, b: jax.Array) -> jax.Array:
         return jax.lax.stop_gradient(jnp.abs(b) * jnp.sign(w))
 
-    return Rule("sign_symmetry", init, backward)
+    return Rule(names[magnitude], init, backward, redrawn=magnitude == "batch")
 
 
-def kolen_pollack(scale: float = 1.0) -> Rule:
+def _exact_start(start: str) -> Mirror | None:
+    """The mirror of a start: exact in one step, for the B that will only have to stay there."""
+    if start not in ("random", "mirror"):
+        raise ValueError(f'start must be "random" or "mirror"; got {start!r}')
+    return Mirror("orthogonal", target_angle=1e-3, rate=1.0, each_step=False) if start == "mirror" else None
+
+
+def kolen_pollack(scale: float = 1.0, *, start: str = "random") -> Rule:
     """Kolen-Pollack as a local circuit (Akrout et al. 2019, eq. 15-18): B learns beside W from the same two activities.
 
-    ``dB = -eta y_l delta_{l+1}^T - lambda B`` where ``dW = -eta delta_{l+1} y_l^T - lambda W``. Both changes are the same
-    matrix, so that with weight decay W - B^T shrinks by (1 - eta lambda) a step (eq. 14). Nothing is transported; each
-    synapse sees its own two sides only, and there is no second mode. Train B by ``wmkp.updates.kolen_pollack`` with the
-    optimizer that trains W.
+    ``dB = -eta y_l delta_{l+1}^T - lambda B`` where ``dW = -eta delta_{l+1} y_l^T - lambda W``. Both changes are the
+    same matrix, so that with weight decay W - B^T shrinks by (1 - eta lambda) a step (eq. 14). Nothing is transported;
+    each synapse sees its own two sides only, and there is no second mode. Train B by ``wmkp.updates.kolen_pollack``
+    with the optimizer that trains W.
+
+    What it does slowly is forget the initial difference; it adds none. With ``start="mirror"`` the mirror period before
+    training (``steps.init(..., mirror_steps=1)``) removes that difference at once: one mirror step of fan_in orthogonal
+    samples is exact, and from there B follows W^T, and learning backprop, to rounding, in one mode and without decay.
 
     The signal is that of the projection alone: a parameter that is also used otherwise (an embedding that is looked up
     and tied to the output) has a gradient that B does not share, and B then follows it only in part.
+
+    Args:
+      scale: B starts Gaussian with standard deviation ``scale / sqrt(fan_in)``.
+      start: "random", or "mirror".
+
+    Raises:
+      ValueError: an argument is out of its range.
+    """
+    _check_scale(scale)
+    return Rule("kolen_pollack", _random_feedback(scale), lambda w, b: b, learns=True, mirror=_exact_start(start))
+
+
+def kolen_pollack_transported(scale: float = 1.0) -> Rule:
+    """Kolen-Pollack as first published (Kolen and Pollack 1994, eq. 12-14): W's changes are carried over to B.
+
+    ``dW = A - lambda W`` and ``dB = A^T - lambda B``, A being W's own. Weights are not transported, their changes are:
+    for comparison with the circuit of ``kolen_pollack``, from which it differs only where a parameter has other uses
+    than its product with an activation.
 
     Args:
       scale: B starts Gaussian with standard deviation ``scale / sqrt(fan_in)``.
@@ -132,8 +181,240 @@ def kolen_pollack(scale: float = 1.0) -> Rule:
     Raises:
       ValueError: ``scale`` is not a positive number.
     """
+    rule = kolen_pollack(scale)
+    return rule._replace(name="kolen_pollack_transported", transported=True)
+
+
+@jax.tree_util.register_pytree_node_class
+class ProductFeedback:
+    """Feedback through two populations, R B: ``b`` to an intermediate one, ``r`` from there.
+
+    ``r`` is (groups, fan_in, intermediate), ``b`` is (groups, intermediate, fan_out); ``effective()`` is their product
+    in the weight's own layout.
+    """
+
+    def __init__(self, r: Any, b: Any, shape: tuple[int, ...], order: tuple[int, ...]):
+        self.r, self.b, self.shape, self.order = r, b, shape, order
+
+    def effective(self) -> jax.Array:
+        """R B in the weight's shape and layout."""
+        product = (self.r @ self.b).reshape([self.shape[a] for a in self.order])
+        return product.transpose(sorted(range(len(self.order)), key=self.order.__getitem__))
+
+    def tree_flatten(self) -> tuple[tuple[Any, Any], Any]:
+        """For JAX."""
+        return (self.r, self.b), (self.shape, self.order)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, children: Any) -> "ProductFeedback":
+        """For JAX."""
+        return cls(*children, *static)
+
+
+def product_feedback_alignment(expansion: float = 4.0, scale: float = 1.0) -> Rule:
+    """Product feedback alignment (PFA; Li et al. 2024): the error goes back through two populations, R B; B learns.
+
+    ``dL/dx := R B delta``. B goes to an intermediate population, larger than x's, and learns as Kolen-Pollack's does,
+    from what its own two sides hold: ``dB = -eta (R^T x) delta^T - lambda B``. R is fixed and random with R R^T near
+    the identity, and R B aligns with W^T, though no array becomes the transpose of another. Nothing is transported.
+
+    B's decay and learning rate are W's (``wmkp.updates.kolen_pollack``); R takes no part in it.
+
+    Args:
+      expansion: size of the intermediate population over fan_in. R R^T differs from the identity by about
+        ``1 / sqrt(expansion)`` an entry times ``1 / sqrt(fan_in)``: R B aligns the better the larger it is.
+      scale: R B starts with entries of standard deviation ``scale / sqrt(fan_in)``.
+
+    Raises:
+      ValueError: an argument is out of its range; or, from ``init_feedback``, a parameter that is not one matrix.
+    """
     _check_scale(scale)
-    return Rule("kolen_pollack", _random_feedback(scale), lambda w, b: b, learns=True)
+    if not expansion > 0:
+        raise ValueError(f"expansion must be positive; got {expansion!r}")
+
+    def init(key: jax.Array, projection: Projection, w: jax.Array) -> ProductFeedback:
+        axes = projection.matrix_axes(w.shape)
+        groups, fan_in, fan_out = (math.prod(w.shape[a] for a in role) for role in axes)
+        hidden = max(1, round(expansion * fan_in))
+        r_key, b_key = jax.random.split(key)
+        r = jax.random.normal(r_key, (groups, fan_in, hidden)) / math.sqrt(hidden)
+        b = jax.random.normal(b_key, (groups, hidden, fan_out)) * (scale / math.sqrt(fan_in))
+        return ProductFeedback(r.astype(w.dtype), b.astype(w.dtype), w.shape, (*axes[0], *axes[1], *axes[2]))
+
+    def backward(w: jax.Array, b: ProductFeedback) -> jax.Array:
+        return ProductFeedback(jax.lax.stop_gradient(b.r), b.b, b.shape, b.order).effective()
+
+    return Rule("product_feedback_alignment", init, backward, learns=True)
+
+
+def _direct_feedback(scale: float) -> Callable[[jax.Array, Projection, jax.Array], Direct]:
+    def init(key: jax.Array, projection: Projection, w: jax.Array) -> Direct:
+        shape = projection.direct_shape()
+        return Direct((jax.random.normal(key, shape) * (scale / math.sqrt(shape[-1]))).astype(w.dtype))
+
+    return init
+
+
+def direct_feedback_alignment(scale: float = 1.0) -> Rule:
+    """Direct feedback alignment (DFA; Nokland 2016): the output's error goes to each projection's input by its own B.
+
+    ``dL/dx := B_l e``, e the error at the network's output (that of the last projection), B_l fixed and random, of
+    shape (size of x) by (outputs). Nothing passes between projections: the chain is cut there, and goes on only through
+    what has no weights (activation functions, normalisations, skip connections). Nothing is transported. W's own
+    gradient stays delta x^T (eq. 4).
+
+    Args:
+      scale: B is Gaussian with standard deviation ``scale / sqrt(outputs)``.
+
+    Raises:
+      ValueError: ``scale`` is not a positive number; from ``init_feedback``, an output inside a ``lax.scan``, or a
+        parameter whose inputs are of different sizes.
+    """
+    _check_scale(scale)
+    return Rule(
+        "direct_feedback_alignment",
+        _direct_feedback(scale),
+        lambda w, b: jax.lax.stop_gradient(b),
+        direct=True,
+    )
+
+
+def direct_kolen_pollack(scale: float = 1.0) -> Rule:
+    """Direct Kolen-Pollack (DKP; Webster et al. 2021): direct feedback alignment whose B_l learn.
+
+    ``dB_l = -eta x e^T - lambda B_l``, from the input that B_l reaches and the error that it carries, with W's own
+    learning rate and decay (``wmkp.updates.kolen_pollack``). Nothing is transported.
+
+    Args:
+      scale: B starts Gaussian with standard deviation ``scale / sqrt(outputs)``.
+
+    Raises:
+      As ``direct_feedback_alignment``.
+    """
+    _check_scale(scale)
+    return Rule("direct_kolen_pollack", _direct_feedback(scale), lambda w, b: b, learns=True, direct=True)
+
+
+def alignment(
+    *,
+    amplitude: float = 0.0,
+    decay: float = 0.0,
+    null: float = 0.0,
+    sparse: float = 0.0,
+    self_alignment: float = 0.0,
+    on: str = "noise",
+    rate: float = 0.1,
+    noise: str = "gaussian",
+    noise_std: float = 1.0,
+    num_samples: int | None = None,
+    name: str = "alignment",
+    scale: float = 1.0,
+    whiten: bool = False,
+    normalize: str = "none",
+) -> Rule:
+    """Any sum of Kunin et al.'s (2020) primitives: B goes down the gradient of a local loss R(B; W, x).
+
+    With u = W x and v = B^T x, R is ``decay 1/2 |B|^2 - amplitude <v, u> + sparse 1/2 |v|^2 + null 1/2 |B u|^2 -
+    self_alignment <B, W^T>``, means over samples; so ``dB = rate (-decay B + amplitude x u^T - sparse x v^T - null (B
+    u) u^T + self_alignment W^T)``. W's own share of these losses is off. All but ``self_alignment`` (which transports
+    the weights) are local to the synapse. A weight mirror is ``alignment(amplitude=1, decay=1)``.
+
+    Args:
+      amplitude, decay, null, sparse, self_alignment: the coefficients.
+      on: "noise" (mirror mode, by ``mirror_step``) or "activity" (engaged mode: x is the projection's own input).
+      rate: the step down R's gradient; with noise at unit variance, 1 is stable for decay alone.
+      noise, noise_std, num_samples: with ``on="noise"``, as in ``weight_mirror``.
+      name: as tables print it.
+      scale: B starts Gaussian with standard deviation ``scale / sqrt(fan_in)``.
+      whiten: on activity, amplitude's term is multiplied by ``E[x x^T]^-1`` (which no synapse could do alone).
+      normalize: on activity, what the terms that hold x are divided by: "none", "mean" (x's mean square) or "total"
+        (the mean of ``|x|^2``, under which a rate below 2 is stable for ``sparse``).
+
+    Raises:
+      ValueError: an argument is out of its range.
+    """
+    _check_scale(scale)
+    losses = Alignment(decay, amplitude, sparse, null, self_alignment, whiten, normalize, rate)
+    if any(not (math.isfinite(c) and c >= 0) for c in losses[:5]) or not any(losses[:5]):
+        raise ValueError(f"coefficients must be non-negative numbers, one of them positive; got {losses[:5]}")
+    if not (math.isfinite(rate) and rate > 0):
+        raise ValueError(f"rate must be a positive number; got {rate!r}")
+    if normalize not in ("none", "mean", "total"):
+        raise ValueError(f'normalize must be "none", "mean" or "total"; got {normalize!r}')
+    init = _random_feedback(scale)
+    if on == "activity":
+        return Rule(name, init, lambda w, b: b, local=losses)
+    if on != "noise":
+        raise ValueError(f'on must be "noise" or "activity"; got {on!r}')
+    if whiten or normalize != "none":
+        raise ValueError('whiten and normalize have a meaning on="activity" alone: noise is white, its variance known')
+    mirror = Mirror(noise, noise_std, num_samples, rate=min(rate, 1.0), alignment=losses)
+    _check_mirror(mirror)
+    return Rule(name, init, lambda w, b: jax.lax.stop_gradient(b), mirror=mirror)
+
+
+def information_alignment(
+    amplitude: float = 1.0, null: float = 0.5, decay: float = 0.5, *, rate: float = 0.1, noise_std: float = 1.0
+) -> Rule:
+    """Information alignment (Kunin et al. 2020): amplitude + null + decay, on noise.
+
+    ``dB = rate (amplitude x u^T - null (B u) u^T - decay B)`` on noise. A weight mirror whose null term keeps B from
+    growing. Local; stabler than the weight mirror across architectures in that paper. B settles at ``amplitude W^T
+    (null W W^T + decay / sigma^2)^-1``, at no angle to W^T where W's rows are orthogonal and of one norm.
+
+    Args:
+      amplitude, null, decay: the coefficients (the paper's were found by search, one number each).
+      rate, noise_std: as in ``alignment``.
+    """
+    return alignment(
+        amplitude=amplitude, null=null, decay=decay, rate=rate, noise_std=noise_std, name="information_alignment"
+    )
+
+
+def symmetric_alignment(self_alignment: float = 1.0, decay: float = 1.0, *, rate: float = 0.1) -> Rule:
+    """Symmetric alignment (Kunin et al. 2020): self + decay, B relaxes to ``self_alignment / decay`` W^T.
+
+    ``dB = rate (self_alignment W^T - decay B)``, at every engaged step. It transports the weights, and is no local
+    rule: the yardstick for those that are.
+
+    Args:
+      self_alignment, decay: the coefficients.
+      rate: as in ``alignment``.
+    """
+    return alignment(self_alignment=self_alignment, decay=decay, rate=rate, on="activity", name="symmetric_alignment")
+
+
+def activation_alignment(amplitude: float = 1.0, sparse: float = 1.0, *, rate: float = 1.0) -> Rule:
+    """Activation alignment (Kunin et al. 2020): amplitude + sparse, on the network's own activity, in engaged mode.
+
+    ``dB = rate (amplitude x u^T - sparse x v^T)``, the delta rule by which B^T learns to answer x as W does; it settles
+    at ``amplitude / sparse`` times W^T wherever the activity reaches. Local, with no second mode. Both terms are
+    divided by the mean of ``|x|^2``, so that one rate is stable whatever the size of the activity.
+
+    Args:
+      amplitude, sparse: the coefficients.
+      rate: as in ``alignment``; stable below ``2 / sparse``.
+    """
+    return alignment(
+        amplitude=amplitude, sparse=sparse, rate=rate, on="activity", normalize="total", name="activation_alignment"
+    )
+
+
+def activity_mirror(*, whiten: bool = False, rate: float = 0.1) -> Rule:
+    """A weight mirror on the network's own activity instead of noise (eq. 5 with x as it comes), in engaged mode.
+
+    ``dB = rate (x u^T / s - B)``, s the mean square of x, whose mean is ``E[x x^T] / s W^T - B``: the input's
+    covariance comes along, and with it an angle that no averaging removes. ``wmkp.input_covariances`` shows it. With
+    ``whiten`` it is divided out, which no synapse could do alone.
+
+    Args:
+      whiten: whether to multiply by ``E[x x^T]^-1`` of the batch.
+      rate: a, the share of the difference that a step takes away.
+    """
+    return alignment(
+        amplitude=1.0, decay=1.0, rate=rate, on="activity", whiten=whiten, normalize="none" if whiten else "mean",
+        name="activity_mirror_whitened" if whiten else "activity_mirror",
+    )  # fmt: skip
 
 
 def weight_mirror(
@@ -149,12 +430,19 @@ def weight_mirror(
 ) -> Rule:
     """Weight mirrors (Akrout et al. 2019, eq. 5-11): in a second mode, noise through W teaches B its transpose.
 
-    Engaged mode sends the error back through B (eq. 3) and leaves B as it is. Mirror mode feeds each projection noise x,
-    takes its response y = phi(W x + b) and moves B along x y^T (eq. 7), whose mean is sigma^2 E[phi'] W^T: exactly so, by
-    Stein's lemma, for Gaussian noise, no bias and any phi. Nothing is transported; B's synapse sees its two sides only.
+    Engaged mode sends the error back through B (eq. 3) and leaves B as it is. Mirror mode feeds each projection noise
+    x, takes its response y = phi(W x + b) and moves B along x y^T (eq. 7), whose mean is sigma^2 E[phi'] W^T: exactly
+    so, by Stein's lemma, for Gaussian noise, no bias and any phi. Nothing is transported; B's synapse sees its two
+    sides only.
+
+    Orthogonal noise gives a linear response's W^T exactly from fan_in samples; in pairs x, -x it gives ReLU's exactly
+    too (relu(z) - relu(-z) = z), from 2 fan_in. A brain could do the pairs (a pattern and its opposite in turn, against
+    a resting rate) and could wake its neurons one after another, which is the simplest orthogonal noise; it could
+    hardly draw a dense orthogonal pattern over a whole population, which asks the neurons to agree on it beforehand.
 
     Args:
-      noise: "gaussian", "uniform" or "rademacher" (random signs); zero mean.
+      noise: "gaussian", "uniform" or "rademacher" (random signs), of zero mean; "antithetic" (Gaussian pairs x, -x);
+        "orthogonal" (X^T X = N sigma^2 I) or "orthogonal+antithetic".
       noise_std: sigma, in the units of the presynaptic activity.
       num_samples: samples a mirror step draws for each projection. None: as many as ``target_angle`` takes at ``rate``
         (see ``wmkp.samples_for_angle``).
@@ -222,14 +510,19 @@ def resolve(rule: RuleOrRules, analysis: Analysis) -> dict[str, Rule]:
                 raise ValueError(f'no pattern of rule matches projection {path!r}; end with ".*" to match all others')
             rules[path] = found
     else:
-        raise TypeError(f"rule must be a wmkp rule such as kolen_pollack(), or a mapping of path patterns to rules; got {rule!r}")
+        raise TypeError(
+            f"rule must be a wmkp rule such as kolen_pollack(), or a mapping of path patterns to rules; got {rule!r}"
+        )
     for path, products in sites.items():
         for product in products:
             if product.obstacle and rules[path].backward is not None:
                 raise WeightTransportError(
-                    f"params[{path!r}] reaches a product with an activation through {product.obstacle!r}, where feedback "
-                    "weights cannot follow it, so the error could only travel back through W. Multiply the activation by "
-                    "the parameter itself (or by a reshape, transpose, slice, cast or constant multiple of it), or give "
+                    f"params[{path!r}] reaches a product with an activation through {product.obstacle!r}, where "
+                    f"feedback "
+                    "weights cannot follow it, so the error could only travel back through W. Multiply the "
+                    "activation by "
+                    "the parameter itself (or by a reshape, transpose, slice, cast or constant multiple of it), or "
+                    "give "
                     f'this parameter backprop: rule={{"{re.escape(path)}": wmkp.backprop(), ".*": ...}}.'
                 )
     return rules

@@ -10,7 +10,7 @@ import optax
 from wmkp import mirror, updates
 from wmkp.grad import initial_feedback, value_and_grad
 from wmkp.projections import analyse
-from wmkp.rules import RuleOrRules, resolve
+from wmkp.rules import ProductFeedback, RuleOrRules, resolve
 
 
 class TrainState(NamedTuple):
@@ -39,8 +39,9 @@ class Steps(NamedTuple):
     """What ``make_steps`` returns.
 
     Attributes:
-      init: ``(key, params, model_state=None, mirror_steps=0) -> TrainState``; ``mirror_steps`` mirror before training,
-        with W standing still, so that B is the plain mean of that many estimates ("in utero").
+      init: ``(key, params, model_state=None, mirror_steps=None) -> TrainState``; ``mirror_steps`` mirror before
+        training, with W standing still, so that B is the plain mean of that many estimates ("in utero"). By default one
+        where a rule starts from a mirror, none elsewhere.
       engaged_step: ``(state, batch) -> (state, metrics)``, jitted, the state donated.
       mirror_step: ``state -> (state, metrics)``, jitted, the state donated; changes B alone, and only where the rule
         mirrors at each step.
@@ -69,7 +70,8 @@ def make_steps(
       rule: a rule, or a mapping from path patterns to rules.
       optimizer: of params, and, under Kolen-Pollack, of B too (``updates.kolen_pollack``).
       params, batch, model_state: examples, of which shapes and dtypes are read (ShapeDtypeStructs will do).
-      mirror_optimizer: of B in mirror mode, stateless; by default ``updates.calibrated_mirror`` of each projection's rule.
+      mirror_optimizer: of B in mirror mode, stateless; by default ``updates.calibrated_mirror`` of each projection's
+        rule.
       axis_name: the axis of a ``jax.pmap`` or ``jax.shard_map`` around the steps: gradients, signals, metrics and
         model_state are averaged over it, and each device draws its own part of the mirror's noise.
 
@@ -77,19 +79,35 @@ def make_steps(
       ``Steps``.
 
     Raises:
-      ValueError, TypeError, WeightTransportError: as ``init_feedback``, or an optimizer under which the rule cannot hold.
+      ValueError, TypeError, WeightTransportError: as ``init_feedback``, or an optimizer under which the rule cannot
+        hold.
     """
     key_aval = jax.eval_shape(lambda: jax.random.key(0))
     analysis = analyse(loss_fn, params, model_state, batch, key_aval)
     rules = resolve(rule, analysis)
+    mirrors = {path: r.mirror for path, r in rules.items() if r.mirror is not None}
     feedback_optimizer = updates.kolen_pollack(optimizer)
     engaged_gradient = value_and_grad(loss_fn, rule, has_aux=True)
-    tree = jax.tree.structure(params)
+    tree: Any = jax.tree.structure(params)
 
     def learning(feedback: Any) -> Any:
-        """Feedback with None in place of what does not learn in engaged mode."""
+        """Feedback with None in place of what W's optimizer does not train."""
         leaves = zip(analysis.paths, tree.flatten_up_to(feedback), strict=True)
-        return tree.unflatten([b if path in rules and rules[path].learns else None for path, b in leaves])
+        return tree.unflatten([_trained(b) if path in rules and rules[path].learns else None for path, b in leaves])
+
+    def redrawn(key: jax.Array, params: Any, feedback: Any) -> Any:
+        """Feedback with a new B under those rules that draw one for each batch."""
+        again = {path: rule for path, rule in rules.items() if rule.redrawn}
+        return _overlay(tree, feedback, initial_feedback(key, again, analysis, params)) if again else feedback
+
+    def relaxed(feedback: Any, signal: Any) -> Any:
+        """Feedback a step down the local losses of those rules that have one."""
+        leaves = tree.flatten_up_to(feedback)
+        for i, (path, s) in enumerate(zip(analysis.paths, tree.flatten_up_to(signal), strict=True)):
+            losses = rules[path].local if path in rules else None
+            if losses is not None and leaves[i] is not None:
+                leaves[i] = leaves[i] - (losses.rate * s).astype(s.dtype)
+        return tree.unflatten(leaves)
 
     def mean(x: Any) -> Any:
         return x if axis_name is None else jax.tree.map(lambda leaf: jax.lax.pmean(leaf, axis_name), x)
@@ -104,17 +122,20 @@ def make_steps(
         return key if axis_name is None else jax.random.fold_in(own(key), jax.lax.axis_index(axis_name))
 
     def engaged_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        key, loss_key = jax.random.split(state.key)
+        key, loss_key, draw_key = jax.random.split(state.key, 3)
+        feedback = redrawn(draw_key, state.params, state.feedback)
         (loss, (model_state, metrics)), (grads, signal) = engaged_gradient(
-            own(state.params), own(state.feedback), own(state.model_state), batch, own_key(loss_key)
+            own(state.params), own(feedback), own(state.model_state), batch, own_key(loss_key)
         )
-        grads, signal, model_state, metrics = mean((grads, learning(signal), model_state, {"loss": loss, **metrics}))
+        metrics = {"loss": loss, **metrics}
+        # Signals that nothing reads cost nothing to average: the compiler leaves them out.
+        grads, signal, model_state, metrics = mean((grads, signal, model_state, metrics))
         change, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, change)
-        feedback, feedback_opt_state = state.feedback, state.feedback_opt_state
-        if jax.tree.leaves(signal):
-            mine = learning(feedback)
-            change, feedback_opt_state = feedback_optimizer.update(signal, feedback_opt_state, mine)
+        feedback_opt_state, mine = state.feedback_opt_state, learning(feedback)
+        feedback = relaxed(feedback, signal)
+        if jax.tree.leaves(mine):
+            change, feedback_opt_state = feedback_optimizer.update(learning(signal), feedback_opt_state, mine)
             feedback = _overlay(tree, feedback, optax.apply_updates(mine, change))
         state = TrainState(state.step + 1, params, feedback, model_state, opt_state, feedback_opt_state, key)
         return state, metrics
@@ -123,10 +144,14 @@ def make_steps(
         """B after one mirror step; ``count`` numbers the steps of a mirror period from 1."""
         chosen = {p: r if r.mirror and (r.mirror.each_step or count is not None) else r._replace(mirror=None)
                   for p, r in rules.items()}  # fmt: skip
-        signals = mean(mirror.signals(own_key(key), chosen, analysis, jax.tree.leaves(own(params))))
         leaves = tree.flatten_up_to(feedback)
+        signals = mean(mirror.signals(own_key(key), chosen, analysis, jax.tree.leaves(own(params)), own(leaves)))
         for i, (path, signal) in enumerate(zip(analysis.paths, signals, strict=True)):
             if signal is not None and leaves[i] is not None:
+                losses = mirrors[path].alignment
+                if losses is not None:  # the signal is the whole change
+                    leaves[i] = leaves[i] + (losses.rate * signal).astype(signal.dtype)
+                    continue
                 tx = mirror_optimizer or updates.calibrated_mirror(rules[path], None if count is None else 1 / count)
                 change, _ = tx.update(signal, optax.EmptyState(), leaves[i])
                 leaves[i] = leaves[i] + change
@@ -138,11 +163,15 @@ def make_steps(
         change = optax.tree.norm(optax.tree.sub(feedback, state.feedback))
         return state._replace(feedback=feedback, key=key), {"feedback_change": change}
 
-    def init(key: jax.Array, params: Any, model_state: Any = None, mirror_steps: int = 0) -> TrainState:
+    def init(key: jax.Array, params: Any, model_state: Any = None, mirror_steps: int | None = None) -> TrainState:
+        if mirror_steps is None:
+            mirror_steps = int(any(not mirror.each_step for mirror in mirrors.values()))
         if mirror_steps < 0:
             raise ValueError(f"mirror_steps must not be negative; got {mirror_steps}")
-        if mirror_steps and not any(r.mirror for r in rules.values()):
-            raise ValueError("mirror_steps asks for a mirror period, but no rule here has a mirror mode; weight_mirror() has")
+        if mirror_steps and not mirrors:
+            raise ValueError(
+                "mirror_steps asks for a mirror period, but no rule here has a mirror mode; weight_mirror() has"
+            )
         # The state is donated by the steps, so it must share no buffer with what the caller keeps.
         params, model_state, key = jax.tree.map(jnp.copy, (params, model_state, key))
         key, feedback_key, noise_key = jax.random.split(key, 3)
@@ -173,7 +202,17 @@ def _vary(x: jax.Array, axis_name: str) -> jax.Array:
     return jax.lax.pcast(x, axis_name, to="varying") if axis_name not in jax.typeof(x).vma else x
 
 
+def _trained(b: Any) -> Any:
+    """The part of a feedback entry that an optimizer trains."""
+    return ProductFeedback(None, b.b, b.shape, b.order) if isinstance(b, ProductFeedback) else b
+
+
 def _overlay(tree: Any, below: Any, above: Any) -> Any:
     """``above`` where it has an entry, ``below`` elsewhere."""
     pairs = zip(tree.flatten_up_to(below), tree.flatten_up_to(above), strict=True)
-    return tree.unflatten([b if a is None else a for b, a in pairs])
+    return tree.unflatten(
+        [
+            b if a is None else ProductFeedback(b.r, a.b, a.shape, a.order) if isinstance(a, ProductFeedback) else a
+            for b, a in pairs
+        ]
+    )

@@ -16,10 +16,10 @@ def kolen_pollack(optimizer: optax.GradientTransformation) -> optax.GradientTran
 
     W and B get the same changes from the same signal, so that all that is left of their difference is what weight decay
     leaves. That holds for SGD with momentum and weight decay in its gradient, for AdamW, and for whatever else takes a
-    gradient element by element and decays linearly. It cannot hold where the size of a weight scales its update (LAMB, LARS,
-    Adafactor's parameter scale), where weight decay is divided by a gradient's moments (Adam with L2 in its gradient), or where
-    arrays of a tree influence each other (clipping by the global norm; see ``clip_together``). Those are refused, by
-    trying the optimizer, when B's state is made.
+    gradient element by element and decays linearly. It cannot hold where the size of a weight scales its update (LAMB,
+    LARS, Adafactor's parameter scale), where weight decay is divided by a gradient's moments (Adam with L2 in its
+    gradient), or where arrays of a tree influence each other (clipping by the global norm; see ``clip_together``).
+    Those are refused, by trying the optimizer, when B's state is made.
 
     Args:
       optimizer: the very transformation that updates W (same learning rate, decay and momentum).
@@ -78,9 +78,11 @@ def _check_holds(optimizer: optax.GradientTransformation, tree: Any) -> None:
             rounding = 1e-3 * size + 1e-6 * float(np.max(np.abs(difference)))
             if np.max(np.abs(change - shrink * difference)) > rounding:
                 raise ValueError(
-                    "optimizer cannot train Kolen-Pollack's B: given the same signal, it changes W and B differently by "
+                    "optimizer cannot train Kolen-Pollack's B: given the same signal, it changes W and B "
+                    "differently by "
                     "more than a common decay, so that W - B^T does not shrink (eq. 14). This is so of LAMB, LARS and "
-                    "other optimizers that scale updates by the size of the weights, and of weight decay that is divided by "
+                    "other optimizers that scale updates by the size of the weights, and of weight decay that is "
+                    "divided by "
                     "a gradient's moments. Use SGD, momentum, Adam or AdamW with decoupled weight decay."
                 )
         seen += moved
@@ -100,8 +102,10 @@ def _compare_alone(together: jax.Array, alone: jax.Array) -> None:
     if not np.allclose(together, alone, rtol=1e-3, atol=1e-6 * float(jnp.max(jnp.abs(together)) + 1e-30)):
         raise ValueError(
             "optimizer cannot train Kolen-Pollack's B: the arrays of a tree influence each other's updates (as in "
-            "clipping by the global norm, or noise drawn over the tree), and W's tree is not B's, so that the two get different "
-            "changes from the same signal. Take that part out of the optimizer; wmkp.updates.clip_together clips both alike."
+            "clipping by the global norm, or noise drawn over the tree), and W's tree is not B's, so that the two "
+            "get different "
+            "changes from the same signal. Take that part out of the optimizer; wmkp.updates.clip_together clips "
+            "both alike."
         )
 
 
@@ -139,8 +143,8 @@ def weight_mirror(learning_rate: Any, decay: Any) -> optax.GradientTransformatio
       decay: the share of B that is taken away, in units of the signal's.
 
     Returns:
-      A stateless GradientTransformation for the tree of B, to be given ``mirror_signals`` (not a gradient: it is followed
-      uphill).
+      A stateless GradientTransformation for the tree of B, to be given ``mirror_signals`` (not a gradient: it is
+      followed uphill).
 
     Raises:
       ValueError: a negative number.
@@ -158,7 +162,9 @@ def weight_mirror(learning_rate: Any, decay: Any) -> optax.GradientTransformatio
 
 
 def calibrated_mirror(rule: Rule, rate: Any = None) -> optax.GradientTransformation:
-    """The weight mirror's update that settles at W^T itself: decay sigma^2 E[phi'], and a share ``rate`` of the way a step.
+    """The weight mirror's update that settles at W^T itself: its decay is sigma^2 E[phi'].
+
+    A step goes a share ``rate`` of the way.
 
     Args:
       rule: a rule with a mirror mode.
