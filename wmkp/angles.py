@@ -8,7 +8,9 @@ import jax.numpy as jnp
 
 from wmkp.alignment import covariance
 from wmkp.grad import check_loss, companions, evaluate, feedback_leaves
-from wmkp.projections import Analysis, Direct, Product, analyse
+from wmkp.interpreter import Direct
+from wmkp.kinds import Product
+from wmkp.projections import Analysis, analyse
 from wmkp.rules import ProductFeedback, Rule, RuleOrRules, resolve
 
 

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from wmkp import pathways
 from wmkp.alignment import activity_gradient
-from wmkp.projections import Analysis, Direct, Handler, Product, analyse, is_array, run
+from wmkp.interpreter import Direct, Handler, run
+from wmkp.kinds import Product
+from wmkp.projections import Analysis, analyse, is_array
 from wmkp.rules import Rule, RuleOrRules, resolve
 
 

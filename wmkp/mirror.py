@@ -10,7 +10,9 @@ import numpy as np
 
 from wmkp.alignment import local_gradient
 from wmkp.grad import feedback_leaves
-from wmkp.projections import Analysis, Product, WeightTransportError, analyse, collect, is_array
+from wmkp.interpreter import collect
+from wmkp.kinds import Product
+from wmkp.projections import Analysis, WeightTransportError, analyse, is_array
 from wmkp.rules import Mirror, Rule, RuleOrRules, resolve
 
 Activation = Callable[[jax.Array], jax.Array] | None

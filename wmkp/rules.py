@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from wmkp.alignment import Alignment
-from wmkp.projections import Analysis, Direct, Projection, WeightTransportError
+from wmkp.interpreter import Direct
+from wmkp.projections import Analysis, Projection, WeightTransportError
 
 
 class Mirror(NamedTuple):

@@ -1,0 +1,329 @@
+"""Runs a plan with others in place of its products, each B going with its weight; or lays out the weights alone."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from wmkp import compat
+from wmkp.kinds import Bind, Kind, Plan, Product, Step, everywhere, join
+
+# --- running the plan -------------------------------------------------------------------------------------------------
+
+# A value beside its companion: for a weight the feedback array that has followed it (None where there is none, the
+# value itself under backprop), for all else the value.
+Pair = tuple[Any, Any]
+
+
+class Handler:
+    """What stands in for the products while a plan runs, and what they share.
+
+    Attributes:
+      on_product: ``(product, x, w, b, tap) -> y``, called for each product of a weight with an activation.
+      taps: an array for some products, with a leading axis for each scan around it; the others get ``None``.
+      channel: an array that goes from each product to the next, through every loop and branch (or None): its cotangent
+        travels from the last product straight to all before it.
+    """
+
+    def __init__(self, on_product: Callable[["Handler", Product, Any, Any, Any, Any], Any], taps: dict, channel: Any):
+        self.on_product = on_product
+        self.taps = taps
+        self.channel = channel
+
+
+class Direct:
+    """Feedback weights of a shape of their own, which carry the output's error straight to a projection's input.
+
+    They stay as they are while their weight is laid out anew; a scan takes a slice of both.
+    """
+
+    def __init__(self, array: Any):
+        self.array = array
+
+
+jax.tree_util.register_pytree_node(Direct, lambda d: ((d.array,), None), lambda _, children: Direct(*children))
+
+
+def run(plan: Plan, inputs: Sequence[Pair], handler: Handler) -> list[Pair]:
+    """Evaluates a plan, the handler in place of each product of a weight with an activation."""
+    env: dict[Any, Pair] = {v: (c, c) for v, c in zip(plan.jaxpr.constvars, plan.consts, strict=True)}
+    env.update(zip(plan.jaxpr.invars, inputs, strict=True))
+
+    def read(v: Any) -> Pair:
+        return env[v] if isinstance(v, compat.Var) else (v.val, v.val)
+
+    for step in plan.steps:
+        operands = [read(v) for v in step.eqn.invars]
+        env.update(zip(step.eqn.outvars, _evaluate(step, operands, handler), strict=True))
+    return [read(v) for v in plan.jaxpr.outvars]
+
+
+def _evaluate(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
+    values = [value for value, _ in operands]
+    if step.action == "product":
+        product = step.product
+        assert product is not None
+        w, b = operands[product.weight]
+        y = handler.on_product(handler, product, values[1 - product.weight], w, b, handler.taps.get(product))
+        return [(y, y)]
+    if step.action == "inline":
+        return run(step.plans[0], operands, handler)
+    if step.action == "remat":
+        return _remat(step, operands, handler)
+    if step.action == "scan":
+        return _scan(step, operands, handler)
+    if step.action == "cond":
+        return _cond(step, operands, handler)
+    assert step.bind is not None
+    outs = step.bind(*values)
+    if step.action == "bind" or all(b is a for a, b in operands):
+        return [(y, y) for y in outs]
+    if any(b is None for _, b in operands):
+        return [(y, None) for y in outs]
+    direct = [b for _, b in operands if isinstance(b, Direct)]
+    if direct:
+        if any(b is not direct[0] for b in direct):
+            raise ValueError("parameters joined to one weight cannot each have direct feedback; give them another rule")
+        return [(y, direct[0]) for y in outs]
+    return list(zip(outs, step.bind(*(_companion(pair) for pair in operands)), strict=True))
+
+
+def _companion(pair: Pair) -> Any:
+    """What stands for a value among feedback arrays: a weight's own B, or the value, to which no error goes twice."""
+    a, b = pair
+    return jax.lax.stop_gradient(a) if b is a and jnp.issubdtype(jnp.result_type(a), jnp.floating) else b
+
+
+class _Packed:
+    """Pairs as a flat list of arrays that can cross a tracing boundary, without sending an array twice."""
+
+    def __init__(self, pairs: Sequence[Pair]):
+        self.modes = ["same" if b is a else "none" if b is None else "own" for a, b in pairs]
+
+    @staticmethod
+    def flatten(pairs: Sequence[Pair]) -> list[Any]:
+        return [x for a, b in pairs for x in ((a,) if b is a or b is None else (a, b))]
+
+    def unflatten(self, arrays: Sequence[Any]) -> list[Pair]:
+        it = iter(arrays)
+        pairs = []
+        for mode in self.modes:
+            a = next(it)
+            pairs.append((a, a if mode == "same" else None if mode == "none" else next(it)))
+        return pairs
+
+
+def _remat(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
+    packed, outs = _Packed(operands), _Packed([])
+    mine = [p for p in step.plans[0].products() if p in handler.taps]
+
+    def body(arrays: list[Any], taps: list[Any], channel: Any) -> tuple[list[Any], Any]:
+        nonlocal outs
+        inner = Handler(handler.on_product, dict(zip(mine, taps, strict=True)), channel)
+        pairs = run(step.plans[0], packed.unflatten(arrays), inner)
+        outs = _Packed(pairs)
+        return _Packed.flatten(pairs), inner.channel
+
+    options = {k: step.eqn.params[k] for k in ("prevent_cse", "policy")}
+    remat = jax.checkpoint(body, **options)
+    flat, handler.channel = remat(_Packed.flatten(operands), [handler.taps[p] for p in mine], handler.channel)
+    return outs.unflatten(flat)
+
+
+def _as_kind(pair: Pair, kind: Kind) -> Pair:
+    """A value in a place where its kind may be wider than its own: an activation's companion is itself."""
+    return pair if kind.weight and not kind.obstacle else (pair[0], pair[0])
+
+
+def _cond(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
+    (index, _), rest = operands[0], operands[1:]
+    kinds = [_join_all([plan.outputs[i] for plan in step.plans], v.aval) for i, v in enumerate(step.eqn.outvars)]
+    followed = [i for i, k in enumerate(kinds) if k.weight and not k.obstacle]
+    lost: set[int] = set()
+
+    def branch(plan: Plan) -> Callable[[], tuple[list[Any], list[Any], Any]]:
+        def evaluate() -> tuple[list[Any], list[Any], Any]:
+            inner = Handler(handler.on_product, handler.taps, handler.channel)
+            pairs = run(plan, rest, inner)
+            lost.update(i for i in followed if pairs[i][1] is None)
+            companions = [pairs[i][0] if i in lost else _companion(pairs[i]) for i in followed]
+            return [a for a, _ in pairs], companions, inner.channel
+
+        return evaluate
+
+    values, companions, handler.channel = jax.lax.switch(index, [branch(plan) for plan in step.plans])
+    outs = [(a, a) for a in values]
+    for i, b in zip(followed, companions, strict=True):
+        outs[i] = (values[i], None if i in lost else b)
+    return outs
+
+
+def _join_all(kinds: Sequence[Kind], aval: Any) -> Kind:
+    out = kinds[0]
+    for kind in kinds[1:]:
+        out = join(out, kind, everywhere(aval), "cond")
+    return out
+
+
+def _scan(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
+    (plan,), params = step.plans, step.eqn.params
+    consts, carries = compat.scan_sizes(params)
+    kinds = [plan.kinds[v] for v in plan.jaxpr.invars]
+    operands = [_as_kind(pair, kind) for pair, kind in zip(operands, kinds, strict=True)]
+    fixed, init, xs = operands[:consts], operands[consts : consts + carries], operands[consts + carries :]
+    # A carried weight whose companion becomes one of its own along the way needs one from the start.
+    for i, kind in enumerate(kinds[consts : consts + carries]):
+        if kind.weight and not kind.obstacle and init[i][1] is init[i][0] and _differs(plan, i):
+            init[i] = (init[i][0], jax.lax.stop_gradient(init[i][0]))
+    mine = [p for p in plan.products() if p in handler.taps]
+    taps = [handler.taps[p] for p in mine]
+    lost: set[int] = set()
+    carry_pack = xs_pack = ys_pack = _Packed([])
+
+    def body(
+        carry: tuple[list[Any], Any], slices: tuple[list[Any], list[Any]]
+    ) -> tuple[tuple[list[Any], Any], list[Any]]:
+        nonlocal ys_pack
+        inner = Handler(handler.on_product, dict(zip(mine, slices[1], strict=True)), carry[1])
+        pairs = run(plan, [*fixed, *carry_pack.unflatten(carry[0]), *xs_pack.unflatten(slices[0])], inner)
+        out = []
+        for i, (pair, mode) in enumerate(zip(pairs[:carries], carry_pack.modes, strict=True)):
+            out.append(pair[0])
+            if mode == "own":
+                if pair[1] is None:
+                    lost.add(i)
+                out.append(pair[0] if pair[1] is None else _companion(pair))
+        ys_pack = _Packed(pairs[carries:])
+        return (out, inner.channel), _Packed.flatten(pairs[carries:])
+
+    while True:
+        carry_pack, xs_pack, ys_pack = _Packed(init), _Packed(xs), _Packed([])
+        inputs = (_Packed.flatten(init), handler.channel), (_Packed.flatten(xs), taps)
+        if "own" not in carry_pack.modes:
+            break
+        # A companion that the body loses was never one: find out before the loop is built.
+        jax.eval_shape(lambda c, x: body(c, jax.tree.map(lambda leaf: leaf[0], x)), *inputs)
+        if not lost:
+            break
+        init = [(a, None) if i in lost else (a, b) for i, (a, b) in enumerate(init)]
+        lost.clear()
+    options = {k: params[k] for k in ("length", "reverse", "unroll")}
+    (final, handler.channel), ys = jax.lax.scan(body, *inputs, **options)
+    return [*carry_pack.unflatten(final), *ys_pack.unflatten(ys)]
+
+
+def _differs(plan: Plan, carry: int) -> bool:
+    """Whether a scan's carry is changed by its body (rather than carried along)."""
+    return plan.jaxpr.outvars[carry] not in plan.jaxpr.invars
+
+
+# --- the weights alone, for mirror mode -------------------------------------------------------------------------------
+
+
+class _Stacked(NamedTuple):
+    """A weight, or a constant, with an axis for each scan it changes along (``levels``: how deep each is nested)."""
+
+    value: Any
+    levels: tuple[int, ...] = ()
+
+
+def collect(plan: Plan, leaves: Sequence[Any], wanted: Sequence[Product]) -> dict[Product, tuple[Any, Any]]:
+    """For each wanted product its weight as the product sees it, and its bias as its output sees it (or None).
+
+    Only layout changes are evaluated: no data is needed. A product inside scans has its weight (and bias) with a
+    leading axis for each scan along which the weight (or bias) changes.
+    """
+    found: dict[Product, tuple[Any, Any]] = {}
+    inputs = [None if x is None else _Stacked(x) for x in leaves] + [None] * (len(plan.jaxpr.invars) - len(leaves))
+    _collect(plan, inputs, frozenset(wanted), found, 1)
+    return found
+
+
+def _collect(
+    plan: Plan, inputs: Sequence[_Stacked | None], wanted: frozenset[Product], found: dict[Product, Any], level: int
+) -> list[_Stacked | None]:
+    env: dict[Any, _Stacked | None] = {v: _Stacked(c) for v, c in zip(plan.jaxpr.constvars, plan.consts, strict=True)}
+    env.update(zip(plan.jaxpr.invars, inputs, strict=True))
+
+    def read(v: Any) -> _Stacked | None:
+        return env[v] if isinstance(v, compat.Var) else _Stacked(v.val)
+
+    for step in plan.steps:
+        operands = [read(v) for v in step.eqn.invars]
+        outs: list[_Stacked | None] = [None] * len(step.eqn.outvars)
+        if step.product is not None and step.product in wanted:
+            w = operands[step.product.weight]
+            assert w is not None  # what mirror mode can reach is made of layout changes alone
+            found[step.product] = (w.value, None)
+        elif step.action in {"inline", "remat"}:
+            outs = _collect(step.plans[0], operands, wanted, found, level)
+        elif step.action == "cond":
+            for inner in step.plans:
+                _collect(inner, operands[1:], wanted, found, level)
+        elif step.action == "scan":
+            outs = _collect_scan(step, operands, wanted, found, level)
+        elif step.eqn.primitive.name == "convert_element_type" and plan.kinds[step.eqn.outvars[0]].weight:
+            outs = operands  # B is mirrored at its own precision, whatever the compute dtype
+        elif step.bind is not None and all(_mirrored(plan.kinds[v]) for v in step.eqn.outvars):
+            present = [x for x in operands if x is not None]
+            if len(present) == len(operands):
+                outs = _bind_stacked(step.bind, present)
+        env.update(zip(step.eqn.outvars, outs, strict=True))
+    for product, (weight, _) in list(found.items()):
+        if product.bias is not None and product.bias[0] is plan:
+            bias = read(product.bias[1])
+            found[product] = (weight, None if bias is None else bias.value)
+    return [read(v) for v in plan.jaxpr.outvars]
+
+
+def _mirrored(kind: Kind) -> bool:
+    return not (kind.data or kind.obstacle or kind.unmirrored)
+
+
+def _bind_stacked(bind: Bind, operands: Sequence[_Stacked]) -> list[_Stacked | None]:
+    levels = tuple(sorted({level for x in operands for level in x.levels}))
+    # Casts to a compute dtype are left out (see _collect), so a constant may have to follow its weight's dtype.
+    dtype = jnp.result_type(
+        *(x.value for x in operands if jnp.issubdtype(jnp.result_type(x.value), jnp.floating)), -1.0
+    )
+    operands = [
+        _Stacked(jnp.asarray(x.value, dtype), x.levels) if jnp.issubdtype(jnp.result_type(x.value), jnp.floating) else x
+        for x in operands
+    ]
+    for level in reversed(levels):
+        bind = jax.vmap(bind, in_axes=tuple(0 if level in x.levels else None for x in operands))
+    return [_Stacked(y, levels) for y in bind(*(x.value for x in operands))]
+
+
+def _collect_scan(
+    step: Step,
+    operands: Sequence[_Stacked | None],
+    wanted: frozenset[Product],
+    found: dict[Product, Any],
+    level: int,
+) -> list[_Stacked | None]:
+    (plan,) = step.plans
+    consts, carries = compat.scan_sizes(step.eqn.params)
+    inner: list[_Stacked | None] = []
+    for i, (x, v) in enumerate(zip(operands, plan.jaxpr.invars, strict=True)):
+        if x is None or not _mirrored(plan.kinds[v]):
+            inner.append(None)
+        elif i < consts + carries:
+            inner.append(x)
+        else:  # the scan's own axis comes after those of the scans around it
+            inner.append(_Stacked(x.value, (*x.levels, level)))
+    outs = _collect(plan, inner, wanted, found, level + 1)
+    for i, y in enumerate(outs[carries:], carries):
+        if y is None:
+            continue
+        if level in y.levels:
+            outs[i] = _Stacked(y.value, y.levels[:-1])
+        else:
+            axis = len(y.levels)
+            stacked = jnp.broadcast_to(
+                jnp.expand_dims(y.value, axis),
+                (*y.value.shape[:axis], step.eqn.params["length"], *y.value.shape[axis:]),
+            )
+            outs[i] = _Stacked(stacked, y.levels)
+    return outs
