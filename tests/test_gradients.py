@@ -261,6 +261,22 @@ def test_vmap_over_the_function_and_of_the_weights():
     chex.assert_trees_all_close(jax.tree.map(lambda a: a[1], together), apart, rtol=1e-4, atol=1e-5)
 
 
+def test_the_signal_leaves_out_what_is_no_product():
+    """A weight that is also an initial state, or added to a loss: its gradient has a share that B's synapse cannot see."""
+
+    def loss(params, x):
+        w = params["w"]
+        x = jnp.tanh(x @ params["in"])
+        h, _ = jax.lax.scan(lambda h, _: (jnp.tanh(x + h), None), w, None, length=2)
+        return jnp.sum((x @ w) ** 2) + jnp.sum(h) + jnp.sum(w**2)
+
+    params, x = {"in": layers(1, 6)[0], "w": layers(1, 6)[0]}, jax.random.normal(KEY, (6, 6))
+    grads, signal, _ = check(loss, params, x, paths=["w"])
+    hidden = jnp.tanh(x @ params["in"])
+    chex.assert_trees_all_close(signal["w"], 2 * hidden.T @ (hidden @ params["w"]), rtol=1e-4)
+    assert not np.allclose(signal["w"], grads["w"], rtol=1e-2)
+
+
 def test_a_weight_used_twice():
     def loss(params, x):
         h = jnp.tanh(x @ params["w"])

@@ -445,6 +445,12 @@ class Analyser:
             if kind.weight and not multiplies and not (step.action == "follow" and all(k.static for k in outs)):
                 self.shared |= kind.params
 
+    def note_joined(self, kinds: Sequence[Kind], joined: Sequence[Kind]) -> None:
+        """A weight that a loop or a branch makes an activation (an initial state) has a use of its own there."""
+        for kind, out in zip(kinds, joined, strict=True):
+            if kind.weight and not out.static:
+                self.shared |= kind.params
+
     def note_bias(self, eqn: Any, kinds: list[Kind], plan: Plan) -> None:
         """A weight added to a product's output, and varying along nothing but its outputs, is that layer's bias."""
         for (y, _), (b, var) in (
@@ -488,6 +494,8 @@ class Analyser:
             outs = [join(a, b, everywhere(v), "cond") for a, b, v in zip(outs, plan.outputs, avals, strict=True)]
         if kinds[0].data:
             outs = [k._replace(data=True, unmirrored="cond") if k.weight else k._replace(data=True) for k in outs]
+        for plan in plans:
+            self.note_joined(plan.outputs, outs)
         return Step(eqn, "cond", None, plans), [k._replace(gain=None, product=None) for k in outs]
 
     def scan(self, eqn: Any, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
@@ -515,6 +523,7 @@ class Analyser:
                 settled &= inner[i] == old
             if settled:
                 break
+        self.note_joined(kinds[consts : consts + carries], inner[consts : consts + carries])
         outs = list(inner[consts : consts + carries])
         for kind in plan.outputs[carries:]:
             varying = (kind.weight, *kind.varying)

@@ -147,20 +147,26 @@ def draw_noise(key: jax.Array, mirror: Mirror, shape: tuple[int, int, int], dtyp
 def _hartley_noise(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
     blocks, samples, fan_in = shape
     whole, rest = divmod(samples, fan_in)
-    angles = 2 * np.pi * np.arange(fan_in) / fan_in
-    table = jnp.asarray(np.cos(angles) + np.sin(angles), dtype)
-    columns = jnp.arange(fan_in, dtype=jnp.uint32)
+    # Row j of the matrix is cas(2 pi j k / fan_in), cas = cos + sin. With j = j1 m + j2 it is
+    # cos(j1 m) cas(j2) + sin(j1 m) cas(-j2): two tables of about sqrt(fan_in) rows, and no trigonometry at run time.
+    m = math.isqrt(fan_in - 1) + 1
+    steps = np.arange(m, dtype=np.int64)[:, None] * np.arange(fan_in) % fan_in * (2 * np.pi / fan_in)
+    strides = np.arange(m, dtype=np.int64)[:, None] * m * np.arange(fan_in) % fan_in * (2 * np.pi / fan_in)
+    cos, sin = jnp.asarray(np.cos(strides), dtype), jnp.asarray(np.sin(strides), dtype)
+    ahead = jnp.asarray(np.cos(steps) + np.sin(steps), dtype)
+    back = jnp.asarray(np.cos(steps) - np.sin(steps), dtype)
     sign_key, row_key = jax.random.split(key)
 
     def rows(chosen: jax.Array) -> jax.Array:
-        return table[(chosen[..., None].astype(jnp.uint32) * columns) % fan_in]
+        return cos[chosen // m] * ahead[chosen % m] + sin[chosen // m] * back[chosen % m]
 
     parts = []
     if whole:
         signs = jax.random.rademacher(sign_key, (blocks, whole, 1, fan_in), dtype)
+        # The barrier keeps the compiler from working out the whole matrix as a constant.
+        columns = jax.lax.optimization_barrier(jnp.arange(fan_in))
         parts.append((rows(columns) * signs).reshape(blocks, whole * fan_in, fan_in))
     if rest:
-        # (N, fan_in) rows of one block, all different; every one of K projections has rows of its own.
         keys = jax.random.split(row_key, (2, blocks))
         chosen = jax.vmap(lambda k: jax.random.choice(k, fan_in, (rest,), replace=False))(keys[0])
         signs = jax.vmap(lambda k: jax.random.rademacher(k, (1, fan_in), dtype))(keys[1])
