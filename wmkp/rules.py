@@ -51,6 +51,7 @@ class Rule(NamedTuple):
       local: the local loss by which B learns in engaged mode from the projection's own activity, or None.
       transported: whether B's signal is W's whole gradient, carried over, instead of the circuit's own.
       redrawn: whether B is drawn anew at each engaged step.
+      transports: what of W reaches the backward pass or B: "weights", "signs", "changes" or "nothing".
       direct: whether B carries the error at the network's output straight to this projection's input.
     """
 
@@ -63,6 +64,7 @@ class Rule(NamedTuple):
     transported: bool = False
     redrawn: bool = False
     direct: bool = False
+    transports: str = "nothing"
 
 
 RuleOrRules = Rule | Mapping[str, Rule]
@@ -87,7 +89,7 @@ def backprop() -> Rule:
 
     All of the weights are transported. No feedback weights, no extra memory or time: the function is left as it is.
     """
-    return Rule("backprop", None, None)
+    return Rule("backprop", None, None, transports="weights")
 
 
 def feedback_alignment(scale: float = 1.0) -> Rule:
@@ -133,7 +135,7 @@ def sign_symmetry(magnitude: str = "uniform", scale: float = 1.0) -> Rule:
     def backward(w: jax.Array, b: jax.Array) -> jax.Array:
         return jax.lax.stop_gradient(jnp.abs(b) * jnp.sign(w))
 
-    return Rule(names[magnitude], init, backward, redrawn=magnitude == "batch")
+    return Rule(names[magnitude], init, backward, redrawn=magnitude == "batch", transports="signs")
 
 
 def _exact_start(start: str) -> Mirror | None:
@@ -183,7 +185,7 @@ def kolen_pollack_transported(scale: float = 1.0) -> Rule:
       ValueError: ``scale`` is not a positive number.
     """
     rule = kolen_pollack(scale)
-    return rule._replace(name="kolen_pollack_transported", transported=True)
+    return rule._replace(name="kolen_pollack_transported", transported=True, transports="changes")
 
 
 @jax.tree_util.register_pytree_node_class
@@ -343,15 +345,16 @@ def alignment(
     if normalize not in ("none", "mean", "total"):
         raise ValueError(f'normalize must be "none", "mean" or "total"; got {normalize!r}')
     init = _random_feedback(scale)
+    transports = "weights" if self_alignment else "nothing"
     if on == "activity":
-        return Rule(name, init, lambda w, b: b, local=losses)
+        return Rule(name, init, lambda w, b: b, local=losses, transports=transports)
     if on != "noise":
         raise ValueError(f'on must be "noise" or "activity"; got {on!r}')
     if whiten or normalize != "none":
         raise ValueError('whiten and normalize have a meaning on="activity" alone: noise is white, its variance known')
     mirror = Mirror(noise, noise_std, num_samples, rate=min(rate, 1.0), alignment=losses)
     _check_mirror(mirror)
-    return Rule(name, init, lambda w, b: jax.lax.stop_gradient(b), mirror=mirror)
+    return Rule(name, init, lambda w, b: jax.lax.stop_gradient(b), mirror=mirror, transports=transports)
 
 
 def information_alignment(
