@@ -1,6 +1,7 @@
 """The paper's equations (1-4 and 14-18), written out in NumPy, against training here; and no backward pass reads W."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from jax import lax
 import wmkp
 from wmkp import pathways
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SIZES = (7, 9, 8, 6, 5)  # three hidden layers
 STEPS, BATCH = 30, 11
 RATE, DECAY, MOMENTUM = 0.05, 0.02, 0.9
@@ -21,10 +24,11 @@ PHI = {
     "tanh": (jnp.tanh, np.tanh, lambda y: 1 - y**2),
     "sigmoid": (jax.nn.sigmoid, lambda a: 1 / (1 + np.exp(-a)), lambda y: y * (1 - y)),
 }
+SIGN_SCALE = 1.5
 RULES = {
     "fa": wmkp.feedback_alignment(),
     "kp": wmkp.kolen_pollack(),
-    "ss": wmkp.sign_symmetry(scale=1.5),
+    "ss": wmkp.sign_symmetry(scale=SIGN_SCALE),
 }
 
 
@@ -38,8 +42,7 @@ def network(seed=0):
     """Initial weights and a batch of data for each step, in float64, in Flax's layout: kernels (in, out), rows samples."""
     rng = np.random.default_rng(seed)
     params = [
-        {"w": rng.normal(size=(m, n)) / np.sqrt(m), "b": 0.3 * rng.normal(size=n)}
-        for m, n in zip(SIZES[:-1], SIZES[1:], strict=True)
+        {"w": rng.normal(size=(m, n)) / np.sqrt(m), "b": 0.3 * rng.normal(size=n)} for m, n in itertools.pairwise(SIZES)
     ]
     data = rng.normal(size=(STEPS, BATCH, SIZES[0])), rng.normal(size=(STEPS, BATCH, SIZES[-1]))
     return params, data
@@ -67,30 +70,27 @@ def paper(rule, phi, slope, params, feedback, data, rate, decay, momentum):
     speed_B = [None] + [np.zeros_like(v) for v in B[1:]]
     for x, target in zip(*data, strict=True):
         y = [x.T]
-        for l in range(layers):
-            a = W[l] @ y[l] + b[l]
-            y.append(phi(a) if l < layers - 1 else a)  # (1)
+        for k in range(layers):
+            a = W[k] @ y[k] + b[k]
+            y.append(phi(a) if k < layers - 1 else a)  # (1)
         back = list(B)
         if rule == "ss":
-            back = [None] + [RULES_SS_SCALE / np.sqrt(W[l].shape[1]) * np.sign(W[l]).T for l in range(1, layers)]
+            back[1:] = [SIGN_SCALE / np.sqrt(w.shape[1]) * np.sign(w).T for w in W[1:]]
         delta = [None] * layers
         delta[-1] = (y[-1] - target.T) / x.shape[0]
-        for l in reversed(range(layers - 1)):
-            delta[l] = slope(y[l + 1]) * (back[l + 1] @ delta[l + 1])  # (3)
-        for l in range(layers):
-            signal = delta[l] @ y[l].T  # (4) and (16): delta_{l+1} y_l^T
-            if rule == "kp" and l > 0:
-                signal_B = y[l] @ delta[l].T  # (15) and (17): y_l delta_{l+1}^T
-                speed_B[l] = momentum * speed_B[l] + signal_B + decay * B[l]
-                B[l] = B[l] - rate * speed_B[l]
-            speed_W[l] = momentum * speed_W[l] + signal + decay * W[l]
-            W[l] = W[l] - rate * speed_W[l]
-            speed_b[l] = momentum * speed_b[l] + delta[l].sum(1, keepdims=True) + decay * b[l]
-            b[l] = b[l] - rate * speed_b[l]
+        for k in reversed(range(layers - 1)):
+            delta[k] = slope(y[k + 1]) * (back[k + 1] @ delta[k + 1])  # (3)
+        for k in range(layers):
+            signal = delta[k] @ y[k].T  # (4) and (16): delta_{k+1} y_l^T
+            if rule == "kp" and k > 0:
+                signal_B = y[k] @ delta[k].T  # (15) and (17): y_l delta_{k+1}^T
+                speed_B[k] = momentum * speed_B[k] + signal_B + decay * B[k]
+                B[k] = B[k] - rate * speed_B[k]
+            speed_W[k] = momentum * speed_W[k] + signal + decay * W[k]
+            W[k] = W[k] - rate * speed_W[k]
+            speed_b[k] = momentum * speed_b[k] + delta[k].sum(1, keepdims=True) + decay * b[k]
+            b[k] = b[k] - rate * speed_b[k]
     return W, b, B
-
-
-RULES_SS_SCALE = 1.5
 
 
 def optimizer(decay=DECAY, momentum=MOMENTUM):
@@ -131,12 +131,12 @@ def test_thirty_steps_equal_numpy(float64, rule, phi):
     history, feedback_history = train(RULES[rule], loss, optimizer(), params, data, feedback)
     W, b, B = paper(rule, *numpy_phi, params, feedback, data, RATE, DECAY, MOMENTUM)
     assert all(np.max(np.abs(w - p["w"].T)) > 0.01 for w, p in zip(W, params, strict=True)), "training must move W"
-    for l in range(len(params)):
-        np.testing.assert_allclose(history[l]["w"][-1], W[l].T, rtol=0, atol=1e-10)
-        np.testing.assert_allclose(history[l]["b"][-1], b[l][:, 0], rtol=0, atol=1e-10)
-        if l:
-            np.testing.assert_allclose(feedback_history[l]["w"][-1], B[l], rtol=0, atol=1e-10)
-            moved = np.max(np.abs(B[l] - np.asarray(feedback[l]["w"])))
+    for k in range(len(params)):
+        np.testing.assert_allclose(history[k]["w"][-1], W[k].T, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(history[k]["b"][-1], b[k][:, 0], rtol=0, atol=1e-10)
+        if k:
+            np.testing.assert_allclose(feedback_history[k]["w"][-1], B[k], rtol=0, atol=1e-10)
+            moved = np.max(np.abs(B[k] - np.asarray(feedback[k]["w"])))
             assert moved > 0.01 if rule == "kp" else moved == 0
 
 
@@ -156,11 +156,11 @@ def test_compiled_steps_equal_numpy(float64):
         state, _ = steps.engaged_step(state, batch)
     W, b, B = paper("kp", *PHI["tanh"][1:], params, start, data, RATE, DECAY, MOMENTUM)
     assert int(state.step) == STEPS
-    for l in range(len(params)):
-        np.testing.assert_allclose(state.params[l]["w"], W[l].T, rtol=0, atol=1e-10)
-        np.testing.assert_allclose(state.params[l]["b"], b[l][:, 0], rtol=0, atol=1e-10)
-        if l:
-            np.testing.assert_allclose(state.feedback[l]["w"], B[l], rtol=0, atol=1e-10)
+    for k in range(len(params)):
+        np.testing.assert_allclose(state.params[k]["w"], W[k].T, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(state.params[k]["b"], b[k][:, 0], rtol=0, atol=1e-10)
+        if k:
+            np.testing.assert_allclose(state.feedback[k]["w"], B[k], rtol=0, atol=1e-10)
 
 
 # --- eq. 14 -----------------------------------------------------------------------------------------------------------
@@ -195,10 +195,10 @@ def test_difference_shrinks_as_equation_14_says(float64, name):
     loss = functools.partial(mlp_loss, jnp.tanh)
     feedback = wmkp.init_feedback(jax.random.key(5), RULES["kp"], loss, params, data[0][0], data[1][0])
     history, feedback_history = train(RULES["kp"], loss, tx, params, data, feedback)
-    for l in range(1, len(params)):
-        difference = np.asarray(history[l]["w"] - feedback_history[l]["w"])
+    for k in range(1, len(params)):
+        difference = np.asarray(history[k]["w"] - feedback_history[k]["w"])
         np.testing.assert_allclose(difference, law(difference[0]), rtol=0, atol=1e-12)
-        assert np.max(np.abs(history[l]["w"][-1] - history[l]["w"][0])) > 0.01, "W must have learned meanwhile"
+        assert np.max(np.abs(history[k]["w"][-1] - history[k]["w"][0])) > 0.01, "W must have learned meanwhile"
 
 
 def test_momentum_clock():
@@ -213,13 +213,13 @@ def test_mirrored_start_stays_mirrored(name):
     params, data = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), network(2))
     loss = functools.partial(mlp_loss, jnp.tanh)
     tx, _ = EQ14[name]
-    feedback = [{"w": layer["w"] if l else None, "b": None} for l, layer in enumerate(params)]
+    feedback = [{"w": layer["w"] if k else None, "b": None} for k, layer in enumerate(params)]
     history, feedback_history = train(RULES["kp"], loss, tx, params, data, feedback)
     history_bp, _ = train(wmkp.backprop(), loss, tx, params, data, feedback)
-    for l in range(len(params)):
-        if l:
-            np.testing.assert_allclose(history[l]["w"], feedback_history[l]["w"], rtol=0, atol=1e-7)
-        np.testing.assert_allclose(history[l]["w"], history_bp[l]["w"], rtol=0, atol=2e-5)
+    for k in range(len(params)):
+        if k:
+            np.testing.assert_allclose(history[k]["w"], feedback_history[k]["w"], rtol=0, atol=1e-7)
+        np.testing.assert_allclose(history[k]["w"], history_bp[k]["w"], rtol=0, atol=2e-5)
 
 
 # --- nothing in the backward pass depends on W ------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def linear(params, x, c):
 
 def linear_network():
     rng = np.random.default_rng(4)
-    shapes = [*zip(WIDTHS[:-1], WIDTHS[1:], strict=True), (8, WIDTHS[0]), (8, WIDTHS[-1])]
+    shapes = [*itertools.pairwise(WIDTHS), (8, WIDTHS[0]), (8, WIDTHS[-1])]
     *w, x, c = (rng.normal(size=s).astype(np.float32) for s in shapes)
     return {"shift": np.zeros(WIDTHS[0], np.float32), "w": w}, x, c
 
@@ -339,7 +339,7 @@ def test_engaged_residuals_hold_no_w(rule):
     feedback = wmkp.init_feedback(KEY, RULES[rule], loss, params, x, target)
     _, pull_back = jax.vjp(lambda p, b: wmkp.engage(loss, RULES[rule])(p, b, x, target), params, feedback)
     _, backprop = jax.vjp(lambda p: loss(p, x, target), params)
-    for l, layer in enumerate(params):
+    for k, layer in enumerate(params):
         assert not holds(pull_back, layer["w"])
-        if l:
-            assert holds(pull_back, feedback[l]["w"]) and holds(backprop, layer["w"])
+        if k:
+            assert holds(pull_back, feedback[k]["w"]) and holds(backprop, layer["w"])

@@ -1,0 +1,221 @@
+"""wmkp compare from its command line: what it writes, that it can be repeated, and how it refuses bad input."""
+
+import csv
+import io
+import math
+import sys
+
+import chex
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from matplotlib.image import imread
+from PIL import Image
+
+from wmkp.experiments import cli, compare, data
+from wmkp.experiments.config import RULES, Compare, InputError
+
+# One step an epoch, on 600 of the 1,198 digits.
+TINY = [
+    "--hidden",
+    "9",
+    "8",
+    "7",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "600",
+    "--mirror-steps",
+    "3",
+    "--mirror-angle",
+    "10",
+]
+
+
+def wmkp(monkeypatch, *arguments):
+    """Runs the command and returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["wmkp", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def rows_of(directory):
+    return list(csv.DictReader((directory / "comparison.csv").open()))
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory):
+    """A TFDS data directory with a small dataset in it, made without TensorFlow."""
+
+    class WmkpDots(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {"image": tfds.features.Image(shape=(6, 5, 1)), "label": tfds.features.ClassLabel(num_classes=3)}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(40), "test": self._generate_examples(20)}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                png = io.BytesIO()
+                Image.fromarray(np.full((6, 5), 10 * (i % 3), np.uint8)).save(png, "PNG")
+                png.seek(0)
+                yield i, {"image": png, "label": i % 3}
+
+    path = tmp_path_factory.mktemp("tfds")
+    tfds.disable_progress_bar()
+    WmkpDots(data_dir=path, file_format="array_record").download_and_prepare()
+    return path
+
+
+def test_a_run(monkeypatch, tmp_path, capsys):
+    shown = ["bp", "fa", "kp", "kpm", "kpt", "dfa", "wm"]
+    assert wmkp(monkeypatch, "compare", "--rules", *shown, "--out", tmp_path / "deep" / "out", *TINY) == 0
+    out, err = capsys.readouterr()
+    assert "too short for Kolen-Pollack" in err
+    written = tmp_path / "deep" / "out"
+    assert sorted(path.name for path in written.iterdir()) == ["comparison.csv", "comparison.md", "comparison.png"]
+    table = (written / "comparison.md").read_text()
+    for rule in shown:
+        assert f"{rule.upper()}  {RULES[rule]}" in out
+        assert f"| {rule.upper()}  {RULES[rule]} |" in table
+    height, width, _ = imread(written / "comparison.png").shape
+    assert width > 2 * height > 500
+
+    rows = rows_of(written)
+    assert tuple(rows[0]) == compare.Row._fields
+    assert [(row["rule"], int(row["epoch"])) for row in rows] == [(rule, epoch) for epoch in range(3) for rule in shown]
+    for row in rows:
+        assert 0 <= float(row["test_error_percent"]) <= 100
+        assert (row["train_loss"] == "") == (row["epoch"] == "0")
+        matrix, worst_matrix, delta, worst_delta = (row[name] for name in compare.Row._fields[4:])
+        assert (matrix == "") == (worst_matrix == "") == (row["rule"] in {"bp", "dfa", "dkp"})
+        assert (delta == "") == (worst_delta == "") == (row["rule"] == "bp")
+        assert matrix == "" or 0 <= float(matrix) <= float(worst_matrix) < 120
+        assert delta == "" or 0 <= float(delta) <= float(worst_delta) < 120
+    start, losses = ({row["rule"]: row for row in rows if row["epoch"] == str(epoch)} for epoch in (0, 2))
+    assert len({row["test_error_percent"] for row in start.values()}) == 1, "the same weights for all rules"
+    losses = {rule: float(row["train_loss"]) for rule, row in losses.items()}
+    assert losses["kp"] == losses["kpt"] == losses["fa"], "these start from the same B"
+    assert abs(losses["kpm"] - losses["bp"]) < 1e-5 < abs(losses["kp"] - losses["bp"])
+    assert float(start["kpm"]["matrix_angle_worst_deg"]) < 0.01
+    assert float(start["wm"]["matrix_angle_mean_deg"]) < 35 < 60 < float(start["fa"]["matrix_angle_mean_deg"])
+
+
+def test_every_rule_has_a_name_and_all_means_all_of_them(monkeypatch, tmp_path):
+    assert len({compare.make_rule(name, Compare()).name for name in RULES}) >= len(RULES) - 2  # two by noise or start
+    asked = []
+
+    def stop(config, *_):
+        asked.extend(config.rules)
+        raise InputError("enough")
+
+    monkeypatch.setattr(compare, "train", stop)
+    assert wmkp(monkeypatch, "compare", "--rules", "all", "--out", tmp_path) == 2
+    assert asked == list(RULES)
+
+
+def test_same_seed_same_numbers(monkeypatch, tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        code = wmkp(monkeypatch, "compare", "--out", tmp_path / name, "--seed", seed, "--rules", "wm", *TINY)
+        assert code == 0
+    first, again, other = ((tmp_path / name / "comparison.csv").read_text() for name in "abc")
+    assert first == again != other
+
+
+def test_it_learns():
+    rows, _ = compare.train(Compare(rules=("kp",), hidden=(64,)), data.digits(), epochs=10)
+    assert all(row.test_error_percent > 60 for row in rows if row.epoch == 0)
+    assert all(row.test_error_percent < 10 for row in rows if row.epoch == 10)
+
+
+def test_digits():
+    dataset = data.digits()
+    assert dataset.train["image"].shape == (1198, 8, 8, 1) and dataset.test["image"].shape == (599, 8, 8, 1)
+    assert np.bincount(dataset.test["label"]).min() >= 55
+    chex.assert_trees_all_equal(dataset, data.digits())
+
+
+def test_tfds_without_tensorflow(monkeypatch, tmp_path, tfds_dir):
+    dataset = data.load("wmkp_dots", tfds_dir)
+    assert dataset.train["image"].shape == (40, 6, 5, 1) and dataset.train["image"].dtype == np.uint8
+    assert dataset.test["image"].shape == (20, 6, 5, 1) and dataset.num_classes == 3
+    np.testing.assert_array_equal(dataset.train["image"][:, 0, 0, 0], 10 * dataset.train["label"])
+    assert "tensorflow" not in sys.modules
+
+    arguments = ["--dataset", "wmkp_dots", "--data-dir", tfds_dir, "--out", tmp_path, "--hidden", 6, "--batch-size", 10]
+    assert wmkp(monkeypatch, "compare", "--rules", "fa", "--epochs", 3, *arguments) == 0
+    assert len(rows_of(tmp_path)) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rules", "bp", "nosuch"], "unknown rule 'nosuch'; choose from bp, fa, ss, kp, kpm, wm"),
+        (["--rules"], "at least one rule"),
+        (["--rules", "bp", "bp"], "none twice"),
+        (["--dataset", "nosuch"], "unknown dataset 'nosuch'"),
+        (["--dataset", "../up"], "cannot read dataset '../up'"),
+        (["--epochs", "0"], "--epochs must be at least 1; got 0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1; got 0"),
+        (["--batch-size", "1199"], "at most the 1198 training examples"),
+        (["--hidden", "8", "-1"], "--hidden must be at least 1; got -1"),
+        (["--hidden"], "at least one layer"),
+        (["--learning-rate", "nan"], "--learning-rate must be positive and finite; got nan"),
+        (["--learning-rate", "-1"], "--learning-rate must be positive"),
+        (["--weight-decay", "-0.1"], "--weight-decay must be at least 0"),
+        (["--momentum", "1"], "--momentum must be at least 0 and below 1"),
+        (["--mirror-every", "0"], "--mirror-every must be at least 1"),
+        (["--mirror-steps", "-1"], "--mirror-steps must be at least 0"),
+        (["--mirror-angle", "nan"], "--mirror-angle must be between 0 and 90"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+    ],
+)
+def test_bad_input(monkeypatch, tmp_path, capsys, arguments, message):
+    assert wmkp(monkeypatch, "compare", "--out", tmp_path / "out", *arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("wmkp: ") and err.count("\n") == 1 and message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_dataset_says_how_to_get_it(monkeypatch, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    arguments = ["compare", "--dataset", "mnist", "--data-dir", tmp_path / "data", "--out", tmp_path / "out"]
+    assert wmkp(monkeypatch, *arguments) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "has no dataset 'mnist'" in err and "download_and_prepare()" in err
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "data"], "nothing was downloaded or written"
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_unwritable_out(monkeypatch, tmp_path, capsys, below):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(compare, "train", lambda *_: pytest.fail("this must be known before training"))
+    assert wmkp(monkeypatch, "compare", "--out", tmp_path / "file" / below) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"cannot write to {tmp_path}" in err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_failure_leaves_no_half_written_file(monkeypatch, tmp_path):
+    (tmp_path / "comparison.png").mkdir()  # the second of the two files cannot be put in place
+    with pytest.raises(InputError, match="cannot write"):
+        compare.outputs.write_atomically({tmp_path / "comparison.png": b"png"})
+    assert [path.name for path in tmp_path.iterdir()] == ["comparison.png"]
+
+
+def test_diverged_run_is_shown_as_such():
+    rows = [compare.Row("fa", epoch, math.nan, 90.0, math.nan, math.nan, math.nan, math.nan) for epoch in range(3)]
+    assert compare.to_csv(rows).decode().splitlines()[-1] == "fa,2,,90,,,,"
+    assert compare.figures.comparison(rows, "nothing but NaN")[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"]])
+def test_help(monkeypatch, capsys, arguments):
+    assert wmkp(monkeypatch, *arguments) == 0
+    assert "compare" in capsys.readouterr().out

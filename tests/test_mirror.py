@@ -1,0 +1,722 @@
+"""Mirror mode: what its signal is in the mean, how far from that one estimate lies, and where B settles."""
+
+import functools
+import itertools
+import math
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+import wmkp
+from wmkp.angles import angle
+from wmkp.mirror import draw_noise
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+KEY = jax.random.key(0)
+
+
+def normal(seed, *shape, fan_in=1):
+    return (np.random.default_rng(seed).normal(size=shape) / math.sqrt(fan_in)).astype(np.float32)
+
+
+def signals(rule, fun, params, *args, key=KEY):
+    return jax.jit(lambda k, p: wmkp.mirror_signals(k, rule, fun, p, *args))(key, params)
+
+
+def one_estimate(**options):
+    """A rule whose law is that of a single estimate."""
+    return wmkp.weight_mirror(**{"rate": 1.0, **options})
+
+
+def mean_angles(rule, fun, params, *args, keys=8):
+    """{path: mean angle between the signal and W over keys}: one estimate's own angle scatters about the law."""
+
+    def one(key, params):
+        found = wmkp.mirror_signals(key, rule, fun, params, *args)
+        return {path: angle(signal, flat(params)[path]) for path, signal in flat(found).items()}
+
+    angles = jax.jit(jax.vmap(one, (0, None)))(jax.random.split(KEY, keys), params)
+    return {path: float(values.mean()) for path, values in angles.items()}
+
+
+def degrees(tangent_squared):
+    return math.degrees(math.atan(math.sqrt(tangent_squared)))
+
+
+def flat(tree):
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+# --- the law of angles ------------------------------------------------------------------------------------------------
+
+X = jax.ShapeDtypeStruct((4, 24), jnp.float32)  # only shapes are read
+IMAGE = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+
+
+def dense(params, x):
+    return jnp.tanh(x @ params["first"]) @ params["w"]
+
+
+def scaled(params, x):
+    return jnp.tanh(x @ params["first"]) @ (0.5 * params["w"])
+
+
+def transposed(params, x):
+    return jnp.tanh(x @ params["first"]) @ params["w"].T
+
+
+def half_precision(params, x):
+    """bf16 compute from float32 params."""
+    first, w = (params[k].astype(jnp.bfloat16) for k in ("first", "w"))
+    return jnp.tanh(x.astype(jnp.bfloat16) @ first) @ w
+
+
+def fused(params, x, split=lambda w: (w[:, : w.shape[1] // 3], w[:, w.shape[1] // 3 : -(w.shape[1] // 3)],
+                                       w[:, -(w.shape[1] // 3) :])):  # fmt: skip
+    """Queries, keys and values from one array, each by a slice of it."""
+    x = jnp.tanh(x @ params["first"])
+    q, k, v = (x @ w for w in split(params["w"]))
+    return jax.nn.softmax(q @ k.T) @ v
+
+
+fused_by_split = functools.partial(fused, split=lambda w: jnp.split(w, 3, axis=1))
+
+
+def twice(params, x):
+    """One matrix in two places."""
+    x = jnp.tanh(x @ params["first"])
+    return jnp.tanh(x @ params["w"]) @ params["w"]
+
+
+def stacked(params, x):
+    x, _ = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), jnp.tanh(x @ params["first"]), params["w"])
+    return x
+
+
+def rematerialized(params, x):
+    return jax.checkpoint(lambda w, x: jnp.tanh(x @ w))(params["w"], jnp.tanh(x @ params["first"])).sum()
+
+
+def embedded(params, tokens):
+    """Tied embeddings: looked up at the input, transposed at the output."""
+    return jnp.tanh(params["w"][tokens] @ params["first"]) @ params["w"].T
+
+
+FIRST = normal(1, 24, 96, fan_in=24)
+MODELS = {  # fun, the matrix's shape, its fan_in, how many uses share a parameter (whose estimates are averaged)
+    "dense": (dense, (96, 80), 96, 1),
+    "scaled": (scaled, (96, 80), 96, 1),
+    "transposed": (transposed, (80, 96), 96, 1),
+    "bf16 compute": (half_precision, (96, 80), 96, 1),
+    "fused": (fused, (96, 3 * 40), 96, 1),
+    "fused, jnp.split": (fused_by_split, (96, 3 * 40), 96, 1),
+    "twice": (twice, (96, 96), 96, 2),
+    "stacked": (stacked, (3, 96, 96), 96, 1),
+    "rematerialized": (rematerialized, (96, 80), 96, 1),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_law_of_angles(name):
+    """tan(theta) = sqrt(fan_in / N), within a degree, wherever a matrix stands."""
+    fun, shape, fan_in, uses = MODELS[name]
+    params = {"first": FIRST, "w": normal(2, *shape, fan_in=fan_in)}
+    samples = 24 * (4 + len(name))  # a range of them, from fan_in to 4 fan_in
+    rule = one_estimate(num_samples=samples)
+    found = mean_angles(rule, fun, params, X)
+    assert list(found) == ["w"]
+    assert found["w"] == pytest.approx(degrees(fan_in / (uses * samples)), abs=1)
+    assert found["w"] == pytest.approx(wmkp.mirror_angle(uses * samples, fan_in, rule), abs=1)
+
+
+def test_law_of_tied_embeddings():
+    """The lookup is no projection; the transposed one is, over the embedding's own size."""
+    params = {"w": normal(3, 300, 64, fan_in=64), "first": normal(4, 64, 64, fan_in=64)}
+    tokens = jax.ShapeDtypeStruct((5,), jnp.int32)
+    found = mean_angles(one_estimate(num_samples=128), embedded, params, tokens)
+    assert found == {"w": pytest.approx(degrees(0.5), abs=1), "first": pytest.approx(degrees(0.5), abs=1)}
+
+
+class ConvNet(nn.Module):
+    groups: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(32, (3, 3), name="first")(x))
+        x = nn.relu(nn.Conv(64, (3, 3), strides=2, padding="SAME", feature_group_count=self.groups, name="conv")(x))
+        return nn.Dense(10, name="last")(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("phi", "samples"), [(None, 512), (jax.nn.relu, 300)])
+def test_law_of_convolutions(groups, phi, samples):
+    """A conv's patches are drawn as they are: SAME padding and strides leave no bias, and groups each have their own."""
+    net = ConvNet(groups)
+    params = net.init(KEY, jnp.zeros(IMAGE.shape))
+    rule = one_estimate(num_samples=samples, activation=phi)
+    found = jax.jit(jax.vmap(lambda k: wmkp.mirror_signals(k, rule, net.apply, params, IMAGE)))(
+        jax.random.split(KEY, 6)
+    )
+    found = found["params"]
+    kernel = params["params"]["conv"]["kernel"]
+    fan_in = 9 * 32 // groups
+    assert kernel.shape == (3, 3, 32 // groups, 64)
+    projections = wmkp.projections(net.apply, params, IMAGE)
+    assert projections["params/conv/kernel"].fan_in == fan_in
+    law = degrees((1 if phi is None else 2) * fan_in / samples)
+
+    def mean_angle(part):
+        ours, theirs = np.asarray(found["conv"]["kernel"])[:, *part], np.asarray(kernel)[part]
+        return np.mean([angle(signal, theirs) for signal in ours])
+
+    for part in range(groups):  # each group by itself, so that none can hide in the others' mean
+        columns = slice(part * 64 // groups, (part + 1) * 64 // groups)
+        assert mean_angle((..., columns)) == pytest.approx(law, abs=1)
+    for tap in ((0, 0), (1, 1), (2, 2)):  # and an edge tap as well as the one in the middle
+        assert mean_angle(tap) == pytest.approx(law, abs=1.5)
+    assert found["first"]["kernel"] is None and found["conv"]["bias"] is None
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(64, name="in")(x)
+        return nn.MultiHeadDotProductAttention(4, qkv_features=64, name="attention")(x)
+
+
+def test_law_of_attention():
+    """Kernels of shape (width, heads, size) and (heads, size, width)."""
+    net, x = Attention(), jax.ShapeDtypeStruct((2, 5, 24), jnp.float32)
+    params = net.init(KEY, jnp.zeros(x.shape))
+    found = mean_angles(one_estimate(num_samples=160), net.apply, params, x)
+    assert found == {
+        f"params/attention/{name}/kernel": pytest.approx(degrees(64 / 160), abs=1)
+        for name in ("key", "out", "query", "value")
+    }
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(
+    ("noise", "samples", "std"),
+    [("gaussian", 48, 1.0), ("gaussian", 800, 0.01), ("uniform", 200, 10.0), ("rademacher", 100, 0.3)],
+)
+def test_law_of_every_noise(noise, samples, std, relu):
+    rule = one_estimate(noise=noise, noise_std=std, num_samples=samples, activation=jax.nn.relu if relu else None)
+    params = {"first": FIRST, "w": normal(5, 96, 160, fan_in=96)}
+    (measured,) = mean_angles(rule, dense, params, X, keys=12).values()
+    assert measured == pytest.approx(degrees((1 + relu) * 96 / samples), abs=1)
+    assert measured == pytest.approx(wmkp.mirror_angle(samples, 96, rule), abs=1)
+
+
+@pytest.mark.parametrize(
+    ("phi", "std", "samples"), [(jnp.tanh, 1.0, 300), (jax.nn.gelu, 0.3, 900), (jax.nn.softplus, 1.0, 400)]
+)
+def test_law_of_other_activations(phi, std, samples):
+    """c = E[phi^2] / (sigma^2 E[phi']^2) at weights of unit norm, where the scale is sigma^2 E[phi']."""
+    w = normal(6, 96, 200)
+    params = {"first": FIRST, "w": w / np.linalg.norm(w, axis=0)}
+    rule = one_estimate(noise_std=std, num_samples=samples, activation=phi)
+    (measured,) = mean_angles(rule, dense, params, X, keys=12).values()
+    assert measured == pytest.approx(wmkp.mirror_angle(samples, 96, rule), abs=1)
+    found = signals(rule, dense, params, X)
+    scale = np.vdot(found["w"], params["w"]) / np.vdot(params["w"], params["w"])
+    assert scale == pytest.approx(wmkp.mirror_gain(rule), rel=0.05)
+
+
+def test_default_number_of_samples_reaches_the_target():
+    """num_samples=None draws, projection by projection, what the target angle takes: narrow and wide end alike."""
+
+    def net(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return x
+
+    sizes = (24, 40, 160, 80)
+    params = [normal(i, m, n, fan_in=m) for i, (m, n) in enumerate(itertools.pairwise(sizes))]
+    rule = one_estimate(target_angle=20.0)
+    assert mean_angles(rule, net, params, X) == {"1": pytest.approx(20, abs=1), "2": pytest.approx(20, abs=1)}
+
+
+# --- better noise -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fan_in", [1, 2, 7, 36])
+def test_orthogonal_noise_is_orthogonal(fan_in):
+    """X^T X = N sigma^2 I for whole blocks, at any size, with signs that are drawn anew; rows orthogonal below that."""
+    blocks, rule = 3, one_estimate(noise="orthogonal", noise_std=0.7)
+
+    @functools.partial(jax.jit, static_argnames="samples")
+    def draw(key, samples):
+        return draw_noise(key, rule.mirror, (blocks, samples, fan_in), jnp.float32)
+
+    x = np.asarray(draw(KEY, samples=2 * fan_in))
+    gram = np.einsum("kni,knj->kij", x, x)
+    np.testing.assert_allclose(gram, np.tile(2 * fan_in * 0.49 * np.eye(fan_in), (blocks, 1, 1)), atol=1e-4 * fan_in)
+    if fan_in > 2:
+        assert not np.allclose(x, draw(jax.random.key(1), samples=2 * fan_in))
+        assert not np.allclose(x[0], x[1]) and not np.allclose(x[:, :fan_in], x[:, fan_in:])
+        half = np.asarray(draw(KEY, samples=fan_in // 2))
+        gram = np.einsum("kni,kmi->knm", half, half)
+        np.testing.assert_allclose(
+            gram, np.tile(fan_in * 0.49 * np.eye(fan_in // 2), (blocks, 1, 1)), atol=1e-4 * fan_in
+        )
+        assert not np.allclose(np.abs(half[0]), np.abs(half[1])), "other rows, not other signs alone"
+
+
+@pytest.mark.parametrize(
+    "noise", ["gaussian", "uniform", "rademacher", "orthogonal", "antithetic", "orthogonal+antithetic"]
+)
+def test_noise_is_centred_with_its_standard_deviation(noise):
+    rule = one_estimate(noise=noise, noise_std=0.5)
+    x = np.asarray(draw_noise(KEY, rule.mirror, (3, 400, 40), jnp.float32))
+    assert x.shape == (3, 400, 40) and x.dtype == np.float32
+    assert abs(x.mean()) < 0.01 and x.std() == pytest.approx(0.5, rel=0.02)
+    assert np.max(np.abs(np.einsum("kni,knj->ij", x, x) / 300 - np.eye(40))) < 0.2
+    if "antithetic" in noise:
+        np.testing.assert_array_equal(x[:, :200], -x[:, 200:])
+    assert not np.allclose(x[0], x[1])
+
+
+@pytest.mark.parametrize("name", ["bf16 compute", "stacked", "fused"])
+def test_orthogonal_noise_is_exact_from_fan_in_samples(name):
+    """A linear response's W^T exactly; in float32 where the model computes in bf16."""
+    fun, shape, fan_in, _ = MODELS[name]
+    params = {"first": FIRST, "w": normal(2, *shape, fan_in=fan_in)}
+    for samples in (fan_in, 2 * fan_in):
+        rule = one_estimate(noise="orthogonal", num_samples=samples)
+        found = signals(rule, fun, params, X)
+        assert float(angle(found["w"], params["w"])) < 1e-3
+        assert wmkp.mirror_angle(samples, fan_in, rule) == 0
+
+
+def test_orthogonal_pairs_are_exact_for_relu():
+    """relu(z) - relu(-z) = z: from 2 fan_in samples, biases blocked; and neither half of the idea does it alone."""
+    params = {"first": FIRST, "w": normal(2, 96, 80, fan_in=96)}
+    for samples in (192, 384):
+        rule = one_estimate(noise="orthogonal+antithetic", num_samples=samples, activation=jax.nn.relu)
+        found = signals(rule, dense, params, X)
+        assert float(angle(found["w"], params["w"])) < 1e-2
+        np.testing.assert_allclose(found["w"], params["w"] / 2, atol=1e-5)
+        assert wmkp.mirror_angle(samples, 96, rule) == pytest.approx(0, abs=1e-3)
+    for noise in ("orthogonal", "antithetic"):
+        rule = one_estimate(noise=noise, num_samples=192, activation=jax.nn.relu)
+        assert float(angle(signals(rule, dense, params, X)["w"], params["w"])) > 20
+
+
+@pytest.mark.parametrize(
+    ("samples", "paired"),
+    [(24, False), (48, False), (144, False), (168, False), (456, False), (96, True), (240, True)],
+)
+def test_law_of_orthogonal_noise(samples, paired):
+    """sqrt((fan_in - N) / N) below fan_in; a last block that is not whole weights some directions more than others."""
+    rule = one_estimate(noise="orthogonal+antithetic" if paired else "orthogonal", num_samples=samples)
+    params = {"first": FIRST, "w": normal(5, 96, 160, fan_in=96)}
+    directions = samples // 2 if paired else samples
+    (measured,) = mean_angles(rule, dense, params, X).values()
+    if directions < 96:
+        assert measured == pytest.approx(degrees((96 - directions) / directions), abs=1)
+    assert measured == pytest.approx(wmkp.mirror_angle(samples, 96, rule), abs=1)
+
+
+@pytest.mark.parametrize(
+    ("noise", "samples"),
+    [("antithetic", 64), ("antithetic", 384), ("orthogonal", 64), ("orthogonal", 384), ("orthogonal+antithetic", 128)],
+)
+def test_law_of_better_noise_for_relu(noise, samples):
+    rule = one_estimate(noise=noise, num_samples=samples, activation=jax.nn.relu)
+    params = {"first": FIRST, "w": normal(5, 96, 160, fan_in=96)}
+    (measured,) = mean_angles(rule, dense, params, X, keys=16).values()
+    assert measured == pytest.approx(wmkp.mirror_angle(samples, 96, rule), abs=1)
+
+
+# --- what the signal is in the mean -----------------------------------------------------------------------------------
+
+
+def mean_signal(rule, fun, params, *args, keys=400):
+    def add(total, key):
+        return jax.tree.map(jnp.add, total, wmkp.mirror_signals(key, rule, fun, params, *args)), None
+
+    zero = jax.tree.map(jnp.zeros_like, wmkp.init_feedback(KEY, rule, fun, params, *args))
+    total, _ = jax.jit(lambda: lax.scan(add, zero, jax.random.split(KEY, keys)))()
+    return jax.tree.map(lambda t: np.asarray(t) / keys, total)
+
+
+@pytest.mark.parametrize(
+    ("name", "phi"),
+    [("scaled", None), ("scaled", jax.nn.relu), ("twice", None), ("fused", jax.nn.relu), ("stacked", None)],
+)
+def test_mean_is_unbiased(name, phi):
+    """sigma^2 E[phi'] W^T, in size as well as in direction, for every element.
+
+    Where the model takes a constant multiple of a parameter, or the parameter in several places, it is still the
+    parameter's own.
+    """
+    fun, shape, _, _ = MODELS[name]
+    shape = (3, 24, 24) if name == "stacked" else tuple(s // 4 for s in shape)
+    params = {"first": normal(1, 24, 24, fan_in=24), "w": normal(2, *shape, fan_in=24)}
+    rule = one_estimate(num_samples=50, noise_std=2.0, activation=phi)
+    mean = mean_signal(rule, fun, params, X)["w"]
+    gain = 4.0 if phi is None else 2.0
+    assert float(angle(mean, params["w"])) < 1.1 * wmkp.mirror_angle(50 * 400, 24, rule)
+    assert np.vdot(mean, params["w"]) / np.vdot(params["w"], params["w"]) == pytest.approx(gain, rel=0.02)
+    errors = mean - gain * params["w"]
+    assert np.max(np.abs(errors)) < 5 * errors.std()
+
+
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_mean_of_grouped_convolution_is_unbiased(dimensions):
+    """Every tap, also the outermost, and every group."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(12, (3,) * dimensions, name="first")(x)
+            return nn.Conv(8, (3,) * dimensions, feature_group_count=4, kernel_dilation=2, name="conv")(x)
+
+    net, x = Net(), jnp.zeros((1, *(6,) * dimensions, 3))
+    params = net.init(KEY, x)
+    rule = one_estimate(num_samples=50, activation=jax.nn.relu)
+    mean = mean_signal(rule, net.apply, params, x)["params"]["conv"]["kernel"]
+    w = np.asarray(params["params"]["conv"]["kernel"])
+    fan_in = 3 * 3**dimensions
+    assert float(angle(mean, w)) < 1.2 * wmkp.mirror_angle(50 * 400, fan_in, rule)
+    for tap in np.ndindex(*w.shape[:dimensions]):
+        for group in range(4):
+            part = (*tap, slice(None), slice(2 * group, 2 * group + 2))
+            assert np.vdot(mean[part], w[part]) / np.vdot(w[part], w[part]) == pytest.approx(0.5, abs=0.12)
+
+
+def test_uses_that_overlap():
+    """Half of a matrix is used twice, half once: each element is the mean over its own uses."""
+
+    def net(params, x):
+        x = jnp.tanh(x @ params["first"])
+        return (x @ params["w"]).sum() + (x @ params["w"][:, :12]).sum()
+
+    params = {"first": normal(1, 24, 24, fan_in=24), "w": normal(2, 24, 24, fan_in=24)}
+    found = signals(one_estimate(noise="orthogonal", num_samples=24), net, params, X)
+    np.testing.assert_allclose(found["w"], params["w"], atol=1e-5)
+
+
+def test_a_parameter_that_is_partly_used_has_zeros_elsewhere():
+    def net(params, x):
+        return jnp.tanh(x @ params["first"]) @ params["w"][:, 4:]
+
+    params = {"first": normal(1, 24, 24, fan_in=24), "w": normal(2, 24, 16, fan_in=24)}
+    found = signals(one_estimate(noise="orthogonal", num_samples=24), net, params, X)
+    np.testing.assert_allclose(found["w"][:, 4:], params["w"][:, 4:], atol=1e-5)
+    np.testing.assert_array_equal(found["w"][:, :4], 0)
+
+
+# --- biases -----------------------------------------------------------------------------------------------------------
+
+
+def biased(params, x):
+    return jnp.maximum(jnp.tanh(x @ params["first"]) @ params["w"] + params["b"], 0)
+
+
+BIASED = {"first": FIRST, "w": normal(2, 96, 300, fan_in=96), "b": normal(3, 300) / 2}  # a bias of std 0.5
+BIASED["w"] /= np.linalg.norm(BIASED["w"], axis=0)
+
+
+def test_one_estimate_against_numpy():
+    """Eq. 6-8 written out, given the very noise: mean of x phi(W x + b)^T over samples."""
+    for bias in ("kept", "blocked"):
+        rule = one_estimate(num_samples=50, noise_std=1.5, activation=jax.nn.relu, bias=bias)
+        found = signals(rule, biased, BIASED, X)["w"]
+        x = np.asarray(draw_noise(jax.random.fold_in(KEY, 0), rule.mirror, (1, 50, 96), jnp.float32))[0]
+        W = BIASED["w"].astype(np.float64).T
+        b = BIASED["b"] if bias == "kept" else np.zeros(300)
+        expected = np.zeros((96, 300))
+        for sample in x.astype(np.float64):
+            y = np.maximum(W @ sample + b, 0)
+            expected += np.outer(sample, y) / 50  # (7): B += eta delta_l delta_{k+1}^T
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_kept_bias_leaves_a_floor():
+    """Of E[x relu(w x + b)] = Phi(b) w: columns of different length, at an angle that no number of samples removes."""
+    cdf = normal_cdf(BIASED["b"])
+    floor = math.degrees(math.acos(cdf.sum() / math.sqrt(len(cdf) * (cdf**2).sum())))
+    assert 18 < floor < 24
+    many = {"num_samples": 20_000, "activation": jax.nn.relu}
+    kept = signals(one_estimate(bias="kept", **many), biased, BIASED, X)["w"]
+    blocked = signals(one_estimate(bias="blocked", **many), biased, BIASED, X)["w"]
+    assert float(angle(kept, BIASED["w"])) == pytest.approx(floor, abs=1)
+    assert float(angle(blocked, BIASED["w"])) == pytest.approx(
+        wmkp.mirror_angle(20_000, 96, one_estimate(**many)), abs=0.5
+    )
+    np.testing.assert_allclose(
+        np.einsum("io,io->o", kept, BIASED["w"]) / np.einsum("io,io->o", BIASED["w"], BIASED["w"]), cdf, atol=0.05
+    )
+
+
+def normal_cdf(z):
+    return np.vectorize(lambda z: 0.5 * (1 + math.erf(z / math.sqrt(2))))(np.asarray(z, np.float64))
+
+
+def test_kept_bias_of_convolution_and_attention():
+    """Each output has the bias that is its own: groups and heads are not mixed up."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(8, (3, 3), name="first")(x)
+            x = nn.Conv(12, (3, 3), feature_group_count=4, name="conv")(x)
+            x = nn.DenseGeneral((3, 5), name="heads")(x)
+            return nn.DenseGeneral(7, axis=(-2, -1), name="out")(x)
+
+    net, rng = Net(), np.random.default_rng(0)
+    params = net.init(KEY, jnp.zeros((1, 6, 6, 2)))["params"]
+    for name in params:
+        params[name]["bias"] = rng.normal(scale=2, size=params[name]["bias"].shape).astype(np.float32)
+    rule = one_estimate(bias="kept", num_samples=20_000, activation=jax.nn.relu)
+    image = jax.ShapeDtypeStruct((1, 6, 6, 2), jnp.float32)
+    found = signals(rule, lambda p, x: net.apply({"params": p}, x), params, image)
+    for name, outputs in (("conv", (12,)), ("heads", (3, 5)), ("out", (7,))):
+        assert params[name]["bias"].shape == outputs
+        w, signal = (np.asarray(t[name]["kernel"]).reshape(-1, math.prod(outputs)) for t in (params, found))
+        norms = np.linalg.norm(w, axis=0)
+        cdf = normal_cdf(params[name]["bias"].ravel() / norms)
+        assert np.ptp(cdf) > 0.8
+        np.testing.assert_allclose(np.sum(signal * w, 0) / norms**2, cdf, atol=0.1)
+
+
+def test_kept_bias_under_scan():
+    def net(params, x):
+        def layer(x, p):
+            return jnp.maximum(x @ p["w"] + p["b"], 0), None
+
+        return lax.scan(layer, jnp.tanh(x @ params["first"]), params["stack"])[0]
+
+    stack = {"w": normal(1, 3, 24, 24, fan_in=24), "b": 2 * normal(2, 3, 24)}
+    params = {"first": normal(3, 24, 24, fan_in=24), "stack": stack}
+    rule = one_estimate(bias="kept", num_samples=20_000, activation=jax.nn.relu)
+    signal = signals(rule, net, params, X)["stack"]["w"]
+    norms = np.linalg.norm(stack["w"], axis=1)
+    cdf = normal_cdf(stack["b"] / norms)
+    np.testing.assert_allclose(np.einsum("lio,lio->lo", signal, stack["w"]) / norms**2, cdf, atol=0.08)
+
+
+def test_bias_without_activation_is_not_in_the_mean():
+    rule = one_estimate(bias="kept", num_samples=20_000)
+    found = signals(rule, biased, BIASED, X)["w"]
+    assert float(angle(found, BIASED["w"])) == pytest.approx(degrees(1.25 * 96 / 20_000), abs=0.5)
+
+
+# --- gains and sample counts ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("std", [0.3, 1.0, 3.0])
+def test_mirror_gain(std):
+    z = np.linspace(-12, 12, 200_001)
+    density = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
+    slopes = {
+        None: np.ones_like(z),
+        jax.nn.relu: (z > 0).astype(float),
+        jnp.tanh: 1 - np.tanh(std * z) ** 2,
+        jax.nn.sigmoid: 1 / (2 + 2 * np.cosh(std * z)),
+    }
+    for phi, slope in slopes.items():
+        expected = std**2 * np.sum(density * slope)
+        assert wmkp.mirror_gain(one_estimate(noise_std=std, activation=phi)) == pytest.approx(expected, rel=2e-3)
+    if std == 1:
+        assert wmkp.mirror_gain(one_estimate()) == 1
+        assert wmkp.mirror_gain(one_estimate(activation=jax.nn.relu)) == pytest.approx(0.5, rel=1e-6)
+
+
+def test_gain_inside_jit():
+    """Factories are called in traced code too; the gain is a Python number all the same."""
+    rule = one_estimate(activation=jax.nn.relu)
+    assert float(jax.jit(lambda x: x * wmkp.mirror_gain(rule))(2.0)) == pytest.approx(1.0)
+
+
+RULES = st.builds(
+    one_estimate,
+    noise=st.sampled_from(["gaussian", "uniform", "rademacher", "antithetic"]),
+    activation=st.sampled_from([None, jax.nn.relu, jnp.tanh]),
+    rate=st.sampled_from([1.0, 0.5, 0.1, 0.01]),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rule=RULES, target=st.floats(1.0, 80.0), fan_in=st.integers(1, 5000))
+def test_samples_for_angle_inverts_mirror_angle(rule, target, fan_in):
+    samples = wmkp.samples_for_angle(target, fan_in, rule)
+    assert isinstance(samples, int) and samples >= 1
+    assert wmkp.mirror_angle(samples, fan_in, rule) <= target * (1 + 1e-6)
+    step = 2 if "antithetic" in rule.mirror.noise else 1
+    if samples > step:  # and it is the least that does
+        assert wmkp.mirror_angle(samples - step, fan_in, rule) > target * (1 - 1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    paired=st.booleans(),
+    relu=st.booleans(),
+    rate=st.sampled_from([1.0, 0.1]),
+    target=st.floats(1.0, 80.0),
+    fan_in=st.integers(2, 5000),
+)
+def test_samples_for_angle_of_orthogonal_noise(paired, relu, rate, target, fan_in):
+    rule = one_estimate(
+        noise="orthogonal+antithetic" if paired else "orthogonal", activation=jax.nn.relu if relu else None, rate=rate
+    )
+    samples = wmkp.samples_for_angle(target, fan_in, rule)
+    assert wmkp.mirror_angle(samples, fan_in, rule) <= target * (1 + 1e-6) + 1e-6
+    whole = (2 if paired else 1) * fan_in
+    if paired or not relu:
+        assert samples <= whole  # exact there: no more is ever needed
+    if not paired:  # and never more than Gaussian noise takes
+        gaussian = one_estimate(activation=rule.mirror.activation, rate=rate)
+        assert samples <= wmkp.samples_for_angle(target, fan_in, gaussian)
+
+
+def test_design_figures():
+    """The figures that the law was first checked by: 512 Gaussian samples, rate 0.1, ResNet-20's widest layer."""
+    rule = wmkp.weight_mirror(num_samples=512, rate=0.1)
+    assert wmkp.mirror_angle(512, 576, rule) == pytest.approx(13.7, abs=0.05)
+    assert wmkp.mirror_angle(1, 1, one_estimate()) == pytest.approx(45)
+    assert wmkp.samples_for_angle(45, 100, one_estimate(activation=jax.nn.relu)) == 200
+
+
+# --- where B settles --------------------------------------------------------------------------------------------------
+
+
+def settle(rule, params, steps, fun=dense):
+    """B after so many calibrated mirror steps from random, W standing still."""
+    tx = wmkp.updates.calibrated_mirror(rule)
+    feedback = wmkp.init_feedback(KEY, rule, fun, params, X)
+
+    def step(feedback, key):
+        change, _ = tx.update(wmkp.mirror_signals(key, rule, fun, params, X), optax.EmptyState(), feedback)
+        return optax.apply_updates(feedback, change), None
+
+    return jax.jit(lambda b: lax.scan(step, b, jax.random.split(KEY, steps))[0])(feedback)
+
+
+@pytest.mark.parametrize(("rate", "phi", "std"), [(0.1, None, 1.0), (0.1, jax.nn.relu, 0.5), (0.5, jax.nn.relu, 2.0)])
+def test_leaky_average_settles_at_the_law(rate, phi, std):
+    params = {"first": FIRST, "w": normal(2, 96, 160, fan_in=96)}
+    rule = wmkp.weight_mirror(num_samples=64, rate=rate, activation=phi, noise_std=std)
+    found = settle(rule, params, int(8 / rate))["w"]
+    predicted = wmkp.mirror_angle(64, 96, rule)
+    assert float(angle(found, params["w"])) == pytest.approx(predicted, abs=1)
+    # In size too: B is W^T, beside noise at a right angle to it.
+    assert np.vdot(found, params["w"]) / np.vdot(params["w"], params["w"]) == pytest.approx(1, abs=0.03)
+    ratio = np.linalg.norm(found) / np.linalg.norm(params["w"])
+    assert ratio == pytest.approx(1 / math.cos(math.radians(predicted)), abs=0.03)
+
+
+def test_default_rule_settles_at_its_target_and_at_the_size_of_w():
+    rule = wmkp.weight_mirror()
+    params = {"first": FIRST, "w": normal(2, 96, 160, fan_in=96)}
+    found = settle(rule, params, 80)["w"]
+    assert float(angle(found, params["w"])) == pytest.approx(rule.mirror.target_angle, abs=0.5)
+    assert np.linalg.norm(found) / np.linalg.norm(params["w"]) == pytest.approx(1, abs=0.02)
+
+
+# --- structure --------------------------------------------------------------------------------------------------------
+
+
+def test_structure_of_signals():
+    """params' structure, shapes and dtypes; None where init_feedback has None, zeros where a B does not mirror."""
+
+    def net(params, x):
+        for layer in params["layers"]:
+            x = jnp.tanh(x.astype(layer["w"].dtype) @ layer["w"] + layer["b"])
+        return params["gain"] * x
+
+    layers = [{"w": normal(i, 24, 24), "b": np.zeros(24, np.float32)} for i in range(4)]
+    layers[3]["w"] = jnp.asarray(layers[3]["w"], jnp.bfloat16)
+    params = {"layers": layers, "gain": np.ones((), np.float32)}
+    mirror = one_estimate(num_samples=8)
+    rules = {"[13]/w": mirror, "2/w": wmkp.kolen_pollack(), ".*": wmkp.backprop()}
+    found, feedback = signals(rules, net, params, X), wmkp.init_feedback(KEY, rules, net, params, X)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, feedback)
+    assert list(flat(found)) == ["layers/1/w", "layers/2/w", "layers/3/w"]
+    assert found["layers"][3]["w"].dtype == jnp.bfloat16
+    zero = [bool(np.all(np.asarray(layer["w"], np.float32) == 0)) for layer in found["layers"][1:]]
+    assert zero == [False, True, False]
+    assert not np.any(np.asarray(signals(mirror, net, params, X)["layers"][2]["w"]) == 0)
+
+
+def test_key_decides_and_projections_draw_apart():
+    """Same key, same signal; another key, another; two projections of one shape see different noise."""
+
+    def net(params, x):
+        x = jnp.tanh(x @ params["first"])
+        return jnp.tanh(x @ params["a"]) @ params["b"]
+
+    w = normal(2, 24, 24, fan_in=24)
+    params = {"first": normal(1, 24, 24), "a": w, "b": w}
+    rule = one_estimate(num_samples=16)
+    once, again, other = (signals(rule, net, params, X, key=jax.random.key(k)) for k in (0, 0, 1))
+    chex.assert_trees_all_equal(once, again)
+    assert not np.allclose(once["a"], other["a"])
+    assert 60 < float(angle(once["a"] - w, once["b"] - w)) < 120
+    layers = signals(rule, stacked, {"first": FIRST[:, :24], "w": np.stack([w, w])}, X)["w"]
+    assert 60 < float(angle(layers[0] - w, layers[1] - w)) < 120
+
+
+def test_no_data_enters():
+    params = {"first": FIRST, "w": normal(2, 96, 80, fan_in=96)}
+    rule = one_estimate(num_samples=16)
+    by_shape = signals(rule, dense, params, X)
+    by_data = signals(rule, dense, params, jnp.full(X.shape, jnp.nan))
+    np.testing.assert_array_equal(by_shape["w"], by_data["w"])
+    # Nor B, nor the first layer's weights.
+    other = signals(rule, dense, {**params, "first": np.full_like(FIRST, np.nan)}, X)
+    np.testing.assert_array_equal(by_shape["w"], other["w"])
+
+
+def test_errors():
+    params = {"first": FIRST, "w": normal(2, 96, 80, fan_in=96)}
+    for call in (
+        lambda: wmkp.mirror_signals(KEY, wmkp.kolen_pollack(), dense, params, X),
+        lambda: wmkp.mirror_gain(wmkp.backprop()),
+        lambda: wmkp.mirror_angle(10, 10, wmkp.kolen_pollack()),
+        lambda: wmkp.samples_for_angle(10, 10, wmkp.feedback_alignment()),
+    ):
+        with pytest.raises(ValueError, match=r"no.* mirror mode"):
+            call()
+    for bad in (0, 90, -1, 120):
+        with pytest.raises(ValueError, match="angle must lie"):
+            wmkp.samples_for_angle(bad, 10, one_estimate())
+    for options in (
+        {"noise": "pink"},
+        {"bias": "both"},
+        {"noise_std": 0.0},
+        {"noise_std": float("inf")},
+        {"num_samples": 0},
+        {"num_samples": 1.5},
+        {"target_angle": 90.0},
+        {"rate": 0.0},
+        {"rate": 1.5},
+        {"activation": "relu"},
+        {"scale": -1.0},
+    ):
+        (name,) = options
+        with pytest.raises(ValueError, match=name):
+            wmkp.weight_mirror(**options)
+
+
+def test_weight_that_noise_cannot_reach_is_an_error():
+    """A matrix that data masks before it multiplies: B can follow it, noise alone cannot."""
+
+    def masked(params, x, mask):
+        return jnp.tanh(x @ params["first"]) @ (params["w"] * mask)
+
+    params = {"first": normal(1, 24, 24), "w": normal(2, 24, 8)}
+    with pytest.raises(wmkp.WeightTransportError, match="'w'"):
+        wmkp.mirror_signals(KEY, one_estimate(num_samples=8), masked, params, X, jnp.ones((24, 8)))

@@ -1,0 +1,489 @@
+"""The two compiled steps: what they change, compiled once, donated, in loops and over devices as on one."""
+
+import itertools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import wmkp
+from wmkp.angles import angle
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+KEY = jax.random.key(0)
+SIZES = (6, 32, 24, 5)
+DEVICES = 4
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def network(seed=0):
+    return [
+        {"w": normal(seed + i, m, n) / math.sqrt(m), "b": np.zeros(n, np.float32)}
+        for i, (m, n) in enumerate(itertools.pairwise(SIZES))
+    ]
+
+
+def batches(count, size=8):
+    return normal(10, count, size, SIZES[0]), normal(11, count, size, SIZES[-1])
+
+
+def batch(i=0, size=8):
+    return jax.tree.map(lambda a: a[i], batches(i + 1, size))
+
+
+def forward(params, x):
+    for layer in params[:-1]:
+        x = jnp.tanh(x @ layer["w"] + layer["b"])
+    return x @ params[-1]["w"] + params[-1]["b"]
+
+
+def loss_fn(params, model_state, batch, key):
+    x, target = batch
+    return jnp.mean((forward(params, x) - target) ** 2), (model_state, {})
+
+
+OPTIMIZER = optax.chain(optax.add_decayed_weights(0.01), optax.sgd(0.1, momentum=0.9))
+MIRROR = wmkp.weight_mirror(num_samples=4000, rate=0.1)
+RULES = {
+    "bp": wmkp.backprop(),
+    "fa": wmkp.feedback_alignment(),
+    "ss": wmkp.sign_symmetry(),
+    "kp": wmkp.kolen_pollack(),
+    "wm": MIRROR,
+}
+
+
+def make(rule, loss=loss_fn, tx=OPTIMIZER, **options):
+    return wmkp.make_steps(loss, rule, tx, network(), batch(), **options)
+
+
+def weights(tree):
+    return [layer["w"] for layer in tree]
+
+
+# --- what the steps change --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_engaged_step_is_the_rule_and_the_optimizer(name):
+    """The same as value_and_grad and optax by hand; B changes under Kolen-Pollack and no other."""
+    rule, steps = RULES[name], make(RULES[name])
+    state = steps.init(KEY, network())
+    assert int(state.step) == 0
+    chex.assert_trees_all_equal(state.params, network())
+    params, feedback = network(), jax.tree.map(np.asarray, state.feedback)
+    assert all(b is None for b in weights(feedback)) if name == "bp" else weights(feedback)[0] is None
+    start = feedback
+    opt, opt_b = OPTIMIZER.init(params), OPTIMIZER.init(feedback)
+    gradient = wmkp.value_and_grad(lambda p, b: loss_fn(p, None, b, None)[0], rule)
+
+    @jax.jit
+    def by_hand(params, feedback, opt, opt_b, batch):
+        loss, (grads, signal) = gradient(params, feedback, batch)
+        change, opt = OPTIMIZER.update(grads, opt, params)
+        params = optax.apply_updates(params, change)
+        if name == "kp":
+            change, opt_b = OPTIMIZER.update(signal, opt_b, feedback)
+            feedback = optax.apply_updates(feedback, change)
+        return loss, params, feedback, opt, opt_b
+
+    for i in range(3):
+        state, metrics = steps.engaged_step(state, batch(i))
+        loss, params, feedback, opt, opt_b = by_hand(params, feedback, opt, opt_b, batch(i))
+        assert set(metrics) == {"loss"} and float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
+        chex.assert_trees_all_close((state.params, state.feedback), (params, feedback), rtol=1e-5, atol=1e-6)
+    assert int(state.step) == 3
+    if name != "kp":
+        chex.assert_trees_all_equal(state.feedback, start)
+
+
+def test_backprop_step_is_plain_optax():
+    steps = make(wmkp.backprop())
+    state, params, opt = steps.init(KEY, network()), network(), OPTIMIZER.init(network())
+
+    @jax.jit
+    def plain(params, opt, batch):
+        change, opt = OPTIMIZER.update(jax.grad(lambda p: loss_fn(p, None, batch, None)[0])(params), opt, params)
+        return optax.apply_updates(params, change), opt
+
+    for i in range(3):
+        state, _ = steps.engaged_step(state, batch(i))
+        params, opt = plain(params, opt, batch(i))
+    chex.assert_trees_all_close(state.params, params, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_mirror_step_changes_b_alone_and_only_where_the_rule_mirrors(name):
+    steps = make(RULES[name])
+    state = steps.init(KEY, network())
+    before = jax.tree.map(jnp.copy, state)
+    state, metrics = steps.mirror_step(state)
+    chex.assert_trees_all_equal(state._replace(feedback=None, key=None), before._replace(feedback=None, key=None))
+    assert not np.array_equal(jax.random.key_data(state.key), jax.random.key_data(before.key))
+    if name != "wm":
+        chex.assert_trees_all_equal(state.feedback, before.feedback)
+        assert float(metrics["feedback_change"]) == 0
+        return
+    change = jax.tree.map(jnp.subtract, state.feedback, before.feedback)
+    assert float(metrics["feedback_change"]) == pytest.approx(float(optax.tree.norm(change)), rel=1e-5)
+    # The calibrated update: a tenth of the way from B to an estimate of W^T.
+    for k in (1, 2):
+        w, old, new = (np.asarray(weights(t)[k]) for t in (before.params, before.feedback, state.feedback))
+        estimate = old + (new - old) / 0.1
+        law = math.degrees(math.atan(math.sqrt(SIZES[k] / 4000)))
+        assert float(angle(estimate, w)) == pytest.approx(law, abs=1.5)
+        assert np.vdot(estimate, w) / np.vdot(w, w) == pytest.approx(1, abs=0.05)
+
+
+def test_kolen_pollack_from_a_mirrored_start_is_backprop():
+    """From B = W its losses are backprop's, and B stays at W."""
+    kp, bp = make(wmkp.kolen_pollack()), make(wmkp.backprop())
+    ours, theirs = kp.init(KEY, network()), bp.init(KEY, network())
+    feedback = [{"w": w if i else None, "b": None} for i, w in enumerate(weights(network()))]
+    ours = ours._replace(feedback=jax.tree.map(jnp.asarray, feedback))
+    for i in range(12):
+        ours, metrics = kp.engaged_step(ours, batch(i))
+        theirs, expected = bp.engaged_step(theirs, batch(i))
+        assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-5)
+    for path, degrees in wmkp.matrix_angles(ours.params, ours.feedback).items():
+        assert float(degrees) < 1e-4, path
+
+
+def test_rules_by_path():
+    """Each projection under a rule of its own: only Kolen-Pollack's B learns engaged, only a mirror's in mirror mode."""
+    steps = make({"1/w": wmkp.kolen_pollack(), "2/w": MIRROR, ".*": wmkp.backprop()})
+    state = steps.init(KEY, network())
+    start = jax.tree.map(np.asarray, state.feedback)
+    assert weights(start)[0] is None
+    engaged, _ = steps.engaged_step(jax.tree.map(jnp.copy, state), batch())
+    mirrored, _ = steps.mirror_step(state)
+    changed = [
+        [not np.array_equal(weights(s.feedback)[k], weights(start)[k]) for k in (1, 2)] for s in (engaged, mirrored)
+    ]
+    assert changed == [[True, False], [False, True]]
+
+
+# --- before training --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_mirror_period_is_a_plain_mean(count):
+    """B is the mean of so many estimates, whatever B was at first and whatever the rule's rate."""
+    rng = np.random.default_rng(0)
+    params = {"first": rng.normal(size=(6, 96)), "w": rng.normal(size=(96, 160)) / math.sqrt(96)}
+    params = jax.tree.map(np.float32, params)
+
+    def loss(params, model_state, batch, key):
+        return jnp.mean(jnp.tanh(batch @ params["first"]) @ params["w"]), (None, {})
+
+    found = []
+    for scale, rate in ((1.0, 0.1), (100.0, 0.7)):
+        rule = wmkp.weight_mirror(num_samples=40, scale=scale, rate=rate)
+        steps = wmkp.make_steps(loss, rule, OPTIMIZER, params, np.zeros((3, 6), np.float32))
+        found.append(steps.init(KEY, params, mirror_steps=count).feedback)
+    np.testing.assert_allclose(found[0]["w"], found[1]["w"], atol=2e-5)
+    law = math.degrees(math.atan(math.sqrt(96 / (40 * count))))
+    assert float(angle(found[0]["w"], params["w"])) == pytest.approx(law, abs=1)
+    assert np.vdot(found[0]["w"], params["w"]) / np.vdot(params["w"], params["w"]) == pytest.approx(1, abs=0.06)
+
+
+def test_mirrored_start():
+    """Kolen-Pollack from a mirror: exact in one step before training, and kept there without ever mirroring again."""
+    steps = make(wmkp.kolen_pollack(start="mirror"))
+    state = steps.init(KEY, network())  # a period of one step is what this rule asks for
+    for k in (1, 2):
+        np.testing.assert_allclose(weights(state.feedback)[k], weights(network())[k], atol=1e-5)
+    for i in range(3):
+        state, _ = steps.engaged_step(state, batch(i))
+    before = jax.tree.map(jnp.copy, state.feedback)
+    state, metrics = steps.mirror_step(state)
+    assert float(metrics["feedback_change"]) == 0
+    chex.assert_trees_all_equal(state.feedback, before)
+    assert all(float(a) < 1e-3 for a in wmkp.matrix_angles(state.params, state.feedback).values())
+    assert not np.allclose(weights(state.params)[1], weights(network())[1], atol=1e-3), "W must have learned"
+    # None when none is asked for.
+    random = make(wmkp.kolen_pollack()).init(KEY, network())
+    skipped = steps.init(KEY, network(), mirror_steps=0)
+    chex.assert_trees_all_equal(skipped.feedback, random.feedback)
+    assert float(wmkp.matrix_angles(network(), skipped.feedback)["1/w"]) > 45
+
+
+def test_init_depends_on_its_key_and_keeps_what_it_was_given():
+    steps = make(MIRROR)
+    params = jax.tree.map(jnp.asarray, network())
+    one, same, other = (steps.init(jax.random.key(k), params, mirror_steps=1) for k in (0, 0, 1))
+    chex.assert_trees_all_equal(one.feedback, same.feedback)
+    assert not np.array_equal(weights(one.feedback)[1], weights(other.feedback)[1])
+    chex.assert_trees_all_equal(params, network())
+
+
+def test_errors():
+    for name in ("bp", "fa", "ss", "kp"):
+        with pytest.raises(ValueError, match=r"mirror_steps.*no rule here has a mirror mode"):
+            make(RULES[name]).init(KEY, network(), mirror_steps=1)
+    with pytest.raises(ValueError, match="mirror_steps must not be negative; got -1"):
+        make(MIRROR).init(KEY, network(), mirror_steps=-1)
+    # An optimizer under which eq. 14 cannot hold: an error under Kolen-Pollack, and under no other rule.
+    with pytest.raises(ValueError, match="Kolen-Pollack"):
+        make(RULES["kp"], tx=optax.lamb(0.1)).init(KEY, network())
+    steps = make(RULES["fa"], tx=optax.lamb(0.1))
+    state, _ = steps.engaged_step(steps.init(KEY, network()), batch())
+    assert int(state.step) == 1
+
+    def transports(params, model_state, batch, key):
+        w = params[0]["w"] / jnp.linalg.norm(params[0]["w"])
+        return jnp.mean((batch[0] + params[0]["b"][:6]) @ w), (None, {})
+
+    with pytest.raises(wmkp.WeightTransportError, match="'0/w'"):
+        make(RULES["fa"], loss=transports)
+
+
+# --- compiled once, donated, in loops ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bp", "kp", "wm"])
+def test_compiled_once(name):
+    traces = 0
+
+    def counted(*args):
+        nonlocal traces
+        traces += 1
+        return loss_fn(*args)
+
+    steps = make(RULES[name], loss=counted)
+    data = [jax.tree.map(jnp.asarray, batch(i)) for i in range(4)]
+    state = steps.init(KEY, network())
+    state, _ = steps.engaged_step(state, data[0])
+    state, _ = steps.mirror_step(state)
+    first = traces
+    for i in range(3):
+        state, _ = steps.engaged_step(state, data[i])
+        state, _ = steps.mirror_step(state)
+    fresh = steps.init(jax.random.key(1), jax.tree.map(jnp.asarray, network(5)))
+    steps.mirror_step(steps.engaged_step(fresh, data[3])[0])
+    assert traces == first
+    assert steps.engaged_step._cache_size() == 1
+    assert steps.mirror_step._cache_size() == 1
+    steps.engaged_step(steps.init(KEY, network()), batch())  # NumPy's arrays are traced as JAX's
+    assert traces == first
+
+
+@pytest.mark.parametrize("name", ["bp", "fa", "kp", "wm"])
+@pytest.mark.filterwarnings("error")
+def test_state_is_donated(name):
+    """Every buffer of the old state is used for the new one; nothing that the caller holds is."""
+    params, key = jax.tree.map(jnp.asarray, network()), jax.random.key(3)
+    model_state = {"mean": jnp.zeros(3)}
+    mine = jax.tree.map(jnp.asarray, batch())
+
+    def loss(params, model_state, batch, key):
+        return loss_fn(params, None, batch, key)[0], ({"mean": model_state["mean"] + 1}, {})
+
+    steps = make(RULES[name], loss=loss, model_state=model_state)
+    state = steps.init(key, params, model_state)
+    for step in (lambda s: steps.engaged_step(s, mine), steps.mirror_step, lambda s: steps.engaged_step(s, mine)):
+        old = state
+        state, metrics = step(old)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((state, metrics)))
+    with pytest.raises(RuntimeError, match="deleted"):
+        np.asarray(old.params[0]["w"])
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, key, model_state, mine)))
+    np.testing.assert_array_equal(state.model_state["mean"], 2)
+
+
+@pytest.mark.parametrize("name", ["kp", "wm"])
+def test_steps_inside_scan(name):
+    """A whole epoch as one compiled call, mirror steps between, equals the steps one by one."""
+    steps, count = make(RULES[name]), 4
+
+    def both(state, batch):
+        state, metrics = steps.engaged_step(state, batch)
+        state, change = steps.mirror_step(state)
+        return state, {**metrics, **change}
+
+    scanned, history = jax.jit(lambda s, b: lax.scan(both, s, b))(steps.init(KEY, network()), batches(count))
+    state = steps.init(KEY, network())
+    for i in range(count):
+        state, metrics = both(state, jax.tree.map(lambda a, i=i: a[i], batches(count)))
+        chex.assert_trees_all_close(jax.tree.map(lambda a, i=i: a[i], history), metrics, rtol=1e-4)
+    chex.assert_trees_all_close(scanned._replace(key=None), state._replace(key=None), rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(jax.random.key_data(scanned.key), jax.random.key_data(state.key))
+
+
+def test_examples_may_be_shapes():
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (network(), batch()))
+    by_shape = wmkp.make_steps(loss_fn, RULES["kp"], OPTIMIZER, *shapes)
+    state, _ = by_shape.engaged_step(by_shape.init(KEY, network()), batch())
+    steps = make(RULES["kp"])
+    expected, _ = steps.engaged_step(steps.init(KEY, network()), batch())
+    chex.assert_trees_all_equal(state.params, expected.params)
+
+
+# --- what the loss is given -------------------------------------------------------------------------------------------
+
+
+def test_key_and_model_state_are_threaded():
+    """Dropout draws anew at each step; a running mean goes from step to step; metrics come out."""
+
+    def loss(params, model_state, batch, key):
+        x, target = batch
+        kept = jax.random.bernoulli(key, 0.5, (SIZES[1],))
+        h = jnp.tanh(x @ params[0]["w"]) * kept
+        h = jnp.tanh(h @ params[1]["w"])
+        mean = 0.9 * model_state["mean"] + 0.1 * jnp.mean(x, 0)
+        metrics = {"kept": jnp.sum(kept), "draw": jnp.sum(kept * jnp.arange(SIZES[1]))}
+        return jnp.mean((h @ params[2]["w"] - target) ** 2), ({"mean": mean}, metrics)
+
+    start = {"mean": np.zeros(SIZES[0], np.float32)}
+    steps = make(RULES["kp"], loss=loss, tx=optax.sgd(0.0), model_state=start)
+    state, expected, draws = steps.init(KEY, network(), start), np.zeros(SIZES[0]), []
+    for i in range(5):
+        state, metrics = steps.engaged_step(state, batch(i))
+        assert set(metrics) == {"loss", "kept", "draw"}
+        draws.append(int(metrics["draw"]))
+        expected = 0.9 * expected + 0.1 * batch(i)[0].mean(0)
+        np.testing.assert_allclose(state.model_state["mean"], expected, rtol=1e-5, atol=1e-6)
+    assert len(set(draws)) == 5
+    # The same key draws the same.
+    _, again = steps.engaged_step(steps.init(KEY, network(), start), batch())
+    assert int(again["draw"]) == draws[0]
+
+
+def test_batch_statistics_are_differentiated_as_in_the_loss():
+    """Model state enters the loss, too: what a step hands on is what the next one sees."""
+
+    def loss(params, model_state, batch, key):
+        x, target = batch
+        value = jnp.mean((forward(params, x - model_state) - target) ** 2)
+        return value, (model_state + 1, {})
+
+    steps = make(RULES["fa"], loss=loss, tx=optax.sgd(0.0), model_state=jnp.zeros(()))
+    state = steps.init(KEY, network(), jnp.zeros(()))
+    for i in range(3):
+        state, metrics = steps.engaged_step(state, batch())
+        expected = float(loss(network(), jnp.float32(i), batch(), None)[0])
+        assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-4)
+
+
+# --- over devices -----------------------------------------------------------------------------------------------------
+
+
+def over_devices(how, step):
+    """``step`` over four devices, all that goes in and comes out with a leading axis of devices."""
+    if how == "pmap":
+        return jax.pmap(step, axis_name="d", devices=jax.devices()[:DEVICES])
+    mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("d",))
+    vma = how == "shard_map, vma"
+    # Checked, the results must be alike on all devices; unchecked, each device's own are looked at.
+    out_specs = P() if vma else P("d")
+
+    def one(state, *batch):
+        out = step(state, *jax.tree.map(lambda a: a[0], batch))
+        return out if vma else jax.tree.map(lambda a: a[None], out)
+
+    @jax.jit
+    def sharded(states, *batch):
+        state, specs = jax.tree.map(lambda a: a[0], states), (P(), *[P("d")] * len(batch))
+        out = jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=vma)(state, *batch)
+        return replicate(out) if vma else out
+
+    return sharded
+
+
+def replicate(tree):
+    return jax.tree.map(lambda a: jnp.stack([a] * DEVICES), tree)
+
+
+HOW = ["pmap", "shard_map, vma", "shard_map, no vma"]
+
+
+def split(batch):
+    return jax.tree.map(lambda a: a.reshape(DEVICES, -1, *a.shape[1:]), batch)
+
+
+@pytest.mark.parametrize(("name", "how"), [("bp", HOW[1]), ("fa", HOW[0]), *(("kp", how) for how in HOW)])
+def test_devices_together_equal_one(name, how):
+    """Gradients and B's signals are averaged: four devices with a quarter of the batch each are one with all of it."""
+    one, many = make(RULES[name]), make(RULES[name], axis_name="d")
+    expected, states = one.init(KEY, network()), replicate(many.init(KEY, network()))
+    step = over_devices(how, many.engaged_step)
+    for i in range(2):
+        expected, expected_metrics = one.engaged_step(expected, batch(i, 16))
+        states, metrics = step(states, split(batch(i, 16)))
+        for device in range(DEVICES):
+            mine = jax.tree.map(lambda a, d=device: a[d], (states, metrics))
+            chex.assert_trees_all_close(mine[0].params, expected.params, rtol=1e-5, atol=1e-6)
+            chex.assert_trees_all_close(mine[0].feedback, expected.feedback, rtol=1e-5, atol=1e-6)
+            assert float(mine[1]["loss"]) == pytest.approx(float(expected_metrics["loss"]), rel=1e-5)
+    np.testing.assert_array_equal(states.step, 2)
+    np.testing.assert_array_equal(jax.random.key_data(states.key)[1], jax.random.key_data(expected.key))
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_model_state_is_averaged_and_each_device_draws_its_own(how):
+    def loss(params, model_state, batch, key):
+        draw = jax.random.uniform(key)
+        value, _ = loss_fn(params, None, batch, key)
+        return value, ({"mean": jnp.mean(batch[0], 0)}, {"draw": draw, "square": draw**2})
+
+    start = {"mean": np.zeros(SIZES[0], np.float32)}
+    steps = make(RULES["kp"], loss=loss, model_state=start, axis_name="d")
+    step = over_devices(how, steps.engaged_step)
+    states, metrics = step(replicate(steps.init(KEY, network(), start)), split(batch(0, 16)))
+    for device in range(DEVICES):
+        np.testing.assert_allclose(states.model_state["mean"][device], batch(0, 16)[0].mean(0), rtol=1e-5, atol=1e-6)
+    assert float(metrics["square"][0] - metrics["draw"][0] ** 2) > 1e-3, "one draw on all devices"
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_mirror_step_over_devices(how):
+    """Each device draws noise of its own and the signals are averaged: as good as one device with all the samples."""
+    rng = np.random.default_rng(0)
+    params = {"first": rng.normal(size=(6, 128)), "w": rng.normal(size=(128, 160)) / math.sqrt(128)}
+    params = jax.tree.map(np.float32, params)
+
+    def loss(params, model_state, batch, key):
+        return jnp.mean(jnp.tanh(batch @ params["first"]) @ params["w"]), (None, {})
+
+    rule = wmkp.weight_mirror(num_samples=64, rate=1.0)
+    steps = wmkp.make_steps(loss, rule, OPTIMIZER, params, np.zeros((3, 6), np.float32), axis_name="d")
+    states, _ = over_devices(how, steps.mirror_step)(replicate(steps.init(KEY, params)))
+    b = np.asarray(states.feedback["w"])
+    for device in range(1, DEVICES):
+        np.testing.assert_array_equal(b[0], b[device])
+    law = math.degrees(math.atan(math.sqrt(128 / (DEVICES * 64))))
+    assert float(angle(b[0], params["w"])) == pytest.approx(law, abs=1)
+    assert np.vdot(b[0], params["w"]) / np.vdot(params["w"], params["w"]) == pytest.approx(1, abs=0.06)
+
+
+def test_steps_under_scan_inside_shard_map():
+    """The experiments' shape of it: an epoch of both steps, scanned, on every device."""
+    many, one = make(MIRROR, axis_name="d"), make(MIRROR)
+    mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("d",))
+
+    def epoch(state, batches):
+        def both(state, batch):
+            state, metrics = many.engaged_step(state, batch)
+            return many.mirror_step(state)[0], metrics
+
+        return lax.scan(both, state, batches)
+
+    data = batches(3, 16)
+    run = jax.jit(jax.shard_map(epoch, mesh=mesh, in_specs=(P(), P(None, "d")), out_specs=P()))
+    state, metrics = run(many.init(KEY, network()), data)
+    assert metrics["loss"].shape == (3,) and int(state.step) == 3
+    _, expected = one.engaged_step(one.init(KEY, network()), jax.tree.map(lambda a: a[0], data))
+    assert float(metrics["loss"][0]) == pytest.approx(float(expected["loss"]), rel=1e-5)
+    assert all(float(a) < 75 for a in wmkp.matrix_angles(state.params, state.feedback).values())

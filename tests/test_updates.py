@@ -1,0 +1,331 @@
+"""The updates of B: where eq. 14 holds and where it cannot, clipping W and B alike, the weight mirror's own."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optax import contrib
+
+import wmkp
+from wmkp import updates
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+ETA, LAMBDA, STEPS = 0.02, 0.3, 24
+
+
+def trees(seed=0):
+    """W's tree and B's: B has None where there is no feedback path (a first layer, biases)."""
+    rng = np.random.default_rng(seed)
+    shapes = {"dense": (5, 6), "conv": (3, 3, 2, 4)}
+    w = {name: {"b": rng.normal(size=s[-1]), "w": rng.normal(size=s)} for name, s in shapes.items()}
+    w["a first layer"] = {"b": rng.normal(size=3), "w": rng.normal(size=(4, 3))}
+    b = {name: {"b": None, "w": rng.normal(size=s)} for name, s in shapes.items()}
+    b["a first layer"] = {"b": None, "w": None}
+    return w, b
+
+
+def float32(tree, size=1.0):
+    return jax.tree.map(lambda x: jnp.asarray(size * x, jnp.float32), tree)
+
+
+def like_feedback(tree, feedback):
+    """A tree of W's structure, with None where feedback has it."""
+    return jax.tree.map(lambda b, x: None if b is None else x, feedback, tree, is_leaf=lambda x: x is None)
+
+
+def differences(tx, scales, seed=0):
+    """W - B^T at the start and after every step, W and B given the same signals, of differing sizes; by matrix.
+
+    In float64, and by ``tx`` itself: nothing here depends on what ``updates.kolen_pollack`` accepts.
+    """
+    with jax.enable_x64(True):
+        w, b = jax.tree.map(jnp.asarray, trees(seed))
+        rng = np.random.default_rng(seed + 1)
+        signals = jax.tree.map(lambda x: rng.normal(0.3, 1, (len(scales), *x.shape)), w)
+        signals = jax.tree.map(lambda g: jnp.asarray(np.asarray(scales).reshape(-1, *[1] * (g.ndim - 1)) * g), signals)
+
+        def step(carry, signal):
+            w, b, state_w, state_b = carry
+            change, state_w = tx.update(signal, state_w, w)
+            change_b, state_b = tx.update(like_feedback(signal, b), state_b, b)
+            w, b = optax.apply_updates(w, change), optax.apply_updates(b, change_b)
+            return (w, b, state_w, state_b), (like_feedback(w, b), b)
+
+        _, (ws, bs) = jax.jit(lambda: jax.lax.scan(step, (w, b, tx.init(w), tx.init(b)), signals))()
+        first = jax.tree.map(jnp.subtract, like_feedback(w, b), b)
+        rest = jax.tree.map(jnp.subtract, ws, bs)
+        return jax.tree.map(lambda x, xs: np.concatenate([np.asarray(x)[None], np.asarray(xs)]), first, rest)
+
+
+def plain(rate):
+    return lambda t: (1 - rate) ** t
+
+
+def constant(t):
+    return 1.0
+
+
+def heavy_ball(momentum, nesterov=False):
+    """The difference's own recurrence: what drives it is the decay of itself."""
+
+    def law(t):
+        d, m = 1.0, 0.0
+        for _ in range(t):
+            m = momentum * m + LAMBDA * d
+            d -= ETA * (momentum * m + LAMBDA * d if nesterov else m)
+        return d
+
+    return law
+
+
+WARMUP = optax.warmup_cosine_decay_schedule(0.0, ETA, 6, STEPS)
+
+
+def matrices_only(params):
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def l2(*transformations):
+    return optax.chain(optax.add_decayed_weights(LAMBDA), *transformations)
+
+
+ACCEPTED = {
+    "sgd": (optax.sgd(ETA), constant),
+    "momentum": (optax.sgd(ETA, 0.9), constant),
+    "L2, sgd": (l2(optax.sgd(ETA)), plain(ETA * LAMBDA)),
+    "L2, momentum": (l2(optax.sgd(ETA, 0.9)), heavy_ball(0.9)),
+    "L2, nesterov": (l2(optax.sgd(ETA, 0.9, nesterov=True)), heavy_ball(0.9, nesterov=True)),
+    "decay after momentum": (optax.chain(optax.trace(0.9), l2(optax.sgd(ETA))), plain(ETA * LAMBDA)),
+    "adam": (optax.adam(ETA), constant),
+    "adamw": (optax.adamw(ETA, weight_decay=LAMBDA), plain(ETA * LAMBDA)),
+    "lion": (optax.lion(ETA, weight_decay=LAMBDA), plain(ETA * LAMBDA)),
+    "rmsprop": (optax.rmsprop(ETA), constant),
+    "adafactor": (optax.adafactor(ETA, multiply_by_parameter_scale=False, min_dim_size_to_factor=4), constant),
+    "muon": (contrib.muon(ETA, weight_decay=LAMBDA, adam_weight_decay=LAMBDA), plain(ETA * LAMBDA)),
+    "clipped by value": (optax.chain(optax.clip(0.5), l2(optax.sgd(ETA))), plain(ETA * LAMBDA)),
+    "masked decay": (optax.adamw(ETA, weight_decay=LAMBDA, mask=matrices_only), plain(ETA * LAMBDA)),
+    "hyperparameters": (
+        optax.inject_hyperparams(optax.adamw)(learning_rate=ETA, weight_decay=LAMBDA),
+        plain(ETA * LAMBDA),
+    ),
+    "if finite": (optax.apply_if_finite(optax.adamw(ETA, weight_decay=LAMBDA), 5), plain(ETA * LAMBDA)),
+    "warm-up from zero": (
+        l2(optax.sgd(WARMUP)),
+        lambda t: np.prod([1 - float(WARMUP(s)) * LAMBDA for s in range(t)]),
+    ),
+    "every third step": (
+        optax.MultiSteps(optax.adamw(ETA, weight_decay=LAMBDA), 3).gradient_transformation(),
+        lambda t: (1 - ETA * LAMBDA) ** (t // 3),
+    ),
+    "a rule a matrix": (
+        optax.multi_transform(
+            {"m": l2(optax.sgd(ETA)), "v": optax.adam(0.1)},
+            lambda p: jax.tree.map(lambda x: "m" if x.ndim > 1 else "v", p),
+        ),
+        plain(ETA * LAMBDA),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_accepts_where_equation_14_holds(name):
+    tx, law = ACCEPTED[name]
+    _, feedback = float32(trees())
+    state = updates.kolen_pollack(tx).init(feedback)
+    chex.assert_trees_all_equal(state, tx.init(feedback))
+    # Float32's eps in some optimizers' constants is all that may come between.
+    predicted = np.array([law(t) for t in range(STEPS + 1)])
+    for difference in jax.tree.leaves(differences(tx, [1.0, 30.0] * (STEPS // 2))):
+        scaled = predicted.reshape(-1, *[1] * (difference.ndim - 1)) * difference[0]
+        np.testing.assert_allclose(difference, scaled, rtol=0, atol=1e-6)
+
+
+WEIGHTS, MOMENTS, TREE = "size of the weights", "moments", "influence each other"
+REFUSED = {
+    "lamb": (optax.lamb(ETA), WEIGHTS),
+    "lamb, warm-up from zero": (optax.lamb(WARMUP), WEIGHTS),
+    "lars": (optax.lars(ETA), WEIGHTS),
+    "adafactor with parameter scale": (optax.adafactor(ETA), WEIGHTS),
+    "adaptive clipping": (optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(ETA)), WEIGHTS),
+    "every third step, lamb": (optax.MultiSteps(optax.lamb(ETA), 3).gradient_transformation(), WEIGHTS),
+    "L2, adam": (l2(optax.adam(ETA)), MOMENTS),
+    "weak L2, adam": (optax.chain(optax.add_decayed_weights(1e-3), optax.adam(ETA)), MOMENTS),
+    "L2, rmsprop": (optax.chain(optax.add_decayed_weights(1e-2), optax.rmsprop(ETA)), MOMENTS),
+    "L2, clip": (l2(optax.clip(0.5), optax.sgd(ETA)), "decay"),
+    "clipped by global norm": (optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(ETA)), TREE),
+    "clipped by a large global norm": (optax.chain(optax.clip_by_global_norm(50.0), optax.adamw(ETA)), TREE),
+    "noise": (optax.chain(optax.add_noise(0.01, 0.55, key=0), optax.sgd(ETA)), "noise"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_where_equation_14_cannot_hold(name):
+    tx, reason = REFUSED[name]
+    _, feedback = float32(trees())
+    with pytest.raises(ValueError, match=reason) as refusal:
+        updates.kolen_pollack(tx).init(feedback)
+    assert "Kolen-Pollack" in str(refusal.value) and len(str(refusal.value)) < 700
+    # And rightly so: no common factor explains what becomes of W - B^T.
+    worst = 0.0
+    for difference in jax.tree.leaves(differences(tx, [0.01, 1.0, 100.0] * (STEPS // 3))):
+        first, last = difference[0].ravel(), difference[-1].ravel()
+        rest = last - first * (first @ last) / (first @ first)
+        worst = max(worst, np.linalg.norm(rest) / np.linalg.norm(first))
+    assert worst > 1e-6
+
+
+def test_refused_whatever_tree_it_is_tried_on():
+    """One matrix, one with its bias, a scalar, nested None: the trial makes weights of its own for any structure."""
+    one = jnp.ones((4, 3))
+    for tree in (one, [one, None], ({"b": jnp.ones((2, 3, 4, 5)), "c": jnp.ones(())},)):
+        with pytest.raises(ValueError, match="Kolen-Pollack"):
+            updates.kolen_pollack(optax.lars(ETA)).init(tree)
+        updates.kolen_pollack(ACCEPTED["L2, momentum"][0]).init(tree)
+    for empty in ({}, None, {"w": None}):
+        updates.kolen_pollack(optax.lars(ETA)).init(empty)  # nothing learns: nothing to refuse
+
+
+def test_trial_does_not_read_or_change_b():
+    """A B that is zero, or not finite, says nothing about the optimizer."""
+    for value in (0.0, np.nan):
+        feedback = {"w": jnp.full((4, 3), value)}
+        updates.kolen_pollack(optax.sgd(ETA)).init(feedback)
+        with pytest.raises(ValueError, match="Kolen-Pollack"):
+            updates.kolen_pollack(optax.lars(ETA)).init(feedback)
+        np.testing.assert_array_equal(feedback["w"], value)
+
+
+@pytest.mark.parametrize("name", ["adamw", "every third step"])
+def test_init_inside_transformations(name):
+    tx = updates.kolen_pollack(ACCEPTED[name][0])
+    _, feedback = float32(trees())
+    expected = ACCEPTED[name][0].init(feedback)
+    chex.assert_trees_all_equal(jax.jit(tx.init)(feedback), expected)
+    shapes = jax.eval_shape(tx.init, feedback)
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, expected)
+    chex.assert_trees_all_equal_structs(jax.eval_shape(lambda: tx.init(feedback)), expected)
+
+
+def test_refuses_inside_transformations():
+    tx = updates.kolen_pollack(optax.lamb(ETA))
+    for transformed in (jax.jit(tx.init), lambda b: jax.eval_shape(tx.init, b)):
+        with pytest.raises(ValueError, match="size of the weights"):
+            transformed({"w": jnp.ones((4, 3))})
+
+
+def test_update_is_the_optimizers_own_and_passes_extra_arguments():
+    seen = []
+
+    def update(signal, state, params=None, *, value=None, **extra):
+        seen.append(value)
+        return jax.tree.map(lambda g: -ETA * g, signal), state
+
+    tx = updates.kolen_pollack(optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), update))
+    feedback = {"w": jnp.ones((4, 3))}
+    state = tx.init(feedback)
+    change, _ = tx.update({"w": jnp.full((4, 3), 2.0)}, state, feedback, value=3.0)
+    np.testing.assert_allclose(change["w"], -2 * ETA, rtol=1e-6)
+    assert seen[-1] == 3.0
+    # An optimizer that takes none is given none.
+    tx = updates.kolen_pollack(optax.sgd(ETA))
+    change, _ = tx.update({"w": jnp.full((4, 3), 2.0)}, tx.init(feedback), feedback, value=3.0)
+    np.testing.assert_allclose(change["w"], -2 * ETA, rtol=1e-6)
+
+
+# --- clipping together ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=10, deadline=None)
+@given(max_norm=st.floats(0.1, 100.0), size=st.floats(0.01, 100.0), seed=st.integers(0, 999))
+def test_clip_together(max_norm, size, seed):
+    grads, signal = float32(trees(seed), size)
+    tx = updates.clip_together(max_norm)
+    state = tx.init((grads, signal))
+    clipped, clipped_signal = jax.jit(tx.update)((grads, signal), state)[0]
+    norm = np.sqrt(sum(np.sum(np.asarray(g, np.float64) ** 2) for g in jax.tree.leaves(grads)))
+    scale = min(1.0, max_norm / norm)
+    chex.assert_trees_all_close(clipped, jax.tree.map(lambda g: g * scale, grads), rtol=1e-5)
+    chex.assert_trees_all_close(clipped_signal, jax.tree.map(lambda g: g * scale, signal), rtol=1e-5)
+
+
+def test_clip_together_edges():
+    tx = updates.clip_together(1.0)
+    zero = {"w": jnp.zeros((2, 3))}
+    chex.assert_trees_all_equal(tx.update((zero, zero), tx.init((zero, zero)))[0], (zero, zero))
+    half = {"w": jnp.full((2, 3), 100.0, jnp.bfloat16)}
+    (clipped, signal), _ = tx.update((half, {"w": None}), optax.EmptyState())
+    assert clipped["w"].dtype == jnp.bfloat16 and signal["w"] is None
+    for bad in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="max_norm"):
+            updates.clip_together(bad)
+
+
+def test_clip_together_keeps_equation_14():
+    """As the lesson of the refusal: W and B clipped by one norm shrink their difference as if unclipped."""
+    w, b = float32(trees())
+    clip, tx = updates.clip_together(1.0), ACCEPTED["L2, sgd"][0]
+    tx_b = updates.kolen_pollack(tx)
+    state, state_b = tx.init(w), tx_b.init(b)
+    first = jax.tree.map(jnp.subtract, like_feedback(w, b), b)
+    for i in range(5):
+        grads = jax.tree.map(lambda x, i=i: jnp.sin((3.0 + i) * x), w)
+        (grads, signal), _ = clip.update((grads, like_feedback(grads, b)), optax.EmptyState())
+        change, state = tx.update(grads, state, w)
+        change_b, state_b = tx_b.update(signal, state_b, b)
+        w, b = optax.apply_updates(w, change), optax.apply_updates(b, change_b)
+    last = jax.tree.map(jnp.subtract, like_feedback(w, b), b)
+    chex.assert_trees_all_close(last, jax.tree.map(lambda d: d * (1 - ETA * LAMBDA) ** 5, first), atol=1e-6)
+
+
+# --- the weight mirror's update ---------------------------------------------------------------------------------------
+
+
+def test_weight_mirror_update():
+    _, feedback = float32(trees(0))
+    _, signal = float32(trees(1))
+    for rate, decay in ((0.1, 0.5), (0.3, 0.0), (0.0, 0.5), (jnp.float32(0.2), jnp.float32(0.7))):
+        tx = updates.weight_mirror(rate, decay)
+        change, state = tx.update(signal, tx.init(feedback), feedback)
+        expected = jax.tree.map(lambda s, b, r=rate, d=decay: r * (s - d * b), signal, feedback)
+        chex.assert_trees_all_close(change, expected, rtol=1e-6)
+        assert state == optax.EmptyState()
+    # It settles at signal / decay.
+    tx = updates.weight_mirror(0.5, 0.5)
+    for _ in range(60):
+        feedback = optax.apply_updates(feedback, tx.update(signal, optax.EmptyState(), feedback)[0])
+    chex.assert_trees_all_close(feedback, jax.tree.map(lambda s: s / 0.5, signal), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("std", "activation", "gain"), [(1.0, None, 1.0), (0.5, None, 0.25), (2.0, jax.nn.relu, 2.0)])
+def test_calibrated_mirror_takes_a_share_of_the_way_to_w(std, activation, gain):
+    """Given the mean signal, gain x W^T, a step takes B the share a of the way to W^T; a = 1 all of it."""
+    rule = wmkp.weight_mirror(noise_std=std, activation=activation, rate=0.25)
+    w, b = jnp.asarray([[1.0, -2.0], [3.0, 4.0]]), jnp.asarray([[0.5, 1.0], [-3.0, 0.0]])
+    for tx, share in (
+        (updates.calibrated_mirror(rule), 0.25),
+        (updates.calibrated_mirror(rule, 1.0), 1.0),
+        (updates.calibrated_mirror(rule, jnp.float32(0.5)), 0.5),
+    ):
+        change, _ = tx.update(gain * w, tx.init(b), b)
+        np.testing.assert_allclose(b + change, b + share * (w - b), rtol=1e-5, atol=1e-6)
+
+
+def test_weight_mirror_keeps_dtype():
+    b = {"w": jnp.ones((3, 2), jnp.bfloat16)}
+    change, _ = updates.weight_mirror(0.1, 0.5).update({"w": jnp.ones((3, 2))}, optax.EmptyState(), b)
+    assert change["w"].dtype == jnp.bfloat16
+
+
+def test_weight_mirror_errors():
+    for rate, decay, name in ((-0.1, 0.5, "learning_rate"), (0.1, -0.5, "decay"), (float("nan"), 0.5, "learning_rate")):
+        with pytest.raises(ValueError, match=name):
+            updates.weight_mirror(rate, decay)
+    with pytest.raises(ValueError, match="feedback"):
+        updates.weight_mirror(0.1, 0.5).update({"w": jnp.ones(3)}, optax.EmptyState())
+    with pytest.raises(ValueError, match="no mirror mode"):
+        updates.calibrated_mirror(wmkp.kolen_pollack())
