@@ -96,7 +96,7 @@ def compare(config: Compare) -> None:
         )
 
     rows, costs = train(config, dataset, epochs)
-    title = f"{config.dataset}, layers {layers((dataset.train['image'][0].size, *config.hidden, dataset.num_classes))}"
+    title = f"{config.dataset}, layers {dataset.train['image'][0].size}-{layers(config.hidden)}-{dataset.num_classes}"
     lines = summary(config, rows, costs)
     files = {
         config.out / "comparison.png": figures.comparison(rows, title),
@@ -106,7 +106,7 @@ def compare(config: Compare) -> None:
     outputs.write_atomically(files)
     console = Console()
     wide = to_table(lines, title, HEADINGS._fields)
-    fits = console.measure(wide).maximum <= console.width
+    fits = console.measure(wide, options=console.options.update(width=1000)).maximum <= console.width
     console.print(wide if fits else to_table(lines, title, NARROW))
     if "bp" in costs:
         console.print(f"A step of BP took {1000 * statistics.median(costs['bp'].seconds) / steps:.2g} ms.")
@@ -252,7 +252,7 @@ def make_rule(name: str, config: Compare) -> wmkp.Rule:
 
 
 def layers(widths: Sequence[int]) -> str:
-    """The widths of layers, "64-128x8-10" for eight of 128."""
+    """The widths of layers, "128x8-64" for eight of 128 and one of 64."""
     runs = [(width, len(list(run))) for width, run in itertools.groupby(widths)]
     return "-".join(f"{width}x{count}" if count > 1 else f"{width}" for width, count in runs)
 
@@ -336,7 +336,9 @@ def to_table(lines: list[Line], title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_style="bold", caption=CAPTION, box=box.SIMPLE_HEAD)
     for name in columns:
         text = name in ("rule", "transports", "second_mode")
-        table.add_column(getattr(HEADINGS, name).replace(", ", "\n", 1), justify="left" if text else "right")
+        table.add_column(
+            getattr(HEADINGS, name).replace(", ", "\n", 1), justify="left" if text else "right", no_wrap=not text
+        )
     for line in lines:
         table.add_row(*(getattr(line, name) for name in columns))
     return table

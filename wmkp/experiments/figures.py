@@ -32,7 +32,7 @@ TEXT = "#333333"
 
 def comparison(rows: Sequence["Row"], title: str) -> bytes:
     """Test error, matrix angles and delta angles against the epoch, a line a rule."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
     figure.suptitle(title, fontsize=11, color=TEXT)
     error, matrix, delta = figure.subplots(1, 3)
     shown = list(dict.fromkeys(row.rule for row in rows))
@@ -63,7 +63,7 @@ def comparison(rows: Sequence["Row"], title: str) -> bytes:
     matrix.set(title="Matrix angles: W to B", ylabel="degrees: mean, shaded to the worst layer")
     delta.set(title="Delta angles: δ to backprop's δ", ylabel="degrees: mean, shaded to the worst layer")
     for axes in (matrix, delta):
-        axes.set(ylim=(0, 95), yticks=range(0, 91, 15))
+        axes.set(ylim=(-2, 95), yticks=range(0, 91, 15))  # a line at zero shows
     for axes in (error, matrix, delta):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -71,7 +71,7 @@ def comparison(rows: Sequence["Row"], title: str) -> bytes:
         axes.grid(color="#DDDDDD", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=TEXT)
-    figure.legend(loc="outside lower center", ncols=min(len(shown), 6), frameon=False, handlelength=3)
+    figure.legend(loc="outside lower center", ncols=min(len(shown), 4), frameon=False, handlelength=3)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     return png.getvalue()

@@ -1,0 +1,146 @@
+"""What orthogonal noise costs: the library's own, QR and Hadamard matrices, against the mirror's two products.
+
+``python -m benchmarks.noise`` times one block of fan_in orthogonal samples by each, in turns, beside the two matrix
+products that a mirror step makes of them, and writes ``benchmarks/results/noise.json``.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import benchmarks
+from wmkp.mirror import draw_noise
+from wmkp.rules import Mirror
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """The cost of orthogonal noise."""
+
+    fan_in: tuple[int, ...] = (64, 147, 576, 1152, 2304, 4608)
+    """Sizes to try; those of a ResNet-18's projections, and a power of two."""
+    fan_out: int = 512
+    """Postsynaptic neurons of the mirror's products."""
+    rounds: int = 7
+    """Timings of each, all methods taking turns."""
+    largest_qr: int = 1152
+    """QR is left out above this size: its time grows as the cube, and is beyond question by then."""
+    repeats: int = 2
+    """How many times the whole is measured; all are kept."""
+    save: bool = True
+    """Whether to write the results."""
+
+
+def library(key: jax.Array, fan_in: int) -> jax.Array:
+    """``weight_mirror(noise="orthogonal")``'s."""
+    return draw_noise(key, Mirror("orthogonal"), (1, fan_in, fan_in), jnp.float32)[0]
+
+
+def gaussian(key: jax.Array, fan_in: int) -> jax.Array:
+    """As many Gaussian samples, which are not orthogonal."""
+    return draw_noise(key, Mirror("gaussian"), (1, fan_in, fan_in), jnp.float32)[0]
+
+
+def qr(key: jax.Array, fan_in: int) -> jax.Array:
+    """The orthogonal factor of a Gaussian matrix, which is uniform over rotations."""
+    q, r = jnp.linalg.qr(jax.random.normal(key, (fan_in, fan_in)))
+    return q * jnp.sign(jnp.diagonal(r)) * np.sqrt(fan_in)
+
+
+def _power_of_two(fan_in: int) -> int:
+    return 1 << (fan_in - 1).bit_length()
+
+
+def hadamard(key: jax.Array, fan_in: int) -> jax.Array:
+    """Sylvester's matrix entry by entry, (-1)^popcount(i & j), random signs for columns.
+
+    There is one of every power of two only: as many samples are needed, up to 2 fan_in.
+    """
+    samples = _power_of_two(fan_in)
+    rows, columns = jnp.arange(samples, dtype=jnp.uint32)[:, None], jnp.arange(fan_in, dtype=jnp.uint32)
+    parity = jax.lax.population_count(rows & columns) & 1
+    return (1 - 2 * parity.astype(jnp.float32)) * jax.random.rademacher(key, (fan_in,), jnp.float32)
+
+
+def fast_hadamard(key: jax.Array, fan_in: int) -> jax.Array:
+    """The same by a fast Walsh-Hadamard transform of the diagonal of signs: log2(samples) butterflies."""
+    samples = _power_of_two(fan_in)
+    signs = jax.random.rademacher(key, (fan_in,), jnp.float32)
+    x = jnp.zeros((samples, fan_in)).at[jnp.arange(fan_in), jnp.arange(fan_in)].set(signs)
+    half = 1
+    while half < samples:
+        a, b = x.reshape(-1, 2, half, fan_in).swapaxes(0, 1)
+        x = jnp.stack([a + b, a - b], axis=1).reshape(samples, fan_in)
+        half *= 2
+    return x
+
+
+def products(noise: jax.Array, w: jax.Array) -> jax.Array:
+    """What a mirror step does with noise: y = x W, then x^T y over samples."""
+    return noise.T @ (noise @ w) / noise.shape[0]
+
+
+METHODS: dict[str, Callable[[jax.Array, int], jax.Array]] = {
+    "gaussian": gaussian,
+    "library": library,
+    "hadamard": hadamard,
+    "fast hadamard": fast_hadamard,
+    "qr": qr,
+}
+
+
+def check(noise: jax.Array) -> float:
+    """The largest entry of X^T X / N - I."""
+    x = np.asarray(noise, np.float64)
+    return float(np.max(np.abs(x.T @ x / x.shape[0] - np.eye(x.shape[1]))))
+
+
+def measure(args: Args, fan_in: int) -> dict[str, Any]:
+    """One row: seconds of each method, and of the products."""
+    key = jax.random.key(0)
+    w = jax.random.normal(jax.random.key(1), (fan_in, args.fan_out))
+    calls: dict[str, Callable[[], Any]] = {}
+    errors = {}
+    for name, method in METHODS.items():
+        if name == "qr" and fan_in > args.largest_qr:
+            continue
+        compiled = jax.jit(functools.partial(method, fan_in=fan_in))
+        errors[name] = check(compiled(key))
+        calls[name] = lambda compiled=compiled: compiled(key).block_until_ready()
+    x = jax.block_until_ready(library(key, fan_in))
+    product = jax.jit(products)
+    calls["products"] = lambda: product(x, w).block_until_ready()
+    rounds = args.rounds if fan_in < 2000 else max(3, args.rounds // 2)
+    return {"fan_in": fan_in, "seconds": benchmarks.interleaved(calls, rounds), "errors": errors}
+
+
+def main(args: Args) -> None:
+    """Runs all sizes, prints milliseconds and shares of the products' time, and saves them."""
+    names = [*METHODS, "products"]
+    print(f"milliseconds (share of the products' time), fan_out {args.fan_out}")
+    print(f"{'fan_in':>6} " + " ".join(f"{name:>18}" for name in names))
+    runs = []
+    for _ in range(args.repeats):
+        rows = []
+        for fan_in in args.fan_in:
+            row = measure(args, fan_in)
+            rows.append(row)
+            times = {name: s["median"] for name, s in row["seconds"].items()}
+            cells = [
+                f"{1e3 * times[n]:10.2f} ({times[n] / times['products']:5.2f})" if n in times else " " * 18
+                for n in names
+            ]
+            print(f"{fan_in:6} " + " ".join(f"{c:>18}" for c in cells), flush=True)
+        runs.append(rows)
+    if args.save:
+        benchmarks.save("noise", {"settings": dataclasses.asdict(args), "runs": runs})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
