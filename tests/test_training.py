@@ -487,3 +487,16 @@ def test_steps_under_scan_inside_shard_map():
     _, expected = one.engaged_step(one.init(KEY, network()), jax.tree.map(lambda a: a[0], data))
     assert float(metrics["loss"][0]) == pytest.approx(float(expected["loss"]), rel=1e-5)
     assert all(float(a) < 75 for a in wmkp.matrix_angles(state.params, state.feedback).values())
+
+
+def test_a_mirrored_start_is_exact_in_bfloat16_too():
+    """The first estimate takes B's place: nothing of the random B, nor of its rounding, is left in it."""
+
+    def loss_fn(params, model_state, x, key):
+        return jnp.sum(jnp.tanh(jnp.tanh(x @ params[0]) @ params[1])), (model_state, {})
+
+    params = [jax.random.normal(jax.random.key(i), (16, 16), jnp.bfloat16) for i in range(2)]
+    x = jnp.ones((4, 16), jnp.bfloat16)
+    steps = wmkp.make_steps(loss_fn, wmkp.kolen_pollack(start="mirror"), optax.sgd(0.1), params, x)
+    state = steps.init(jax.random.key(2), params)
+    assert wmkp.matrix_angles(state.params, state.feedback)["1"] < 0.01

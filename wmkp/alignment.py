@@ -88,7 +88,7 @@ def activity_gradient(alignment: Alignment, product: Any) -> Callable[[Any, Any,
         samples = product.samples()
         if not alignment.whiten:
             if alignment.normalize != "none":
-                power = jnp.mean(jnp.square(x.astype(jnp.float32))) + 1e-12
+                power = jnp.mean(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) + 1e-12
                 samples = samples * power * (product.fans()[0] if alignment.normalize == "total" else 1)
             return local_gradient(alignment, product.multiply, x, u, w, b, samples)
         others = alignment._replace(amplitude=0.0)

@@ -86,6 +86,9 @@ def binder(eqn: Any, parent: Any) -> Callable[..., list[Any]]:
     return bind
 
 
-def is_key(dtype: Any) -> bool:
-    """Whether a dtype is that of typed random keys."""
-    return jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
+def vary(x: jax.Array, axis_name: str) -> jax.Array:
+    """A value that is the same on all devices of a manual axis, as each device's own."""
+    try:
+        return jax.lax.pcast(x, axis_name, to="varying")
+    except ValueError:  # it is each device's own already
+        return x

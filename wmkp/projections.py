@@ -99,6 +99,13 @@ class Analysis(NamedTuple):
             raise ValueError(
                 "direct feedback needs the last projection outside of any lax.scan, so that its output has one error"
             )
+        for product in products:
+            x, e = product.input_avals[0].shape, error.output_aval.shape
+            if len(e) > 1 and direct_sizes(x, e)[0] == 0:
+                raise ValueError(
+                    f"direct feedback needs the batch as the first axis of each projection's input; that of params[{path!r}] "
+                    f"is {list(x)} where the output is {list(e)}, so samples would get each other's errors"
+                )
         shapes = {direct_sizes(p.input_avals[0].shape, error.output_aval.shape)[1:] for p in products}
         stacks = {p.stack for p in products}
         if len(shapes) != 1 or len(stacks) != 1:

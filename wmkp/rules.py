@@ -344,6 +344,10 @@ def alignment(
         raise ValueError(f"rate must be a positive number; got {rate!r}")
     if normalize not in ("none", "mean", "total"):
         raise ValueError(f'normalize must be "none", "mean" or "total"; got {normalize!r}')
+    if whiten and normalize != "none":
+        raise ValueError(
+            f'whiten divides by the covariance already; normalize must be "none" beside it, got {normalize!r}'
+        )
     init = _random_feedback(scale)
     transports = "weights" if self_alignment else "nothing"
     if on == "activity":

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from wmkp import mirror, updates
+from wmkp import compat, mirror, updates
 from wmkp.grad import initial_feedback, value_and_grad
 from wmkp.projections import analyse
 from wmkp.rules import ProductFeedback, RuleOrRules, resolve
@@ -116,7 +116,7 @@ def make_steps(
         """A replicated value as each device's own, so that what is derived from it is not yet summed over devices."""
         if axis_name is None:
             return x
-        return jax.tree.map(lambda leaf: _vary(leaf, axis_name), x)
+        return jax.tree.map(lambda leaf: compat.vary(leaf, axis_name), x)
 
     def own_key(key: jax.Array) -> jax.Array:
         return key if axis_name is None else jax.random.fold_in(own(key), jax.lax.axis_index(axis_name))
@@ -152,9 +152,14 @@ def make_steps(
                 if losses is not None:  # the signal is the whole change
                     leaves[i] = leaves[i] + (losses.rate * signal).astype(signal.dtype)
                     continue
-                tx = mirror_optimizer or updates.calibrated_mirror(rules[path], None if count is None else 1 / count)
-                change, _ = tx.update(signal, optax.EmptyState(), leaves[i])
-                leaves[i] = leaves[i] + change
+                if mirror_optimizer is not None:
+                    change, _ = mirror_optimizer.update(signal, optax.EmptyState(), leaves[i])
+                    leaves[i] = leaves[i] + change
+                    continue
+                # updates.calibrated_mirror, so written that a first step of rate 1 leaves nothing of B, nor of its rounding.
+                rate = mirrors[path].rate if count is None else 1 / count
+                estimate = signal / mirror.mirror_gain(rules[path])
+                leaves[i] = ((1 - rate) * leaves[i] + rate * estimate).astype(signal.dtype)
         return tree.unflatten(leaves)
 
     def mirror_step(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -196,10 +201,6 @@ def make_steps(
         )
 
     return Steps(init, jax.jit(engaged_step, donate_argnums=0), jax.jit(mirror_step, donate_argnums=0))
-
-
-def _vary(x: jax.Array, axis_name: str) -> jax.Array:
-    return jax.lax.pcast(x, axis_name, to="varying") if axis_name not in jax.typeof(x).vma else x
 
 
 def _trained(b: Any) -> Any:

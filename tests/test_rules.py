@@ -1,0 +1,1319 @@
+"""Every rule against its equations written out in NumPy, the choice of a rule per layer, and what B = W comes to."""
+
+import functools
+import itertools
+import math
+from collections.abc import Mapping
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import wmkp
+from wmkp.interpreter import Direct
+from wmkp.mirror import draw_noise
+from wmkp.rules import ProductFeedback
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+SIZES = (7, 9, 8, 5)  # two hidden layers
+STEPS, BATCH = 6, 11
+RATE, DECAY, MOMENTUM = 0.1, 0.05, 0.9
+RIDGE = 1e-4  # of the mean variance: what whitening adds to the covariance
+KEY = jax.random.key(0)
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def normal(seed, *shape, fan_in=1):
+    return np.random.default_rng(seed).normal(size=shape) / math.sqrt(fan_in)
+
+
+def optimizer():
+    return optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(RATE, momentum=MOMENTUM))
+
+
+# --- a tanh MLP, in the library and in NumPy --------------------------------------------------------------------------
+
+
+def network(seed=0):
+    """Weights in Flax's layout, kernels (in, out), and a batch of data for each step."""
+    rng = np.random.default_rng(seed)
+    params = [
+        {"w": rng.normal(size=(m, n)) / np.sqrt(m), "b": 0.3 * rng.normal(size=n)} for m, n in itertools.pairwise(SIZES)
+    ]
+    return params, (rng.normal(size=(STEPS, BATCH, SIZES[0])), rng.normal(size=(STEPS, BATCH, SIZES[-1])))
+
+
+def mlp(params, x):
+    for layer in params[:-1]:
+        x = jnp.tanh(x @ layer["w"] + layer["b"])
+    return x @ params[-1]["w"] + params[-1]["b"]
+
+
+def mlp_loss(params, x, target):
+    return jnp.sum((mlp(params, x) - target) ** 2) / (2 * x.shape[0])
+
+
+def as_step(loss):
+    """A plain loss as make_steps takes it."""
+    return lambda params, model_state, batch, key: (loss(params, *batch), (model_state, {}))
+
+
+class Equations:
+    """A rule as rules.md has it: activities are columns, W is (out, in), B is (in, out) or what ``of`` makes of it.
+
+    Each method is one column of the table: the error at x, what B's optimizer descends on, what B gains by the way in
+    engaged mode, and what it gains in mirror mode.
+    """
+
+    def of(self, b):
+        return np.array(b)
+
+    def back(self, W, B, delta, e):
+        return B @ delta
+
+    def signal(self, B, x, delta, e):
+        return None
+
+    def local(self, W, B, x):
+        return 0.0
+
+    def mirror(self, W, b, B, x):
+        return 0.0
+
+
+class BP(Equations):
+    def of(self, b):
+        return b
+
+    def back(self, W, B, delta, e):
+        return W.T @ delta
+
+
+class FA(Equations):
+    pass
+
+
+class SignSymmetry(Equations):
+    """abs(B) * sign(W)^T, B being a constant under uSF; under brSF the training loop hands over each step's B."""
+
+    def __init__(self, uniform=None):
+        self.uniform = uniform
+
+    def back(self, W, B, delta, e):
+        size = self.uniform / np.sqrt(W.shape[1]) if self.uniform else np.abs(B)
+        return (size * np.sign(W).T) @ delta
+
+
+class KP(Equations):
+    """dB = -eta x delta^T - lambda B."""
+
+    def signal(self, B, x, delta, e):
+        return x @ delta.T
+
+
+class TransportedKP(Equations):
+    """dB = A^T - lambda B, where dW = A - lambda W."""
+
+    def signal(self, B, x, delta, e):
+        return (delta @ x.T).T
+
+
+class PFA(Equations):
+    """dL/dx := R B delta; dB = -eta (R^T x) delta^T - lambda B. ``rs`` has the R of a B, by the shape of that B."""
+
+    def of(self, b):
+        return np.array(b.b[0])
+
+    def back(self, W, B, delta, e):
+        return self.R(B) @ (B @ delta)
+
+    def R(self, B):
+        return self.rs[B.shape]
+
+    def signal(self, B, x, delta, e):
+        return (self.R(B).T @ x) @ delta.T
+
+
+class DFA(Equations):
+    """dL/dx := B e."""
+
+    def of(self, b):
+        return np.array(b.array)
+
+    def back(self, W, B, delta, e):
+        return B @ e
+
+
+class DKP(DFA):
+    """dB = -eta x e^T - lambda B."""
+
+    def signal(self, B, x, delta, e):
+        return x @ e.T
+
+
+class Kunin(Equations):
+    """Minus the gradient of R(B; W, x), term by term, means over samples."""
+
+    def __init__(self, rate, amplitude=0.0, decay=0.0, null=0.0, sparse=0.0, self_alignment=0.0, *, on,
+                 whiten=False, normalize="none"):  # fmt: skip
+        self.rate, self.on, self.whiten, self.normalize = rate, on, whiten, normalize
+        self.amplitude, self.decay, self.null, self.sparse = amplitude, decay, null, sparse
+        self.self_alignment = self_alignment
+
+    def change(self, W, B, x):
+        u, v = W @ x, B.T @ x
+        inputs, n = x.shape
+        size = {"none": 1.0, "mean": np.mean(x**2), "total": np.mean(np.sum(x**2, axis=0))}[self.normalize]
+        xu = x @ u.T / n / size
+        if self.whiten:
+            c = x @ x.T / n
+            xu = np.linalg.inv(c + RIDGE * np.trace(c) / inputs * np.eye(inputs)) @ xu
+        return self.rate * (
+            -self.decay * B
+            + self.amplitude * xu
+            - self.sparse * (x @ v.T) / n / size
+            - self.null * ((B @ u) @ u.T) / n / size
+            + self.self_alignment * W.T
+        )
+
+    def local(self, W, B, x):
+        return self.change(W, B, x) if self.on == "activity" else 0.0
+
+    def mirror(self, W, b, B, x):
+        return self.change(W, B, x) if self.on == "noise" else 0.0
+
+
+class WM(Equations):
+    """Eq. 6-8 with decay: B gains a share ``rate`` of x phi(W x + b)^T / gain - B, gain = sigma^2 E[phi']."""
+
+    def __init__(self, rate, gain=1.0, phi=lambda z: z, bias=False):
+        self.rate, self.gain, self.phi, self.bias = rate, gain, phi, bias
+
+    def mirror(self, W, b, B, x):
+        y = self.phi(W @ x + (b if self.bias else 0.0))
+        return self.rate * (x @ y.T / x.shape[1] / self.gain - B)
+
+
+def paper(equations, params, starts, data, noises, redrawn=None):
+    """Training in the paper's notation: heavy-ball momentum and decay for W and for a B that descends on a signal.
+
+    ``noises[step][i]`` is mirror mode's x at projection i after that step, or None; ``redrawn[step]`` is every B anew.
+    """
+    layers = len(params)
+    W = [layer["w"].T.copy() for layer in params]
+    b = [layer["b"][:, None].copy() for layer in params]
+    B = [None] + [equations[i].of(starts[i]) for i in range(1, layers)]
+    speed = {}
+
+    def descend(name, value, signal):
+        speed[name] = MOMENTUM * speed.get(name, 0.0) + signal + DECAY * value
+        return value - RATE * speed[name]
+
+    for step, (x, target) in enumerate(zip(*data, strict=True)):
+        if redrawn is not None:
+            B = [None] + [np.array(v) for v in redrawn[step][1:]]
+        y = [x.T]
+        for i in range(layers):
+            a = W[i] @ y[i] + b[i]
+            y.append(np.tanh(a) if i < layers - 1 else a)
+        delta = [None] * layers
+        delta[-1] = e = (y[-1] - target.T) / x.shape[0]
+        for i in reversed(range(layers - 1)):
+            delta[i] = (1 - y[i + 1] ** 2) * equations[i + 1].back(W[i + 1], B[i + 1], delta[i + 1], e)
+        new_B = list(B)
+        for i in range(1, layers):
+            signal = equations[i].signal(B[i], y[i], delta[i], e)
+            if signal is not None:
+                new_B[i] = descend(("B", i), B[i], signal)
+            if B[i] is not None:
+                new_B[i] = new_B[i] + equations[i].local(W[i], B[i], y[i])
+        B = new_B
+        for i in range(layers):
+            W[i] = descend(("W", i), W[i], delta[i] @ y[i].T)
+            b[i] = descend(("b", i), b[i], delta[i].sum(1, keepdims=True))
+        for i in range(1, layers):
+            if noises[step][i] is not None:
+                B[i] = B[i] + equations[i].mirror(W[i], b[i], B[i], noises[step][i])
+    return W, b, B
+
+
+def noise_of(key, rules, samples):
+    """Mirror mode's noise at each projection for this key, columns: drawn by the library, in the order it draws."""
+    noises, count = [None] * len(rules), 0
+    for i in range(1, len(rules)):
+        if rules[i].mirror is not None and rules[i].mirror.each_step:
+            shape = (1, samples, SIZES[i])
+            noises[i] = np.array(draw_noise(jax.random.fold_in(key, count), rules[i].mirror, shape, jnp.float64)[0]).T
+            count += 1
+    return noises
+
+
+def entries(feedback):
+    return [layer["w"] for layer in feedback]
+
+
+def copied(tree):
+    return jax.tree.map(np.array, tree)
+
+
+SAMPLES = 13
+NOISY = {"num_samples": SAMPLES}
+ALIGN = functools.partial(wmkp.alignment, on="activity")
+TERMS = {"amplitude": 0.9, "decay": 0.4, "null": 0.3, "sparse": 0.2, "self_alignment": 0.1}
+
+# name: (rule or a mapping, the equations of each projection but the first)
+CASES = {
+    "backprop": (wmkp.backprop(), BP()),
+    "FA": (wmkp.feedback_alignment(), FA()),
+    "FA, wider": (wmkp.feedback_alignment(scale=1.7), FA()),
+    "uSF": (wmkp.sign_symmetry(scale=1.5), SignSymmetry(1.5)),
+    "frSF": (wmkp.sign_symmetry("fixed"), SignSymmetry()),
+    "brSF": (wmkp.sign_symmetry("batch", scale=1.2), SignSymmetry()),
+    "KP": (wmkp.kolen_pollack(), KP()),
+    "KP, mirrored start": (wmkp.kolen_pollack(start="mirror"), KP()),
+    "KP, transported": (wmkp.kolen_pollack_transported(), TransportedKP()),
+    "PFA": (wmkp.product_feedback_alignment(expansion=3.0), PFA()),
+    "PFA, smaller population": (wmkp.product_feedback_alignment(expansion=0.5, scale=1.4), PFA()),
+    "DFA": (wmkp.direct_feedback_alignment(), DFA()),
+    "DKP": (wmkp.direct_kolen_pollack(scale=0.8), DKP()),
+    "amplitude": (wmkp.alignment(amplitude=1.1, rate=0.2, **NOISY), Kunin(0.2, amplitude=1.1, on="noise")),
+    "decay": (wmkp.alignment(decay=0.7, rate=0.2, **NOISY), Kunin(0.2, decay=0.7, on="noise")),
+    "null": (wmkp.alignment(null=0.5, rate=0.2, **NOISY), Kunin(0.2, null=0.5, on="noise")),
+    "sparse": (wmkp.alignment(sparse=0.6, rate=0.2, **NOISY), Kunin(0.2, sparse=0.6, on="noise")),
+    "self": (wmkp.alignment(self_alignment=0.6, rate=0.2, **NOISY), Kunin(0.2, self_alignment=0.6, on="noise")),
+    "all five on noise": (
+        wmkp.alignment(**TERMS, rate=0.3, noise_std=1.3, **NOISY),
+        Kunin(0.3, **TERMS, on="noise"),
+    ),
+    "amplitude + decay on orthogonal noise": (
+        wmkp.alignment(amplitude=1, decay=1, noise="orthogonal", **NOISY),
+        Kunin(0.1, amplitude=1, decay=1, on="noise"),
+    ),
+    "amplitude on activity": (ALIGN(amplitude=1.1), Kunin(0.1, amplitude=1.1, on="activity")),
+    "decay on activity": (ALIGN(decay=1.1), Kunin(0.1, decay=1.1, on="activity")),
+    "null on activity": (ALIGN(null=0.8), Kunin(0.1, null=0.8, on="activity")),
+    "sparse on activity": (ALIGN(sparse=0.8), Kunin(0.1, sparse=0.8, on="activity")),
+    "self on activity": (ALIGN(self_alignment=0.8), Kunin(0.1, self_alignment=0.8, on="activity")),
+    "all five on activity": (ALIGN(**TERMS, rate=0.2), Kunin(0.2, **TERMS, on="activity")),
+    "all five, over the mean square": (
+        ALIGN(**TERMS, normalize="mean"),
+        Kunin(0.1, **TERMS, on="activity", normalize="mean"),
+    ),
+    "all five, over the square": (
+        ALIGN(**TERMS, normalize="total"),
+        Kunin(0.1, **TERMS, on="activity", normalize="total"),
+    ),
+    "all five, whitened": (ALIGN(**TERMS, whiten=True), Kunin(0.1, **TERMS, on="activity", whiten=True)),
+    "SA": (wmkp.symmetric_alignment(1.2, 0.9, rate=0.3), Kunin(0.3, self_alignment=1.2, decay=0.9, on="activity")),
+    "AA": (
+        wmkp.activation_alignment(1.1, 0.9, rate=0.8),
+        Kunin(0.8, amplitude=1.1, sparse=0.9, on="activity", normalize="total"),
+    ),
+    "activity mirror": (
+        wmkp.activity_mirror(rate=0.2),
+        Kunin(0.2, amplitude=1, decay=1, on="activity", normalize="mean"),
+    ),
+    "activity mirror, whitened": (
+        wmkp.activity_mirror(whiten=True, rate=0.2),
+        Kunin(0.2, amplitude=1, decay=1, on="activity", whiten=True),
+    ),
+    "WM": (wmkp.weight_mirror(**NOISY, rate=0.3), WM(0.3)),
+    "WM, other noise": (wmkp.weight_mirror("uniform", 1.5, **NOISY), WM(0.1, 1.5**2)),
+    "WM, orthogonal": (wmkp.weight_mirror("orthogonal", **NOISY, rate=0.5), WM(0.5)),
+    "WM, a kept bias": (wmkp.weight_mirror("rademacher", **NOISY, bias="kept"), WM(0.1, bias=True)),
+    "WM, relu": (
+        wmkp.weight_mirror("antithetic", 0.5, **NOISY, activation=jax.nn.relu),
+        WM(0.1, wmkp.mirror_gain(wmkp.weight_mirror("antithetic", 0.5, activation=jax.nn.relu)),
+           lambda z: np.maximum(z, 0)),
+    ),
+    "WM, tanh and a kept bias": (
+        wmkp.weight_mirror(noise_std=0.3, **NOISY, activation=jnp.tanh, bias="kept"),
+        WM(0.1, wmkp.mirror_gain(wmkp.weight_mirror(noise_std=0.3, activation=jnp.tanh)), np.tanh, bias=True),
+    ),
+    "KP under PFA": ({"1": wmkp.kolen_pollack(), ".*": wmkp.product_feedback_alignment()}, [BP(), KP(), PFA()]),
+    "DKP under BP": ({"2": wmkp.backprop(), ".*": wmkp.direct_kolen_pollack()}, [BP(), DKP(), BP()]),
+    "WM under AA": (
+        {"0|1": wmkp.weight_mirror(**NOISY), "2": wmkp.activation_alignment()},
+        [BP(), WM(0.1), Kunin(1.0, amplitude=1, sparse=1, on="activity", normalize="total")],
+    ),
+    "DFA under KP": ({"0|1": wmkp.direct_feedback_alignment(), "2": wmkp.kolen_pollack()}, [BP(), DFA(), KP()]),
+    "brSF under WM": (
+        {"0|1": wmkp.sign_symmetry("fixed"), ".*": wmkp.weight_mirror(**NOISY)},
+        [BP(), SignSymmetry(), WM(0.1)],
+    ),
+}  # fmt: skip
+
+
+def rule_of(rule, i):
+    """The rule of projection i in these cases, whose patterns are its number."""
+    if not isinstance(rule, Mapping):
+        return rule
+    return next(r for pattern, r in rule.items() if pattern == ".*" or str(i) in pattern.split("|"))
+
+
+def unpacked(b):
+    return b.b[0] if isinstance(b, ProductFeedback) else b.array if isinstance(b, Direct) else b
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_equals_numpy(float64, name):
+    """Engaged step, mirror step, and again: W, biases and B are those of the equations, to 1e-9."""
+    rule, equations = CASES[name]
+    equations = equations if isinstance(equations, list) else [equations] * len(SIZES[1:])
+    rules = [rule_of(rule, i) for i in range(len(SIZES) - 1)]
+    params, data = network()
+    batches = list(zip(*data, strict=True))
+    steps = wmkp.make_steps(as_step(mlp_loss), rule, optimizer(), params, batches[0])
+    state = steps.init(jax.random.key(2), jax.tree.map(jnp.asarray, params))
+    starts = entries(state.feedback)
+    starts = copied(starts)
+    chex.assert_tree_all_finite(starts)
+    pfa = [b for b in starts if isinstance(b, ProductFeedback)]
+    for eq in equations:
+        if isinstance(eq, PFA):
+            eq.rs = {b.b[0].shape: b.r[0] for b in pfa}
+    noises, redrawn = [], []
+    for batch in batches:
+        state, metrics = steps.engaged_step(state, batch)
+        redrawn.append(copied(entries(state.feedback)))
+        noises.append(noise_of(jax.random.split(state.key)[1], rules, SAMPLES))
+        before = copied(state.feedback)
+        state, _ = steps.mirror_step(state)
+        moved = any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (before, state.feedback)), strict=True))
+        assert moved == any(x is not None for x in noises[-1]), "mirror mode moves what has one, and nothing else"
+    redrawn = redrawn if name == "brSF" else None
+    W, b, B = paper(equations, params, starts, data, noises, redrawn)
+    final = entries(state.feedback)
+    for i in range(len(params)):
+        assert np.max(np.abs(W[i] - params[i]["w"].T)) > 0.01, "training must move W"
+        np.testing.assert_allclose(state.params[i]["w"], W[i].T, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(state.params[i]["b"], b[i][:, 0], rtol=0, atol=1e-9)
+        if i == 0 or rules[i].backward is None:
+            assert final[i] is None
+            continue
+        chex.assert_trees_all_equal_dtypes(final[i], starts[i])
+        np.testing.assert_allclose(unpacked(final[i]), B[i], rtol=0, atol=1e-9)
+        if isinstance(final[i], ProductFeedback):
+            np.testing.assert_array_equal(final[i].r, starts[i].r)
+        gained = np.max(np.abs(unpacked(final[i]) - unpacked(starts[i])))
+        fixed = not (rules[i].learns or rules[i].local or rules[i].mirror or rules[i].redrawn)
+        assert gained == 0 if fixed else gained > 1e-3
+    assert np.isfinite(metrics["loss"])
+
+
+def test_every_factory_has_a_case():
+    """A rule that is added is tested here, too: by name, from what the library exports."""
+    found = set()
+    for rule, _ in CASES.values():
+        for r in rule.values() if isinstance(rule, Mapping) else [rule]:
+            found.add(r.name)
+    assert found == {
+        "backprop", "feedback_alignment", "sign_symmetry", "sign_symmetry_fixed", "sign_symmetry_batch",
+        "kolen_pollack", "kolen_pollack_transported", "product_feedback_alignment", "direct_feedback_alignment",
+        "direct_kolen_pollack", "alignment", "symmetric_alignment", "activation_alignment", "activity_mirror",
+        "activity_mirror_whitened", "weight_mirror",
+    }  # fmt: skip
+    import wmkp.rules as module
+
+    factories = [f for n, f in vars(wmkp).items() if callable(f) and getattr(f, "__module__", "") == module.__name__]
+    names = {f().name for f in factories if f not in (wmkp.Rule, wmkp.Mirror, wmkp.alignment)}
+    assert names - found == {"information_alignment"}, "which has a test of its own below"
+
+
+def test_information_alignment_equals_numpy(float64):
+    """It draws as many samples as its target angle takes, which differ between projections."""
+    rule = wmkp.information_alignment(0.9, 0.4, 0.6, rate=0.2, noise_std=1.2)
+    equation = Kunin(0.2, amplitude=0.9, null=0.4, decay=0.6, on="noise")
+    params, data = network(4)
+    steps = wmkp.make_steps(as_step(mlp_loss), rule, optimizer(), params, (data[0][0], data[1][0]))
+    state = steps.init(KEY, jax.tree.map(jnp.asarray, params))
+    B = [None if b is None else np.array(b) for b in entries(state.feedback)]
+    for _ in range(3):
+        key = jax.random.split(state.key)[1]
+        for i in (1, 2):
+            samples = wmkp.samples_for_angle(rule.mirror.target_angle, SIZES[i], rule)
+            x = draw_noise(jax.random.fold_in(key, i - 1), rule.mirror, (1, samples, SIZES[i]), jnp.float64)[0]
+            B[i] = B[i] + equation.change(params[i]["w"].T, B[i], np.array(x).T)
+        state, _ = steps.mirror_step(state)
+        for i in (1, 2):
+            np.testing.assert_allclose(state.feedback[i]["w"], B[i], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_mirror_period_is_the_mean_of_its_estimates(float64, count):
+    """B after k steps before training is the plain mean of k estimates over the gain, whatever B was drawn first."""
+    rule = wmkp.weight_mirror("gaussian", 1.5, SAMPLES, jax.nn.relu, rate=0.1)
+    params, data = network(5)
+    steps = wmkp.make_steps(as_step(mlp_loss), rule, optimizer(), params, (data[0][0], data[1][0]))
+    state = steps.init(KEY, jax.tree.map(jnp.asarray, params), mirror_steps=count)
+    noise_key = jax.random.split(KEY, 3)[2]
+    for i in (1, 2):
+        estimates = []
+        for k in range(count):
+            x = noise_of(jax.random.fold_in(noise_key, k), [rule] * 3, SAMPLES)[i]
+            y = np.maximum(params[i]["w"].T @ x, 0)
+            estimates.append(x @ y.T / SAMPLES)
+        expected = np.mean(estimates, axis=0) / wmkp.mirror_gain(rule)
+        np.testing.assert_allclose(state.feedback[i]["w"], expected, rtol=0, atol=1e-9)
+    assert wmkp.mirror_gain(rule) == pytest.approx(1.5**2 / 2, rel=1e-6)
+
+
+def test_mirrored_start_is_exact_and_is_backprop(float64):
+    params, data = network(6)
+    batches = list(zip(*data, strict=True))
+    states = {}
+    for name, rule in {"kp": wmkp.kolen_pollack(start="mirror"), "bp": wmkp.backprop()}.items():
+        steps = wmkp.make_steps(as_step(mlp_loss), rule, optimizer(), params, batches[0])
+        state = steps.init(KEY, jax.tree.map(jnp.asarray, params))
+        if name == "kp":
+            for i in (1, 2):
+                np.testing.assert_allclose(state.feedback[i]["w"], params[i]["w"], rtol=0, atol=1e-12)
+        for batch in batches:
+            state, _ = steps.engaged_step(state, batch)
+        states[name] = state
+    chex.assert_trees_all_close(states["kp"].params, states["bp"].params, rtol=0, atol=1e-11)
+    for i in (1, 2):
+        np.testing.assert_allclose(states["kp"].feedback[i]["w"], states["kp"].params[i]["w"], rtol=0, atol=1e-11)
+
+
+# --- how each B starts ------------------------------------------------------------------------------------------------
+
+WIDE = [
+    {"w": normal(i, m, n, fan_in=m), "b": np.zeros(n)} for i, (m, n) in enumerate([(20, 300), (300, 200), (200, 50)])
+]
+WIDE = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), WIDE)
+WIDE_DATA = jnp.ones((4, 20)), jnp.ones((4, 50))
+
+
+@pytest.mark.parametrize("rule", [wmkp.feedback_alignment, wmkp.kolen_pollack, wmkp.kolen_pollack_transported,
+                                  wmkp.weight_mirror, wmkp.direct_feedback_alignment, wmkp.direct_kolen_pollack,
+                                  wmkp.product_feedback_alignment])  # fmt: skip
+def test_start_is_gaussian_of_the_scale_asked_for(rule):
+    """Standard deviation scale / sqrt(fan_in), or of the error's size for direct feedback; nothing of W in it."""
+    feedback = wmkp.init_feedback(KEY, rule(scale=1.6), mlp_loss, WIDE, *WIDE_DATA)
+    for i in (1, 2):
+        b = feedback[i]["w"]
+        fan_in = 50 if isinstance(b, Direct) else WIDE[i]["w"].shape[0]
+        b = b.effective() if isinstance(b, ProductFeedback) else unpacked(b)
+        b = np.asarray(b, np.float64)
+        # PFA's product is no Gaussian entry by entry, but its variance is that of one; its entries are correlated.
+        assert b.std() * math.sqrt(fan_in) / 1.6 == pytest.approx(1, abs=0.03)
+        assert abs(b.mean()) < 5 * b.std() / math.sqrt(b.size)
+        kurtosis = np.mean(b**4) / np.mean(b**2) ** 2
+        assert kurtosis == pytest.approx(3, abs=0.15)
+        if b.shape == WIDE[i]["w"].shape:
+            cosine = np.vdot(b, WIDE[i]["w"]) / np.linalg.norm(b) / np.linalg.norm(WIDE[i]["w"])
+            assert abs(cosine) < 5 / math.sqrt(b.size)
+    other = wmkp.init_feedback(jax.random.key(9), rule(scale=1.6), mlp_loss, WIDE, *WIDE_DATA)
+    assert not np.allclose(jax.tree.leaves(other)[0], jax.tree.leaves(feedback)[0])
+
+
+def test_product_feedback_has_r_near_orthogonal():
+    """R R^T is the identity to about 1 / sqrt(hidden) an entry, and B starts so that R B has the scale asked for."""
+    feedback = wmkp.init_feedback(KEY, wmkp.product_feedback_alignment(8.0), mlp_loss, WIDE, *WIDE_DATA)
+    b = feedback[1]["w"]
+    assert b.r.shape == (1, 300, 2400) and b.b.shape == (1, 2400, 200)
+    gram = np.asarray(b.r[0] @ b.r[0].T, np.float64)
+    assert np.max(np.abs(np.diag(gram) - 1)) < 6 * math.sqrt(2 / 2400)
+    off = gram[~np.eye(300, dtype=bool)]
+    assert off.std() == pytest.approx(1 / math.sqrt(2400), rel=0.05)
+    np.testing.assert_allclose(b.effective(), np.asarray(b.r[0]) @ np.asarray(b.b[0]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("magnitude", ["uniform", "fixed", "batch"])
+def test_sign_symmetry_starts_with_the_signs_of_w(magnitude):
+    feedback = wmkp.init_feedback(KEY, wmkp.sign_symmetry(magnitude, scale=1.3), mlp_loss, WIDE, *WIDE_DATA)
+    for i in (1, 2):
+        w, b = (np.asarray(x, np.float64) for x in (WIDE[i]["w"], feedback[i]["w"]))
+        np.testing.assert_array_equal(np.sign(w), np.sign(b))
+        size = np.abs(b) * math.sqrt(w.shape[0]) / 1.3
+        if magnitude == "uniform":
+            np.testing.assert_allclose(size, 1, rtol=1e-6)
+        else:  # half-normal
+            assert size.mean() == pytest.approx(math.sqrt(2 / math.pi), rel=0.03)
+            assert np.sqrt(np.mean(size**2)) == pytest.approx(1, rel=0.03)
+
+
+def test_random_magnitudes_are_fixed_or_drawn_for_each_batch():
+    """frSF: one B for all of training. brSF: another at each step, of no relation to the last, from the state's key."""
+    params, data = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), network(1))
+    seen = {}
+    for magnitude in ("fixed", "batch"):
+        rule = wmkp.sign_symmetry(magnitude)
+        steps = wmkp.make_steps(as_step(mlp_loss), rule, optimizer(), params, (data[0][0], data[1][0]))
+        for run in range(2):
+            state = steps.init(KEY, params)
+            seen[magnitude, run] = [np.abs(state.feedback[1]["w"])]
+            for batch in zip(*data, strict=True):
+                state, _ = steps.engaged_step(state, batch)
+                seen[magnitude, run].append(np.abs(state.feedback[1]["w"]))
+        np.testing.assert_array_equal(seen[magnitude, 0], seen[magnitude, 1], "the same key gives the same B")
+    assert all(np.array_equal(b, seen["fixed", 0][0]) for b in seen["fixed", 0])
+    drawn = np.array(seen["batch", 0]).reshape(STEPS + 1, -1)
+    correlation = np.corrcoef(drawn)[~np.eye(STEPS + 1, dtype=bool)]
+    assert np.max(np.abs(correlation)) < 5 / math.sqrt(drawn.shape[1])
+
+
+def test_redrawn_rule_leaves_other_layers_alone():
+    params, data = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), network(1))
+    rule = {"1": wmkp.sign_symmetry("batch"), ".*": wmkp.feedback_alignment()}
+    batch = data[0][0], data[1][0]
+    steps = wmkp.make_steps(as_step(mlp_loss), rule, optimizer(), params, batch)
+    state = steps.init(KEY, params)
+    first = copied(entries(state.feedback))
+    state, _ = steps.engaged_step(state, batch)
+    assert not np.any(np.isclose(first[1], state.feedback[1]["w"], rtol=1e-6))
+    np.testing.assert_array_equal(first[2], state.feedback[2]["w"])
+
+
+# --- a parameter with other uses: the circuit's signal and the transported change ------------------------------------
+
+
+def tied(params, tokens, target):
+    """An embedding that is looked up, and tied to the output."""
+    h = jnp.tanh(params["table"][tokens] @ params["w"])
+    return jnp.sum((h @ params["table"].T - target) ** 2) / (2 * tokens.shape[0])
+
+
+def test_transported_change_differs_from_the_circuit_where_a_weight_has_other_uses(float64):
+    params = {"table": normal(0, 6, 4), "w": normal(1, 4, 4, fan_in=4)}
+    tokens, target = np.array([0, 3, 3, 5, 1]), normal(2, 5, 6)
+    E, W = params["table"], params["w"]
+    for transported, rule in enumerate((wmkp.kolen_pollack(), wmkp.kolen_pollack_transported())):
+        feedback = wmkp.init_feedback(KEY, rule, tied, params, tokens, target)
+        B, B_w = np.asarray(feedback["table"]), np.asarray(feedback["w"])
+        _, (grads, signal) = wmkp.value_and_grad(tied, rule)(params, feedback, tokens, target)
+        x = E[tokens]
+        h = np.tanh(x @ W)
+        e = (h @ E.T - target) / len(tokens)
+        delta = (1 - h**2) * (e @ B)
+        product = e.T @ h
+        lookup = np.zeros_like(E)
+        np.add.at(lookup, tokens, delta @ B_w.T)
+        np.testing.assert_allclose(grads["table"], product + lookup, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(grads["w"], x.T @ delta, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(signal["w"], x.T @ delta, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(signal["table"], product + transported * lookup, rtol=0, atol=1e-12)
+        assert np.max(np.abs(lookup)) > 0.01
+
+
+# --- convolutions -----------------------------------------------------------------------------------------------------
+
+
+def conv(x, w, stride=1, groups=1, dilation=1, padding="SAME"):
+    return lax.conv_general_dilated(
+        x, w, (stride, stride), padding, rhs_dilation=(dilation, dilation), feature_group_count=groups,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+
+
+def patches(x, size, stride=1, dilation=1):
+    """(N, H, W, C) -> (N, H', W', size, size, C), SAME padding as TensorFlow and JAX have it."""
+    n, height, width, c = x.shape
+    reach = (size - 1) * dilation + 1
+    rows, cols = -(-height // stride), -(-width // stride)
+    pads = [max((out - 1) * stride + reach - length, 0) for out, length in ((rows, height), (cols, width))]
+    padded = np.zeros((n, height + pads[0], width + pads[1], c))
+    padded[:, pads[0] // 2 : pads[0] // 2 + height, pads[1] // 2 : pads[1] // 2 + width] = x
+    out = np.zeros((n, rows, cols, size, size, c))
+    for i in range(rows):
+        for j in range(cols):
+            for p in range(size):
+                for q in range(size):
+                    out[:, i, j, p, q] = padded[:, i * stride + p * dilation, j * stride + q * dilation]
+    return out
+
+
+def folded(delta_patches, shape, size, stride=1):
+    """The transpose of ``patches``, entry by entry."""
+    n, height, width, c = shape
+    rows, cols = delta_patches.shape[1:3]
+    pads = [max((out - 1) * stride + size - length, 0) for out, length in ((rows, height), (cols, width))]
+    padded = np.zeros((n, height + pads[0], width + pads[1], c))
+    for i in range(rows):
+        for j in range(cols):
+            padded[:, i * stride : i * stride + size, j * stride : j * stride + size] += delta_patches[:, i, j]
+    return padded[:, pads[0] // 2 : pads[0] // 2 + height, pads[1] // 2 : pads[1] // 2 + width]
+
+
+def convnet(params, x):
+    x = jnp.tanh(conv(x, params["conv1"]["w"]) + params["conv1"]["b"])
+    x = jnp.tanh(conv(x, params["conv2"]["w"], stride=2) + params["conv2"]["b"])
+    x = x.reshape(x.shape[0], -1)
+    x = jnp.tanh(x @ params["dense"]["w"] + params["dense"]["b"])
+    return x @ params["head"]["w"] + params["head"]["b"]
+
+
+def convnet_loss(params, x, target):
+    return jnp.sum((convnet(params, x) - target) ** 2) / (2 * x.shape[0])
+
+
+def convnet_params(dtype=np.float64):
+    shapes = {"conv1": (3, 3, 2, 4), "conv2": (3, 3, 4, 3), "dense": (27, 6), "head": (6, 5)}
+    params = {
+        name: {"w": normal(i, *shape, fan_in=math.prod(shape[:-1])).astype(dtype), "b": 0.2 * normal(i + 9, shape[-1])}
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    params = jax.tree.map(lambda p: p.astype(dtype), params)
+    return params, normal(20, 3, 6, 6, 2).astype(dtype), normal(21, 3, 5).astype(dtype)
+
+
+def convnet_numpy(params, x, target, back):
+    """The gradients of ``convnet_loss``, the error going back by ``back[name](delta, e)``."""
+    p1 = patches(x, 3)
+    y1 = np.tanh(np.einsum("nijpqc,pqco->nijo", p1, params["conv1"]["w"]) + params["conv1"]["b"])
+    p2 = patches(y1, 3, stride=2)
+    y2 = np.tanh(np.einsum("nijpqc,pqco->nijo", p2, params["conv2"]["w"]) + params["conv2"]["b"])
+    flat = y2.reshape(len(x), -1)
+    y3 = np.tanh(flat @ params["dense"]["w"] + params["dense"]["b"])
+    e = (y3 @ params["head"]["w"] + params["head"]["b"] - target) / len(x)
+    d3 = (1 - y3**2) * back["head"](e, e)
+    d2 = (1 - y2**2) * back["dense"](d3, e).reshape(y2.shape)
+    d1 = (1 - y1**2) * back["conv2"](d2, e).reshape(y1.shape)
+    grads = {
+        "conv1": {"w": np.einsum("nijpqc,nijo->pqco", p1, d1), "b": d1.sum((0, 1, 2))},
+        "conv2": {"w": np.einsum("nijpqc,nijo->pqco", p2, d2), "b": d2.sum((0, 1, 2))},
+        "dense": {"w": flat.T @ d3, "b": d3.sum(0)},
+        "head": {"w": y3.T @ e, "b": e.sum(0)},
+    }
+    activities = {"conv2": p2, "dense": flat, "head": y3}
+    return grads, activities, {"conv2": d2, "dense": d3, "head": e}, y1.shape
+
+
+def through_conv(matrix, shape):
+    """Back through a kernel given as (3 * 3 * 4, outputs): patches of errors, folded onto the input."""
+    return lambda delta, e: folded((delta @ matrix.T).reshape(*delta.shape[:3], 3, 3, 4), shape, 3, stride=2)
+
+
+def test_product_feedback_on_a_conv_kernel_equals_numpy(float64):
+    """R is (patch, hidden) for the whole 3 x 3 x in patch: dL/dpatch = R B delta, dB = (R^T patch) delta^T."""
+    params, x, target = convnet_params()
+    rule = wmkp.product_feedback_alignment(expansion=2.0)
+    feedback = wmkp.init_feedback(KEY, rule, convnet_loss, params, x, target)
+    found = {name: layer["w"] for name, layer in feedback.items()}
+    assert found["conv1"] is None and found["conv2"].r.shape == (1, 36, 72) and found["conv2"].b.shape == (1, 72, 3)
+    R = {name: np.asarray(b.r[0]) for name, b in found.items() if b is not None}
+    B = {name: np.asarray(b.b[0]) for name, b in found.items() if b is not None}
+    back = {
+        "conv2": through_conv(R["conv2"] @ B["conv2"], (3, 6, 6, 4)),
+        "dense": lambda delta, e: delta @ (R["dense"] @ B["dense"]).T,
+        "head": lambda delta, e: delta @ (R["head"] @ B["head"]).T,
+    }
+    expected, activities, deltas, _ = convnet_numpy(params, x, target, back)
+    _, (grads, signal) = wmkp.value_and_grad(convnet_loss, rule)(params, feedback, x, target)
+    chex.assert_trees_all_close(grads, expected, rtol=0, atol=1e-12)
+    for name, activity in activities.items():
+        activity = activity.reshape(-1, R[name].shape[0])
+        delta = deltas[name].reshape(-1, B[name].shape[1])
+        np.testing.assert_allclose(signal[name]["w"].b[0], (activity @ R[name]).T @ delta, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(
+            found[name].effective(), (R[name] @ B[name]).reshape(params[name]["w"].shape), rtol=0, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("rule", [wmkp.direct_feedback_alignment(), wmkp.direct_kolen_pollack()])
+def test_direct_feedback_in_a_convnet_equals_numpy(float64, rule):
+    """dL/dx = B e for a whole image of activities x, B (height * width * channels, outputs); DKP learns x e^T."""
+    params, x, target = convnet_params()
+    feedback = wmkp.init_feedback(KEY, rule, convnet_loss, params, x, target)
+    B = {name: np.asarray(layer["w"].array) for name, layer in feedback.items() if layer["w"] is not None}
+    assert {name: b.shape for name, b in B.items()} == {"conv2": (144, 5), "dense": (27, 5), "head": (6, 5)}
+    back = {name: lambda delta, e, b=b: e @ b.T for name, b in B.items()}
+    expected, activities, _, shape = convnet_numpy(params, x, target, back)
+    _, (grads, signal) = wmkp.value_and_grad(convnet_loss, rule)(params, feedback, x, target)
+    chex.assert_trees_all_close(grads, expected, rtol=0, atol=1e-12)
+    e = np.asarray(convnet(params, x) - target) / len(x)
+    image = np.tanh(np.asarray(conv(x, params["conv1"]["w"])) + params["conv1"]["b"])
+    assert image.shape == shape
+    for name, activity in {**activities, "conv2": image}.items():
+        learned = activity.reshape(len(x), -1).T @ e if rule.learns else np.zeros_like(B[name])
+        np.testing.assert_allclose(signal[name]["w"].array, learned, rtol=0, atol=1e-12)
+
+
+CONVS = {
+    "plain": {},
+    "strided": {"stride": 2},
+    "dilated": {"dilation": 2},
+    "grouped": {"groups": 2},
+    "strided and grouped": {"stride": 2, "groups": 2},
+}
+
+
+def one_conv(options, params, x):
+    return jnp.sum(jnp.tanh(conv(jnp.tanh(x * params["gain"]), params["w"], **options)))
+
+
+def grouped_patches(x, options):
+    """(groups, samples, fan_in) of a 3 x 3 conv's input."""
+    groups = options.get("groups", 1)
+    p = patches(x, 3, options.get("stride", 1), options.get("dilation", 1))
+    p = p.reshape(-1, 9, groups, x.shape[-1] // groups)
+    return np.moveaxis(p, 2, 0).reshape(groups, -1, 9 * x.shape[-1] // groups)
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_input_covariances_of_a_conv_are_those_of_its_patches(float64, name):
+    options = CONVS[name]
+    params = {"gain": normal(1, 4) + 2, "w": normal(0, 3, 3, 4 // options.get("groups", 1), 6)}
+    x = normal(2, 2, 7, 6, 4)
+    found = wmkp.input_covariances(functools.partial(one_conv, options), params, x)
+    assert list(found) == ["w"]
+    p = grouped_patches(np.tanh(x * params["gain"]), options)
+    np.testing.assert_allclose(found["w"], np.einsum("kni,knj->kij", p, p) / p.shape[1], rtol=0, atol=1e-12)
+
+
+def test_input_covariances_of_dense_layers(float64):
+    params, data = network()
+    found = wmkp.input_covariances(mlp_loss, params, data[0][0], data[1][0])
+    y = [data[0][0]]
+    for layer in params[:-1]:
+        y.append(np.tanh(y[-1] @ layer["w"] + layer["b"]))
+    assert list(found) == ["0/w", "1/w", "2/w"]
+    for x, c in zip(y, found.values(), strict=True):
+        np.testing.assert_allclose(c[0], x.T @ x / BATCH, rtol=0, atol=1e-12)
+
+
+def settle(rule, fun, params, batches, times=1):
+    """B after engaged and mirror steps under a W that stands still."""
+    steps = wmkp.make_steps(as_step(fun), rule, optax.sgd(0.0), params, batches[0])
+    state = steps.init(KEY, params)
+    for _ in range(times):
+        for batch in batches:
+            state, _ = steps.engaged_step(state, batch)
+            state, _ = steps.mirror_step(state)
+    chex.assert_trees_all_equal(state.params, params)
+    return state.feedback
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_activity_mirror_on_a_conv(float64, name):
+    """Whitened it recovers W, but for the ridge; plain it settles at the input's covariance times W^T."""
+    options = CONVS[name]
+    groups = options.get("groups", 1)
+    params = {"gain": normal(1, 4) + 2, "w": jnp.asarray(normal(0, 3, 3, 4 // groups, 6))}
+    x = normal(2, 5, 9, 9, 4)
+    loss = functools.partial(one_conv, options)
+    p = grouped_patches(np.tanh(x * params["gain"]), options)
+    c = np.einsum("kni,knj->kij", p, p) / p.shape[1]
+    kernel = np.asarray(params["w"]).reshape(-1, groups, 6 // groups).swapaxes(0, 1)  # (groups, fan_in, outputs)
+    for whiten in (True, False):
+        feedback = settle(wmkp.activity_mirror(whiten=whiten, rate=1.0), loss, params, [(x,)])
+        if whiten:
+            ridge = RIDGE * np.trace(c, axis1=1, axis2=2)[:, None, None] / c.shape[-1] * np.eye(c.shape[-1])
+            expected = np.linalg.solve(c + ridge, c @ kernel)
+            assert wmkp.matrix_angles(params, feedback)["w"] < 0.5
+        else:
+            # The mean square of the input itself, not of its patches, whose padding holds zeros.
+            expected = c @ kernel / np.mean(np.tanh(x * params["gain"]) ** 2)
+            assert wmkp.matrix_angles(params, feedback)["w"] > 5
+        expected = expected.swapaxes(0, 1).reshape(params["w"].shape)
+        np.testing.assert_allclose(feedback["w"], expected, rtol=0, atol=1e-9)
+
+
+# --- where each B settles ---------------------------------------------------------------------------------------------
+
+
+def test_rules_settle_where_their_docstrings_say(float64):
+    """W standing still: at W^T, at a multiple of it, or at what the equations leave of it."""
+    params, data = network(7)
+    params = jax.tree.map(jnp.asarray, params)
+    batch = data[0][0], data[1][0]
+    W = [np.asarray(layer["w"]) for layer in params]
+    many = {"times": 300}
+    feedback = settle(wmkp.symmetric_alignment(1.5, 0.5, rate=0.3), mlp_loss, params, [batch], **many)
+    for i in (1, 2):
+        np.testing.assert_allclose(feedback[i]["w"], 3 * W[i], rtol=0, atol=1e-9)
+    # As many samples as make their covariance the identity: no noise is left in the mean.
+    exact = {"noise": "orthogonal", "num_samples": 72}
+    whole = wmkp.alignment(amplitude=0.9, decay=0.4, rate=0.3, noise_std=1.3, **exact)
+    feedback = settle(whole, mlp_loss, params, [batch], **many)
+    for i in (1, 2):
+        np.testing.assert_allclose(feedback[i]["w"], 0.9 * 1.3**2 / 0.4 * W[i], rtol=0, atol=1e-9)
+    feedback = settle(
+        wmkp.alignment(amplitude=0.9, decay=0.4, null=0.3, rate=0.2, noise_std=1.3, **exact), mlp_loss, params, [batch],
+        **many,
+    )  # fmt: skip
+    for i in (1, 2):  # information alignment's fixed point
+        inverse = np.linalg.inv(0.3 * W[i].T @ W[i] + 0.4 / 1.3**2 * np.eye(W[i].shape[1]))
+        np.testing.assert_allclose(feedback[i]["w"], 0.9 * W[i] @ inverse, rtol=0, atol=1e-9)
+    feedback = settle(wmkp.alignment(amplitude=0.8, sparse=0.4, rate=0.5, **exact), mlp_loss, params, [batch], **many)
+    for i in (1, 2):
+        np.testing.assert_allclose(feedback[i]["w"], 2 * W[i], rtol=0, atol=1e-9)
+
+
+def test_activation_alignment_settles_wherever_the_activity_reaches():
+    """More directions than samples: exact along the activities, unmoved across them."""
+    w1, w2 = (jnp.asarray(normal(i, 12, 12, fan_in=12), jnp.float32) for i in range(2))
+    params = {"first": w1, "w": w2}
+    x = jnp.asarray(normal(3, 5, 12), jnp.float32)
+    loss = lambda params, x: jnp.sum(jnp.tanh(x @ params["first"]) @ params["w"])
+    start = np.asarray(
+        wmkp.init_feedback(jax.random.split(KEY, 3)[1], wmkp.activation_alignment(), loss, params, x)["w"]
+    )
+    feedback = settle(wmkp.activation_alignment(2.0, 1.0, rate=1.5), loss, params, [(x,)], times=2000)
+    activity = np.tanh(np.asarray(x @ w1, np.float64))
+    along = np.linalg.pinv(activity) @ activity
+    expected = along @ (2.0 * np.asarray(w2)) + (np.eye(12) - along) @ start
+    np.testing.assert_allclose(feedback["w"], expected, rtol=0, atol=2e-3)
+
+
+# --- direct feedback: the channel from the output ---------------------------------------------------------------------
+
+DEPTH, WIDTH, OUT = 3, 6, 4
+
+
+def chain_params():
+    params = {
+        "in": normal(0, 5, WIDTH, fan_in=5),
+        "stack": normal(1, DEPTH, WIDTH, WIDTH, fan_in=WIDTH),
+        "out": normal(2, WIDTH, OUT, fan_in=WIDTH),
+    }
+    return params, normal(3, 7, 5), normal(4, 7, OUT)
+
+
+def block(x, w):
+    return jnp.tanh(x @ w)
+
+
+def unrolled(params, x):
+    for w in params["stack"]:
+        x = block(x, w)
+    return x
+
+
+def scanned(params, x):
+    return lax.scan(lambda x, w: (block(x, w), None), x, params["stack"])[0]
+
+
+def checkpointed(params, x):
+    for w in params["stack"]:
+        x = jax.checkpoint(block)(x, w)
+    return x
+
+
+def scanned_checkpointed(params, x):
+    return lax.scan(lambda x, w: (jax.checkpoint(block)(x, w), None), x, params["stack"])[0]
+
+
+def conditional(params, x):
+    for w in params["stack"]:
+        x = lax.cond(jnp.sum(x) < 1e9, block, lambda x, w: x, x, w)
+    return x
+
+
+def jitted(params, x):
+    for w in params["stack"]:
+        x = jax.jit(block)(x, w)
+    return x
+
+
+BODIES = {f.__name__: f for f in (unrolled, scanned, checkpointed, scanned_checkpointed, conditional, jitted)}
+
+
+def chain_loss(body, params, x, target):
+    h = body(params, jnp.tanh(x @ params["in"]))
+    return jnp.sum((h @ params["out"] - target) ** 2) / (2 * x.shape[0])
+
+
+def chain_numpy(params, B, x, target):
+    y = [x, np.tanh(x @ params["in"])]
+    for w in params["stack"]:
+        y.append(np.tanh(y[-1] @ w))
+    e = (y[-1] @ params["out"] - target) / len(x)
+    stack = [y[i + 1].T @ ((1 - y[i + 2] ** 2) * (e @ b.T)) for i, b in enumerate([*B["stack"][1:], B["out"]])]
+    first = x.T @ ((1 - y[1] ** 2) * (e @ B["stack"][0].T))
+    grads = {"in": first, "stack": np.array(stack), "out": y[-1].T @ e}
+    learned = {"stack": np.array([h.T @ e for h in y[1:-1]]), "out": y[-1].T @ e}
+    return grads, learned
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_error_reaches_layers_inside_loops_and_branches(float64, name):
+    """Through lax.scan over stacked weights, jax.checkpoint, lax.cond and jit: the gradients of the equations."""
+    params, x, target = chain_params()
+    B = {"stack": normal(5, DEPTH, WIDTH, OUT), "out": normal(6, WIDTH, OUT)}
+    loss = functools.partial(chain_loss, BODIES[name])
+    rule = wmkp.direct_kolen_pollack()
+    expected, learned = chain_numpy(params, B, x, target)
+    if name not in ("scanned", "scanned_checkpointed"):
+        # The parts of one parameter would share one B, so each layer has its own parameter here.
+        loss = lambda params, x, target: chain_loss(
+            BODIES[name], {**params, "stack": [params[f"w{i}"] for i in range(DEPTH)]}, x, target
+        )
+        split = lambda tree: {**{k: v for k, v in tree.items() if k != "stack"},
+                              **{f"w{i}": v for i, v in enumerate(tree["stack"])}}  # fmt: skip
+        params, B, expected, learned = split(params), split(B), split(expected), split(learned)
+    start = wmkp.init_feedback(KEY, rule, loss, params, x, target)
+    assert start["in"] is None
+    chex.assert_trees_all_equal_shapes({k: v.array for k, v in start.items() if v is not None}, B)
+    feedback = {"in": None, **{k: Direct(b) for k, b in B.items()}}
+    for wrapped in (lambda f: f, jax.jit):
+        value, (grads, signal) = wrapped(wmkp.value_and_grad(loss, rule))(params, feedback, x, target)
+        assert value == pytest.approx(float(loss(params, x, target)), rel=1e-12)
+        chex.assert_trees_all_close(grads, expected, rtol=0, atol=1e-12)
+        chex.assert_trees_all_close({k: signal[k].array for k in B}, learned, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", [wmkp.direct_feedback_alignment(), wmkp.direct_kolen_pollack()])
+def test_nothing_passes_between_projections(rule):
+    """The chain is cut: B_l reaches the layer below it and no other; under feedback alignment it reaches all below."""
+    params, x, target = jax.tree.map(lambda v: v.astype(np.float32), chain_params())
+    loss = lambda params, x, target: chain_loss(unrolled, {**params, "stack": params["stack"]}, x, target)
+    params = {**params, "stack": list(params["stack"])}
+    layers = [("in", None), *(("stack", i) for i in range(DEPTH)), ("out", None)]
+    leaf = lambda tree, where: tree[where[0]] if where[1] is None else tree[where[0]][where[1]]
+
+    def gradient(rule, changed):
+        feedback = wmkp.init_feedback(KEY, rule, loss, params, x, target)
+        b = leaf(feedback, changed)
+        b = Direct(b.array + 1) if isinstance(b, Direct) else b + 1
+        if changed[1] is None:
+            feedback[changed[0]] = b
+        else:
+            feedback[changed[0]][changed[1]] = b
+        return wmkp.value_and_grad(loss, rule)(params, feedback, x, target)[1][0]
+
+    start = wmkp.init_feedback(KEY, rule, loss, params, x, target)
+    reference = wmkp.value_and_grad(loss, rule)(params, start, x, target)[1][0]
+    for i, changed in enumerate(layers[1:], 1):
+        grads = gradient(rule, changed)
+        same = [np.array_equal(leaf(grads, where), leaf(reference, where)) for where in layers]
+        assert same == [j != i - 1 for j in range(len(layers))], changed
+    chained = wmkp.feedback_alignment()
+    start = wmkp.init_feedback(KEY, chained, loss, params, x, target)
+    reference = wmkp.value_and_grad(loss, chained)(params, start, x, target)[1][0]
+    grads = gradient(chained, layers[-1])
+    assert [np.array_equal(leaf(grads, w), leaf(reference, w)) for w in layers] == [False] * (DEPTH + 1) + [True]
+
+
+def test_skip_connections_carry_the_error_on(float64):
+    """What has no weights lets the error through: h + f(h) gets the error of the next projection and of f's own."""
+    params = {"a": normal(0, 5, 6), "b": normal(1, 6, 6), "c": normal(2, 6, 4), "gain": normal(3, 6)}
+    x, target = normal(4, 7, 5), normal(5, 7, 4)
+
+    def loss(params, x, target):
+        h = jnp.tanh(x @ params["a"]) * params["gain"]
+        h = h + jnp.tanh(h @ params["b"])
+        return jnp.sum((h @ params["c"] - target) ** 2) / (2 * x.shape[0])
+
+    rule = wmkp.direct_feedback_alignment()
+    feedback = wmkp.init_feedback(KEY, rule, loss, params, x, target)
+    Bb, Bc = (np.asarray(feedback[k].array) for k in "bc")
+    y = np.tanh(x @ params["a"])
+    h = y * params["gain"]
+    f = np.tanh(h @ params["b"])
+    e = ((h + f) @ params["c"] - target) / len(x)
+    above = e @ Bc.T
+    dh = above + e @ Bb.T
+    expected = {
+        "c": (h + f).T @ e,
+        "b": h.T @ ((1 - f**2) * above),
+        "gain": (dh * y).sum(0),
+        "a": x.T @ ((1 - y**2) * params["gain"] * dh),
+    }
+    _, (grads, _) = wmkp.value_and_grad(loss, rule)(params, feedback, x, target)
+    chex.assert_trees_all_close(grads, expected, rtol=0, atol=1e-12)
+
+
+def test_direct_feedback_of_sequences_is_per_position(float64):
+    """Where the output has positions as the inputs do, B is one for all: (features, outputs), applied to each."""
+    params = {"a": normal(0, 3, 6), "b": normal(1, 6, 6), "c": normal(2, 6, 4)}
+    x, target = normal(3, 2, 5, 3), normal(4, 2, 5, 4)
+
+    def loss(params, x, target):
+        h = jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"])
+        return jnp.sum((h @ params["c"] - target) ** 2) / 2
+
+    rule = wmkp.direct_kolen_pollack()
+    feedback = wmkp.init_feedback(KEY, rule, loss, params, x, target)
+    Bb, Bc = (np.asarray(feedback[k].array) for k in "bc")
+    assert Bb.shape == Bc.shape == (6, 4)
+    y = np.tanh(x @ params["a"])
+    h = np.tanh(y @ params["b"])
+    e = h @ params["c"] - target
+    _, (grads, signal) = wmkp.value_and_grad(loss, rule)(params, feedback, x, target)
+    np.testing.assert_allclose(grads["b"], np.einsum("nti,nto->io", y, (1 - h**2) * (e @ Bc.T)), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(grads["a"], np.einsum("nti,nto->io", x, (1 - y**2) * (e @ Bb.T)), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(signal["b"].array, np.einsum("nti,nto->io", y, e), rtol=0, atol=1e-12)
+
+
+# --- B = W ------------------------------------------------------------------------------------------------------------
+
+SETTLING = {
+    "KP": wmkp.kolen_pollack(),
+    "KP, mirrored start": wmkp.kolen_pollack(start="mirror"),
+    "KP, transported": wmkp.kolen_pollack_transported(),
+    "WM": wmkp.weight_mirror(),
+    "WM, orthogonal": wmkp.weight_mirror("orthogonal+antithetic", activation=jax.nn.relu),
+    "IA": wmkp.information_alignment(),
+    "SA": wmkp.symmetric_alignment(),
+    "AA": wmkp.activation_alignment(),
+    "amplitude + decay": wmkp.alignment(amplitude=1, decay=1),
+    "activity mirror": wmkp.activity_mirror(),
+    "activity mirror, whitened": wmkp.activity_mirror(whiten=True),
+    "FA": wmkp.feedback_alignment(),
+    "frSF": wmkp.sign_symmetry("fixed"),  # whose magnitudes are W's own then
+}
+
+
+def mirrored(params, feedback):
+    """Feedback with W itself in place of every B."""
+    leaves, tree = jax.tree.flatten(params)
+    entries = tree.flatten_up_to(feedback)
+    return tree.unflatten([None if b is None else w for w, b in zip(leaves, entries, strict=True)])
+
+
+@pytest.mark.parametrize("rule", SETTLING.values(), ids=SETTLING)
+def test_b_equal_to_w_is_backprop(float64, rule):
+    params, x, target = convnet_params()
+    feedback = wmkp.init_feedback(KEY, rule, convnet_loss, params, x, target)
+    gradient = jax.jit(wmkp.value_and_grad(convnet_loss, rule))
+    value, (grads, _) = gradient(params, mirrored(params, feedback), x, target)
+    expected = jax.value_and_grad(convnet_loss)(params, x, target)
+    chex.assert_trees_all_close((value, grads), expected, rtol=0, atol=1e-13)
+    other = gradient(params, feedback, x, target)[1][0]["conv1"]["w"]
+    assert not np.allclose(other, grads["conv1"]["w"], rtol=0.01), "the B it starts from is not backprop"
+
+
+def test_product_feedback_equal_to_w_is_backprop(float64):
+    """R B = W^T, whatever R: R is onto its input, so that there is such a B."""
+    params, x, target = convnet_params()
+    rule = wmkp.product_feedback_alignment(2.0)
+    feedback = wmkp.init_feedback(KEY, rule, convnet_loss, params, x, target)
+
+    def solved(w, b):
+        matrix = np.asarray(w).reshape(b.r.shape[1], -1)
+        return ProductFeedback(b.r, (np.linalg.pinv(b.r[0]) @ matrix)[None], b.shape, b.order)
+
+    feedback = {k: {"w": None if v["w"] is None else solved(params[k]["w"], v["w"]), "b": None}
+                for k, v in feedback.items()}  # fmt: skip
+    _, (grads, _) = wmkp.value_and_grad(convnet_loss, rule)(params, feedback, x, target)
+    chex.assert_trees_all_close(grads, jax.grad(convnet_loss)(params, x, target), rtol=0, atol=1e-12)
+    assert all(angle < 1e-6 for angle in wmkp.matrix_angles(params, feedback).values())
+
+
+def test_direct_feedback_is_never_backprop(float64):
+    """Even with each B_l the product of the weights above it (which W^T alone makes backprop for a linear network)."""
+    params, data = network(8)
+    x, target = data[0][0], data[1][0]
+    rule = wmkp.direct_kolen_pollack()
+    feedback = wmkp.init_feedback(KEY, rule, mlp_loss, params, x, target)
+    assert wmkp.matrix_angles(params, feedback) == {}
+    last = params[2]["w"]
+    feedback[2]["w"], feedback[1]["w"] = Direct(last), Direct(params[1]["w"] @ last)
+    _, (grads, _) = wmkp.value_and_grad(mlp_loss, rule)(params, feedback, x, target)
+    expected = jax.grad(mlp_loss)(params, x, target)
+    np.testing.assert_allclose(grads[1]["w"], expected[1]["w"], rtol=0, atol=1e-12)  # one matrix from the output
+    assert np.max(np.abs(grads[0]["w"] - expected[0]["w"])) > 1e-3
+
+    def linear(params, x, target):
+        for layer in params:
+            x = x @ layer["w"] + layer["b"]
+        return jnp.sum((x - target) ** 2) / (2 * x.shape[0])
+
+    _, (grads, _) = wmkp.value_and_grad(linear, rule)(params, feedback, x, target)
+    chex.assert_trees_all_close(grads, jax.grad(linear)(params, x, target), rtol=0, atol=1e-12)
+
+
+# --- a rule for each layer --------------------------------------------------------------------------------------------
+
+MIXED = {"head": wmkp.backprop(), "conv": wmkp.weight_mirror(num_samples=50), ".*": wmkp.direct_feedback_alignment()}
+
+
+def test_mixed_rules_in_one_network_equal_numpy(float64):
+    """Back through W at the head, directly to the dense layer's input, through a mirrored B at the conv."""
+    params, x, target = convnet_params()
+    feedback = wmkp.init_feedback(KEY, MIXED, convnet_loss, params, x, target)
+    assert feedback["head"]["w"] is None and feedback["conv1"]["w"] is None
+    assert feedback["conv2"]["w"].shape == (3, 3, 4, 3) and feedback["dense"]["w"].array.shape == (27, 5)
+    back = {
+        "head": lambda delta, e: delta @ params["head"]["w"].T,
+        "dense": lambda delta, e: e @ np.asarray(feedback["dense"]["w"].array).T,
+        "conv2": through_conv(np.asarray(feedback["conv2"]["w"]).reshape(36, 3), (3, 6, 6, 4)),
+    }
+    expected, *_ = convnet_numpy(params, x, target, back)
+    value, (grads, signal) = wmkp.value_and_grad(convnet_loss, MIXED)(params, feedback, x, target)
+    chex.assert_trees_all_close(grads, expected, rtol=0, atol=1e-12)
+    assert all(not np.any(s) for s in jax.tree.leaves(signal))
+    engaged = wmkp.engage(convnet_loss, MIXED)
+    chex.assert_trees_all_close(jax.grad(engaged)(params, feedback, x, target), expected, rtol=0, atol=1e-12)
+    assert value == engaged(params, feedback, x, target) == convnet_loss(params, x, target)
+    # Mirror mode reaches the conv alone: patches of noise.
+    found = wmkp.mirror_signals(KEY, MIXED, convnet_loss, params, x, target, feedback=feedback)
+    noise = np.asarray(draw_noise(jax.random.fold_in(KEY, 0), MIXED["conv"].mirror, (1, 50, 36), jnp.float64)[0])
+    kernel = params["conv2"]["w"].reshape(36, 3)
+    np.testing.assert_allclose(found["conv2"]["w"], (noise.T @ (noise @ kernel) / 50).reshape(3, 3, 4, 3), atol=1e-12)
+    assert found["conv1"]["w"] is None and found["head"]["w"] is None and not np.any(jax.tree.leaves(found["dense"])[0])
+    angles = wmkp.delta_angles(convnet_loss, MIXED, params, feedback, x, target)
+    assert angles["head/w"] < 1e-6 and angles["dense/w"] < 1e-6 and angles["conv2/w"] > 1
+
+
+def test_mixed_rules_train():
+    params, x, target = convnet_params(np.float32)
+    steps = wmkp.make_steps(as_step(convnet_loss), MIXED, optimizer(), params, (x, target))
+    state = steps.init(KEY, params)
+    before = copied(state.feedback)
+    losses = []
+    for _ in range(20):
+        state, metrics = steps.engaged_step(state, (x, target))
+        losses.append(metrics["loss"])
+        np.testing.assert_array_equal(state.feedback["dense"]["w"].array, before["dense"]["w"].array)
+        state, _ = steps.mirror_step(state)
+    assert losses[-1] < 0.5 * losses[0]
+    first, last = (wmkp.matrix_angles(state.params, b)["conv2/w"] for b in (before, state.feedback))
+    assert last < 30 < 60 < first
+    assert set(wmkp.matrix_angles(state.params, state.feedback)) == {"conv2/w"}
+
+
+def test_first_pattern_wins():
+    params, x, target = convnet_params(np.float32)
+    order = {"conv2": wmkp.kolen_pollack(), "conv": wmkp.backprop(), ".*": wmkp.direct_feedback_alignment()}
+    feedback = wmkp.init_feedback(KEY, order, convnet_loss, params, x, target)
+    assert feedback["conv2"]["w"].shape == (3, 3, 4, 3) and isinstance(feedback["head"]["w"], Direct)
+    turned = dict(reversed(order.items()))
+    feedback = wmkp.init_feedback(KEY, turned, convnet_loss, params, x, target)
+    assert all(isinstance(feedback[k]["w"], Direct) for k in ("conv2", "dense", "head"))
+    anchored = {"^conv2/w$": wmkp.feedback_alignment(), ".*": wmkp.backprop()}
+    feedback = wmkp.init_feedback(KEY, anchored, convnet_loss, params, x, target)
+    assert [k for k, v in feedback.items() if v["w"] is not None] == ["conv2"]
+
+
+def test_one_rule_as_a_mapping_is_that_rule():
+    params, data = jax.tree.map(lambda v: v.astype(np.float32), network())
+    batch = data[0][0], data[1][0]
+    for rule in (wmkp.kolen_pollack(), wmkp.direct_kolen_pollack(), wmkp.backprop(), wmkp.activity_mirror()):
+        feedbacks = [wmkp.init_feedback(KEY, r, mlp_loss, params, *batch) for r in (rule, {".*": rule})]
+        chex.assert_trees_all_equal(*feedbacks)
+        grads = [wmkp.value_and_grad(mlp_loss, r)(params, feedbacks[0], *batch) for r in (rule, {".*": rule})]
+        chex.assert_trees_all_equal(*grads)
+
+
+USES = {
+    "init_feedback": lambda rule, *a: wmkp.init_feedback(KEY, rule, convnet_loss, *a),
+    "engage": lambda rule, *a: wmkp.engage(convnet_loss, rule)(a[0], {}, *a[1:]),
+    "value_and_grad": lambda rule, *a: wmkp.value_and_grad(convnet_loss, rule)(a[0], {}, *a[1:]),
+    "mirror_signals": lambda rule, *a: wmkp.mirror_signals(KEY, rule, convnet_loss, *a),
+    "delta_angles": lambda rule, *a: wmkp.delta_angles(convnet_loss, rule, a[0], {}, *a[1:]),
+    "make_steps": lambda rule, *a: wmkp.make_steps(as_step(convnet_loss), rule, optimizer(), a[0], a[1:]),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_errors_of_a_mapping(use):
+    """Everywhere a rule is taken: a pattern of no projection lists the paths, a projection of no pattern is named."""
+    args = convnet_params(np.float32)
+    with pytest.raises(ValueError, match=r"'hed' matches no projection; there are: conv1/w, conv2/w, dense/w, head/w"):
+        USES[use]({"hed": wmkp.backprop(), ".*": wmkp.weight_mirror()}, *args)
+    with pytest.raises(ValueError, match=r"no pattern of rule matches projection 'dense/w'"):
+        USES[use]({"conv": wmkp.weight_mirror(), "head": wmkp.backprop()}, *args)
+    for wrong in ("backprop", wmkp.backprop, {".*": "backprop"}, {".*": wmkp.backprop}, None, [wmkp.backprop()]):
+        with pytest.raises(TypeError, match="rule must be a wmkp rule"):
+            USES[use](wrong, *args)
+
+
+BAD = {
+    "a scale of zero": lambda: wmkp.feedback_alignment(scale=0.0),
+    "a negative scale": lambda: wmkp.direct_feedback_alignment(scale=-1.0),
+    "a magnitude": lambda: wmkp.sign_symmetry("random"),
+    "a start": lambda: wmkp.kolen_pollack(start="mirrored"),
+    "an expansion": lambda: wmkp.product_feedback_alignment(expansion=0),
+    "no coefficient": lambda: wmkp.alignment(),
+    "a negative coefficient": lambda: wmkp.alignment(amplitude=1, decay=-1),
+    "an infinite coefficient": lambda: wmkp.information_alignment(float("inf")),
+    "where": lambda: wmkp.alignment(amplitude=1, on="data"),
+    "a rate": lambda: wmkp.activity_mirror(rate=0.0),
+    "a normalization": lambda: wmkp.alignment(amplitude=1, on="activity", normalize="max"),
+    "whitening noise": lambda: wmkp.alignment(amplitude=1, whiten=True),
+    "normalizing noise": lambda: wmkp.alignment(amplitude=1, normalize="mean"),
+    "alignment's noise": lambda: wmkp.alignment(amplitude=1, noise="white"),
+    "alignment's samples": lambda: wmkp.alignment(amplitude=1, num_samples=0),
+    "a noise": lambda: wmkp.weight_mirror("white"),
+    "a target angle": lambda: wmkp.weight_mirror(target_angle=90.0),
+    "a mirror's rate": lambda: wmkp.weight_mirror(rate=1.5),
+    "samples": lambda: wmkp.weight_mirror(num_samples=0.5),
+    "a bias": lambda: wmkp.weight_mirror(bias="none"),
+    "an activation": lambda: wmkp.weight_mirror(activation="relu"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_arguments_out_of_range_are_errors(name):
+    with pytest.raises(ValueError, match=r"must|meaning"):
+        BAD[name]()
+
+
+def test_direct_feedback_needs_one_output():
+    """An output inside a scan has no one error; a weight whose inputs have several sizes has no one B."""
+    params = {"a": normal(0, 4, 4), "w": normal(1, 3, 4, 4)}
+    inside = lambda params, x: jnp.sum(lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x @ params["a"], params["w"])[0])
+    with pytest.raises(ValueError, match=r"outside of any lax\.scan"):
+        wmkp.init_feedback(KEY, wmkp.direct_feedback_alignment(), inside, params, normal(2, 5, 4))
+    twice = lambda params, x: jnp.sum(
+        (jnp.tanh(x @ params["a"]) @ params["b"]).reshape(x.shape[0], 2, 4) @ params["b"] @ params["c"]
+    )
+    params = {"a": normal(0, 4, 4), "b": normal(1, 4, 8), "c": normal(1, 8, 2)}
+    with pytest.raises(ValueError, match=r"'b'.*different sizes"):
+        wmkp.init_feedback(KEY, wmkp.direct_feedback_alignment(), twice, params, normal(2, 5, 4))
+
+
+def test_product_feedback_needs_one_matrix():
+    """A weight used twice has no one R B; the error says which."""
+    params = {"a": normal(0, 4, 4), "b": normal(1, 4, 4)}
+    twice = lambda params, x: jnp.sum(jnp.tanh(x @ params["a"] @ params["b"]) @ params["b"])
+    with pytest.raises(ValueError, match=r"'b'.*one matrix"):
+        wmkp.init_feedback(KEY, wmkp.product_feedback_alignment(), twice, params, normal(2, 5, 4))
+    mixed = {"b": wmkp.kolen_pollack(), ".*": wmkp.product_feedback_alignment()}
+    assert wmkp.init_feedback(KEY, mixed, twice, params, normal(2, 5, 4))["b"].shape == (4, 4)
+
+
+def test_product_feedback_of_stacked_and_reshaped_weights(float64):
+    """A pair of R and B for each layer of a scan; W's own layout is what ``effective`` gives back."""
+    params, x, target = chain_params()
+    rule = wmkp.product_feedback_alignment(2.0)
+    loss = functools.partial(chain_loss, scanned)
+    feedback = wmkp.init_feedback(KEY, rule, loss, params, x, target)
+    b = feedback["stack"]
+    assert b.r.shape == (DEPTH, WIDTH, 2 * WIDTH) and b.b.shape == (DEPTH, 2 * WIDTH, WIDTH)
+    effective = np.einsum("lih,lho->lio", b.r, b.b)
+    np.testing.assert_allclose(b.effective(), effective, rtol=0, atol=1e-12)
+    fixed = {"in": None, "stack": jnp.asarray(effective), "out": feedback["out"].effective()}
+    _, (grads, signal) = wmkp.value_and_grad(loss, rule)(params, feedback, x, target)
+    _, (same, circuit) = wmkp.value_and_grad(loss, wmkp.kolen_pollack())(params, fixed, x, target)
+    chex.assert_trees_all_close(grads, same, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(signal["stack"].b, np.einsum("lih,lio->lho", b.r, circuit["stack"]), rtol=0, atol=1e-12)
+    assert np.max(np.abs(signal["stack"].r)) == 0
+
+    def heads(params, x):  # DenseGeneral's (in, heads, features), and its output's (heads, features, out)
+        h = jnp.einsum("nd,dhk->nhk", jnp.tanh(x @ params["a"]), params["qkv"])
+        return jnp.sum(jnp.einsum("nhk,hkd->nd", jnp.tanh(h), params["o"]) ** 2)
+
+    params = {"a": normal(0, 5, 6), "qkv": normal(1, 6, 2, 3), "o": normal(2, 2, 3, 4)}
+    feedback = wmkp.init_feedback(KEY, rule, heads, params, x)
+    assert feedback["qkv"].r.shape == (1, 6, 12) and feedback["o"].b.shape == (1, 12, 4)
+    assert feedback["qkv"].effective().shape == (6, 2, 3) and feedback["o"].effective().shape == (2, 3, 4)
+    fixed = {"a": None, "qkv": feedback["qkv"].effective(), "o": feedback["o"].effective()}
+    _, (grads, _) = wmkp.value_and_grad(heads, rule)(params, feedback, x)
+    _, (same, _) = wmkp.value_and_grad(heads, wmkp.feedback_alignment())(params, fixed, x)
+    chex.assert_trees_all_close(grads, same, rtol=0, atol=1e-12)
+
+
+def test_direct_feedback_refuses_inputs_whose_first_axis_is_not_the_batch():
+    """Samples folded into another axis, or after time, would get each other's errors."""
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 4)), "c": jnp.ones((4, 2))}
+
+    def time_major(params, x):
+        h = jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"])
+        return jnp.sum((h[-1] @ params["c"]) ** 2)
+
+    with pytest.raises(ValueError, match=r"params\['b'\].*first axis|first axis.*params\['b'\]"):
+        wmkp.init_feedback(jax.random.key(0), wmkp.direct_feedback_alignment(), time_major, params, jnp.ones((7, 5, 3)))
