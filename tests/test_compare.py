@@ -11,25 +11,13 @@ import pytest
 import tensorflow_datasets as tfds
 from matplotlib.image import imread
 from PIL import Image
+from rich.console import Console
 
 from wmkp.experiments import cli, compare, data
 from wmkp.experiments.config import RULES, Compare, InputError
 
 # One step an epoch, on 600 of the 1,198 digits.
-TINY = [
-    "--hidden",
-    "9",
-    "8",
-    "7",
-    "--epochs",
-    "2",
-    "--batch-size",
-    "600",
-    "--mirror-steps",
-    "3",
-    "--mirror-angle",
-    "10",
-]
+TINY = "--hidden 9 8 7 --epochs 2 --batch-size 600 --mirror-steps 3 --mirror-angle 10".split()
 
 
 def wmkp(monkeypatch, *arguments):
@@ -74,6 +62,7 @@ def tfds_dir(tmp_path_factory):
 
 
 def test_a_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("COLUMNS", "150")
     shown = ["bp", "fa", "kp", "kpm", "kpt", "dfa", "wm"]
     assert wmkp(monkeypatch, "compare", "--rules", *shown, "--out", tmp_path / "deep" / "out", *TINY) == 0
     out, err = capsys.readouterr()
@@ -81,6 +70,7 @@ def test_a_run(monkeypatch, tmp_path, capsys):
     written = tmp_path / "deep" / "out"
     assert sorted(path.name for path in written.iterdir()) == ["comparison.csv", "comparison.md", "comparison.png"]
     table = (written / "comparison.md").read_text()
+    assert all(heading in out for heading in ("transports", "second mode", "extra memory"))
     for rule in shown:
         assert f"{rule.upper()}  {RULES[rule]}" in out
         assert f"| {rule.upper()}  {RULES[rule]} |" in table
@@ -207,6 +197,16 @@ def test_failure_leaves_no_half_written_file(monkeypatch, tmp_path):
     with pytest.raises(InputError, match="cannot write"):
         compare.outputs.write_atomically({tmp_path / "comparison.png": b"png"})
     assert [path.name for path in tmp_path.iterdir()] == ["comparison.png"]
+
+
+def test_table_fits_80_columns():
+    line = compare.Line(
+        "FRSF  sign symmetry, fixed magnitudes", "signs", "once", "10.00 ± 10.00", *["90.0, 90.0"] * 2, "10.00", "1.00"
+    )
+    narrow = Console(width=80, file=io.StringIO())
+    narrow.print(compare.to_table([line], "title", compare.NARROW))
+    text = narrow.file.getvalue()
+    assert "…" not in text and "10.00 ± 10.00" in text and text.count("90.0, 90.0") == 2
 
 
 def test_diverged_run_is_shown_as_such():

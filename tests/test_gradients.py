@@ -493,3 +493,51 @@ def test_a_thousand_layers_trace_in_linear_time():
     analysis = analyse(loss, [jnp.eye(2)] * 1000, jnp.ones((1, 2)))
     assert len(analysis.plan.steps) == len(analysis.plan.jaxpr.eqns) <= 2002
     assert len(analysis.projections()) == 1000
+
+
+@pytest.mark.parametrize("rule", [wmkp.feedback_alignment(), wmkp.kolen_pollack()], ids=["FA", "KP"])
+def test_the_compiled_step_has_backprops_products_and_no_more(rule):
+    """Read from the compiled program: no product twice, no stack of B's signals beside W's gradients under a scan."""
+
+    def loss(params, x):
+        conv = jax.lax.conv_general_dilated(
+            x, params["conv1"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = jax.lax.conv_general_dilated(
+            jnp.tanh(conv), params["conv2"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = jnp.tanh(x.reshape(x.shape[0], -1) @ params["dense"])
+        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["stack"])
+        return jnp.sum(x**2)
+
+    draw = lambda i, *shape: jax.random.normal(jax.random.fold_in(KEY, i), shape) / 3
+    params = {
+        "conv1": draw(0, 3, 3, 3, 8),
+        "conv2": draw(1, 3, 3, 8, 8),
+        "dense": draw(2, 128, 32),
+        "stack": draw(3, 5, 32, 32),
+    }
+    x = draw(4, 4, 8, 8, 3)
+    feedback = wmkp.init_feedback(KEY, rule, loss, params, x)
+
+    def update(params, grads):
+        return jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
+
+    def backprop(params, x):
+        loss_value, grads = jax.value_and_grad(loss)(params, x)
+        return update(params, grads), loss_value
+
+    def engaged(params, feedback, x):
+        loss_value, (grads, signal) = wmkp.value_and_grad(loss, rule)(params, feedback, x)
+        return update(params, grads), update(feedback, signal), loss_value
+
+    plain = jax.jit(backprop, donate_argnums=0).lower(params, x).compile()
+    ours = jax.jit(engaged, donate_argnums=(0, 1)).lower(params, feedback, x).compile()
+
+    def products(compiled):
+        text = compiled.as_text()
+        return {op: text.count(f" {op}(") for op in ("convolution", "dot", "custom-call")}
+
+    assert products(ours) == products(plain)
+    b_bytes = sum(b.nbytes for b in jax.tree.leaves(feedback))
+    assert ours.memory_analysis().temp_size_in_bytes <= plain.memory_analysis().temp_size_in_bytes + b_bytes

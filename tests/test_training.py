@@ -146,6 +146,17 @@ def test_mirror_step_changes_b_alone_and_only_where_the_rule_mirrors(name):
         assert np.vdot(estimate, w) / np.vdot(w, w) == pytest.approx(1, abs=0.05)
 
 
+def test_mirror_step_with_an_update_of_its_own():
+    """``mirror_optimizer`` in the calibrated one's place: B <- B + eta_B (signal - decay B), the signal exactly W^T."""
+    rule = wmkp.weight_mirror("orthogonal", num_samples=96)  # a common multiple of the widths
+    steps = make(rule, mirror_optimizer=wmkp.updates.weight_mirror(0.3, 0.5))
+    state = steps.init(KEY, network())
+    before = jax.tree.map(np.asarray, state.feedback)
+    state, _ = steps.mirror_step(state)
+    for w, old, new in zip(weights(network())[1:], weights(before)[1:], weights(state.feedback)[1:], strict=True):
+        np.testing.assert_allclose(new, old + 0.3 * (w - 0.5 * old), atol=1e-5)
+
+
 def test_kolen_pollack_from_a_mirrored_start_is_backprop():
     """From B = W its losses are backprop's, and B stays at W."""
     kp, bp = make(wmkp.kolen_pollack()), make(wmkp.backprop())
