@@ -16,6 +16,8 @@ from rich.console import Console
 from wmkp.experiments import cli, compare, data
 from wmkp.experiments.config import RULES, Compare, InputError
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # One step an epoch, on 600 of the 1,198 digits.
 TINY = "--hidden 9 8 7 --epochs 2 --batch-size 600 --mirror-steps 3 --mirror-angle 10".split()
 

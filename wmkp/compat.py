@@ -19,7 +19,7 @@ BILINEAR = frozenset({"dot_general", "conv_general_dilated"})
 
 # Linear in their first operand, which they only lay out anew: one element out is one element in.
 LAYOUT = frozenset(
-    "convert_element_type reshape transpose squeeze expand_dims broadcast_in_dim slice rev copy copy_p "
+    "convert_element_type reshape transpose squeeze expand_dims broadcast_in_dim slice split rev copy copy_p "
     "reduce_precision "
     "stop_gradient optimization_barrier sharding_constraint reshard mesh_cast layout_constraint pvary pcast "
     "name pbroadcast".split()

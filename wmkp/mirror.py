@@ -63,7 +63,8 @@ def mirror_angle(num_samples: int, fan_in: int, rule: Rule) -> float:
 
     One estimate from N Gaussian samples is at ``tan(theta) = sqrt(c fan_in / N)``: c = 1 for a linear response, 2 for
     ReLU, E[phi^2] / (sigma^2 E[phi']^2) in general. Of n orthogonal samples only the directions not drawn are missing:
-    ``sqrt((fan_in - n) / n)`` for a linear response, zero from n = fan_in. Antithetic pairs leave phi's odd part alone
+    ``sqrt((fan_in - n) / n)`` for a linear response, zero at every multiple of fan_in. For ReLU without pairs,
+    orthogonal noise does somewhat better than this law. Antithetic pairs leave phi's odd part alone
     (ReLU's is linear: relu(z) - relu(-z) = z), at two samples a direction. A leaky average of rate a divides tan^2 by
     (2 - a) / a. It assumes a bias blocked.
 
@@ -83,9 +84,13 @@ def _tangent_squared(num_samples: int, fan_in: int, mirror: Mirror) -> float:
     _, whole, odd = _response(mirror.activation, mirror.noise_std)
     paired = "antithetic" in mirror.noise
     directions = num_samples / 2 if paired else num_samples
-    excess = max((odd if paired else whole) - 1, 0.0) * fan_in
-    missing = max(fan_in - directions, 0) if "orthogonal" in mirror.noise else fan_in
-    return (excess + missing) / directions * mirror.rate / (2 - mirror.rate)
+    excess = max((odd if paired else whole) - 1, 0.0) * fan_in / directions
+    uneven = fan_in / directions
+    if "orthogonal" in mirror.noise:
+        # Every direction was drawn ``blocks`` times, and a part of them once more.
+        blocks, part = divmod(directions / fan_in, 1)
+        uneven = part * (1 - part) / (blocks + part) ** 2
+    return (excess + uneven) * mirror.rate / (2 - mirror.rate)
 
 
 def samples_for_angle(angle: float, fan_in: int, rule: Rule) -> int:
@@ -109,14 +114,15 @@ def _samples(angle: float, fan_in: int, mirror: Mirror) -> int:
     pairs = 2 if "antithetic" in mirror.noise else 1
     tangent = math.tan(math.radians(angle)) ** 2 * (2 - mirror.rate) / mirror.rate
     excess = max((odd if pairs == 2 else whole) - 1, 0.0) * fan_in
-    if "orthogonal" in mirror.noise:
-        # Below fan_in directions: (excess + fan_in - n) / n; above, excess / n.
-        directions = (excess + fan_in) / (tangent + 1)
-        if directions > fan_in:
-            directions = max(excess / tangent, fan_in)
-    else:
-        directions = (excess + fan_in) / tangent
-    return pairs * max(1, math.ceil(directions - 1e-9))
+    if "orthogonal" not in mirror.noise:
+        return pairs * max(1, math.ceil((excess + fan_in) / tangent - 1e-9))
+    # Below fan_in directions tan^2 is (excess + fan_in - n) / n; above, at least excess / n.
+    directions = max(1, math.ceil((excess + fan_in) / (tangent + 1) - 1e-9))
+    if directions > fan_in:
+        directions = max(fan_in, math.ceil(excess / tangent - 1e-9))
+        while _tangent_squared(pairs * directions, fan_in, mirror) > tangent * mirror.rate / (2 - mirror.rate) + 1e-12:
+            directions += 1
+    return pairs * directions
 
 
 def draw_noise(key: jax.Array, mirror: Mirror, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
