@@ -55,7 +55,8 @@ def _check_holds(optimizer: optax.GradientTransformation, tree: Any) -> None:
 
     w, b = small(0.0), small(1.0)
     state_w, state_b = optimizer.init(w), optimizer.init(b)
-    alone = {"w": jax.tree.leaves(w)[0]}
+    other = jnp.zeros((1,))  # before it, so that its place in the tree is another too
+    alone = {"a": other, "w": jax.tree.leaves(w)[0]}
     state_alone = _try_init(optimizer, alone)
     seen = 0
     for step in range(_TRIALS):
@@ -65,7 +66,7 @@ def _check_holds(optimizer: optax.GradientTransformation, tree: Any) -> None:
         u, state_w = optimizer.update(gradient, state_w, w)
         v, state_b = optimizer.update(gradient, state_b, b)
         if state_alone is not None:
-            first, state_alone = optimizer.update({"w": jax.tree.leaves(gradient)[0]}, state_alone, alone)
+            first, state_alone = optimizer.update({"a": other, "w": jax.tree.leaves(gradient)[0]}, state_alone, alone)
             _compare_alone(jax.tree.leaves(u)[0], first["w"])
             alone = optax.apply_updates(alone, first)
         moved = False
@@ -98,7 +99,7 @@ def _try_init(optimizer: optax.GradientTransformation, alone: Any) -> Any:
 
 
 def _compare_alone(together: jax.Array, alone: jax.Array) -> None:
-    if not np.allclose(together, alone, rtol=1e-6, atol=1e-7 * float(jnp.max(jnp.abs(together)) + 1e-30)):
+    if not np.allclose(together, alone, rtol=1e-4, atol=1e-7 * float(jnp.max(jnp.abs(together)) + 1e-30)):
         raise ValueError(
             "optimizer cannot train Kolen-Pollack's B: the arrays of a tree influence each other's updates (as in "
             "clipping by the global norm, or noise drawn over the tree), and W's tree is not B's, so that the two "
