@@ -30,16 +30,17 @@ def _unit(a: jax.Array) -> jax.Array:
     return a / jnp.sqrt(jnp.sum(a**2))
 
 
-def matrix_angles(params: Any, feedback: Any) -> dict[str, jax.Array]:
+def matrix_angles(params: Any, feedback: Any, rule: Rule | None = None) -> dict[str, jax.Array]:
     """The angle between W and B of each projection that has a B, all entries taken as one vector.
 
     Under product feedback alignment it is the angle between W and R B. Direct feedback has no shape in common with W,
-    and no matrix angle. Sign symmetry's B has the signs that W had when B was made.
+    and no matrix angle. Sign symmetry's B has the signs that W had when B was made; with ``rule`` it gets W's of now.
 
     Args:
       params: the parameters.
       feedback: the feedback weights, in params' structure, layout and shapes (so that W and the paper's B^T compare
         entry by entry).
+      rule: the rule of all projections, if what carries errors back is B as the rule makes it from W and B.
 
     Returns:
       ``{path: degrees}``, scalars; NaN where one of the two is all zero.
@@ -50,6 +51,8 @@ def matrix_angles(params: Any, feedback: Any) -> dict[str, jax.Array]:
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     result = {}
     for (path, w), b in zip(flat, feedback_leaves(params, feedback), strict=True):
+        if rule is not None and rule.backward is not None and b is not None:
+            b = rule.backward(w, b)
         b = b.effective() if isinstance(b, ProductFeedback) else b
         if b is not None and not isinstance(b, Direct):
             result[jax.tree_util.keystr(path, simple=True, separator="/")] = angle(w, b)

@@ -180,11 +180,18 @@ def _hartley_noise(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> j
     return jnp.concatenate(parts, axis=1)
 
 
-def _estimate(key: jax.Array, mirror: Mirror, w: jax.Array, bias: jax.Array | None, b: jax.Array | None) -> jax.Array:
+def _estimate(
+    key: jax.Array,
+    mirror: Mirror,
+    w: jax.Array,
+    bias: jax.Array | None,
+    b: jax.Array | None,
+    spread: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
     """The mean of x y^T over samples (or minus R's gradient at ``b``), in the layout of ``w``: (K, fan_in, fan_out)."""
     blocks, fan_in, _ = w.shape
     samples = mirror.num_samples or _samples(mirror.target_angle, fan_in, mirror)
-    x = draw_noise(key, mirror, (blocks, samples, fan_in), w.dtype)
+    x = spread(draw_noise(key, mirror, (blocks, samples, fan_in), w.dtype))
     y = jnp.einsum("kni,kio->kno", x, w)
     if bias is not None:
         y = y + bias[:, None, :]
@@ -212,9 +219,17 @@ def _bias_matrix(product: Product, bias: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def signals(
-    key: jax.Array, rules: dict[str, Rule], analysis: Analysis, leaves: list[Any], feedback: list[Any]
+    key: jax.Array,
+    rules: dict[str, Rule],
+    analysis: Analysis,
+    leaves: list[Any],
+    feedback: list[Any],
+    spread: Callable[[jax.Array], jax.Array] = lambda noise: noise,
 ) -> list[Any]:
-    """Mirror mode's signal for each parameter leaf, None for those that mirror nothing."""
+    """Mirror mode's signal for each parameter leaf, None for those that mirror nothing.
+
+    ``spread`` may say where among devices a projection's noise (K, N, fan_in) is drawn.
+    """
     wanted: dict[Product, Mirror] = {}
     for path, products in analysis.sites().items():
         mirror = rules[path].mirror
@@ -248,7 +263,7 @@ def signals(
         matrices = product.to_matrices(w.astype(jnp.promote_types(w.dtype, jnp.float32)))
         kept = _bias_matrix(product, bias, w) if mirror.bias == "kept" and bias is not None else None
         b = product.to_matrices(bs[i].astype(matrices.dtype)) if losses[i] else None
-        signal = _estimate(noise_key, mirror, matrices, kept, b)
+        signal = _estimate(noise_key, mirror, matrices, kept, b, spread)
         mirrored.append(product.from_matrices(signal, w.shape).astype(w.dtype))
     (pulled,) = pull_back(mirrored)
     reached = {leaf for product in products for leaf in product.params}

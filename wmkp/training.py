@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from wmkp import compat, mirror, updates
 from wmkp.grad import initial_feedback, value_and_grad
@@ -62,8 +63,16 @@ def make_steps(
     model_state: Any = None,
     mirror_optimizer: optax.GradientTransformation | None = None,
     axis_name: str | None = None,
+    mesh: Mesh | None = None,
+    fsdp: bool = False,
+    clip_norm: float | None = None,
+    check_finite: bool = False,
 ) -> Steps:
     """Builds the pure, compiled steps that train a loss under a rule.
+
+    Over many devices either give ``mesh``, and the steps are whole programs that JAX divides: put batches with
+    ``batch_sharding(mesh)``, and losses and weights are those of one device, to the rounding of sums in another order.
+    Or give ``axis_name``, and call the steps inside a ``jax.pmap`` or ``jax.shard_map`` of your own.
 
     Args:
       loss_fn: ``(params, model_state, batch, key) -> (loss, (model_state, metrics))``; ``metrics`` a dict of scalars.
@@ -74,19 +83,32 @@ def make_steps(
         rule.
       axis_name: the axis of a ``jax.pmap`` or ``jax.shard_map`` around the steps: gradients, signals, metrics and
         model_state are averaged over it, and each device draws its own part of the mirror's noise.
+      mesh: devices that train together. Each draws its own part of the mirror's noise, so that a mirror step gets
+        cheaper with devices; all of the state is on every device.
+      fsdp: over a mesh, W, B and what the optimizers keep of them are divided among the devices too, each array along
+        its longest axis that divides.
+      clip_norm: the largest global norm of the gradients that is left as it is; beyond it they and B's signals are
+        scaled alike (``updates.clip_together``), as clipping inside ``optimizer`` could not.
+      check_finite: metrics["finite"] says of the loss, and of the gradient and signal of each parameter by its path,
+        whether all of it is finite: ``{"loss": bool, path: bool, ...}``. It costs a pass over the gradients.
 
     Returns:
       ``Steps``.
 
     Raises:
-      ValueError, TypeError, WeightTransportError: as ``init_feedback``, or an optimizer under which the rule cannot
-        hold.
+      ValueError, TypeError, WeightTransportError: as ``init_feedback``; an optimizer under which the rule cannot
+        hold; both ``axis_name`` and ``mesh``; ``fsdp`` without a mesh.
     """
+    if mesh is not None and axis_name is not None:
+        raise ValueError("give axis_name (inside a pmap or shard_map of your own) or mesh, not both")
+    if fsdp and mesh is None:
+        raise ValueError("fsdp divides the state over a mesh: give mesh")
     key_aval = jax.eval_shape(lambda: jax.random.key(0))
     analysis = analyse(loss_fn, params, model_state, batch, key_aval)
     rules = resolve(rule, analysis)
     mirrors = {path: r.mirror for path, r in rules.items() if r.mirror is not None}
     feedback_optimizer = updates.kolen_pollack(optimizer)
+    clip = None if clip_norm is None else updates.clip_together(clip_norm)
     engaged_gradient = value_and_grad(loss_fn, rule, has_aux=True)
     tree: Any = jax.tree.structure(params)
 
@@ -112,6 +134,18 @@ def make_steps(
     def mean(x: Any) -> Any:
         return x if axis_name is None else jax.tree.map(lambda leaf: jax.lax.pmean(leaf, axis_name), x)
 
+    def place(state: Any) -> Any:
+        """The state where it belongs on the mesh."""
+        if mesh is None:
+            return state
+        return jax.tree.map(jax.lax.with_sharding_constraint, state, state_sharding(state, mesh, fsdp))
+
+    def spread(noise: jax.Array) -> jax.Array:
+        """Noise (K, N, fan_in), its samples divided among the devices."""
+        if mesh is None:
+            return noise
+        return jax.lax.with_sharding_constraint(noise, NamedSharding(mesh, PartitionSpec(None, mesh.axis_names, None)))
+
     def own(x: Any) -> Any:
         """A replicated value as each device's own, so that what is derived from it is not yet summed over devices."""
         if axis_name is None:
@@ -130,22 +164,31 @@ def make_steps(
         metrics = {"loss": loss, **metrics}
         # Signals that nothing reads cost nothing to average: the compiler leaves them out.
         grads, signal, model_state, metrics = mean((grads, signal, model_state, metrics))
+        if check_finite:
+            pairs = zip(tree.flatten_up_to(grads), tree.flatten_up_to(signal), strict=True)
+            finite = {path: _all_finite(pair) for path, pair in zip(analysis.paths, pairs, strict=True)}
+            metrics["finite"] = {"loss": jnp.isfinite(metrics["loss"]), **finite}
+        step_signal = signal
+        if clip is not None:
+            (grads, step_signal), _ = clip.update((grads, signal), optax.EmptyState())
         change, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, change)
         feedback_opt_state, mine = state.feedback_opt_state, learning(feedback)
         feedback = relaxed(feedback, signal)
         if jax.tree.leaves(mine):
-            change, feedback_opt_state = feedback_optimizer.update(learning(signal), feedback_opt_state, mine)
+            change, feedback_opt_state = feedback_optimizer.update(learning(step_signal), feedback_opt_state, mine)
             feedback = _overlay(tree, feedback, optax.apply_updates(mine, change))
         state = TrainState(state.step + 1, params, feedback, model_state, opt_state, feedback_opt_state, key)
-        return state, metrics
+        return place(state), metrics
 
     def mirror_feedback(key: jax.Array, params: Any, feedback: Any, count: jax.Array | None) -> Any:
         """B after one mirror step; ``count`` numbers the steps of a mirror period from 1."""
         chosen = {p: r if r.mirror and (r.mirror.each_step or count is not None) else r._replace(mirror=None)
                   for p, r in rules.items()}  # fmt: skip
         leaves = tree.flatten_up_to(feedback)
-        signals = mean(mirror.signals(own_key(key), chosen, analysis, jax.tree.leaves(own(params)), own(leaves)))
+        signals = mean(
+            mirror.signals(own_key(key), chosen, analysis, jax.tree.leaves(own(params)), own(leaves), spread)
+        )
         for i, (path, signal) in enumerate(zip(analysis.paths, signals, strict=True)):
             if signal is not None and leaves[i] is not None:
                 losses = mirrors[path].alignment
@@ -166,7 +209,7 @@ def make_steps(
         key, noise_key = jax.random.split(state.key)
         feedback = mirror_feedback(noise_key, state.params, state.feedback, None)
         change = optax.tree.norm(optax.tree.sub(feedback, state.feedback))
-        return state._replace(feedback=feedback, key=key), {"feedback_change": change}
+        return place(state._replace(feedback=feedback, key=key)), {"feedback_change": change}
 
     def init(key: jax.Array, params: Any, model_state: Any = None, mirror_steps: int | None = None) -> TrainState:
         if mirror_steps is None:
@@ -190,7 +233,7 @@ def make_steps(
                     feedback,
                 )
             )(params, feedback)
-        return TrainState(
+        state = TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             feedback=feedback,
@@ -199,8 +242,39 @@ def make_steps(
             feedback_opt_state=feedback_optimizer.init(learning(feedback)),
             key=key,
         )
+        return state if mesh is None else jax.jit(place)(state)
 
     return Steps(init, jax.jit(engaged_step, donate_argnums=0), jax.jit(mirror_step, donate_argnums=0))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where the batch of a step over ``mesh`` belongs: its first axis, of examples, divided among all devices."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def state_sharding(state: Any, mesh: Mesh, fsdp: bool = False) -> Any:
+    """Where each array of a ``TrainState`` belongs that ``make_steps`` trains over ``mesh``.
+
+    Args:
+      state: the state, or its shapes.
+      mesh, fsdp: as ``make_steps`` takes them.
+
+    Returns:
+      A pytree of NamedSharding, in state's structure.
+    """
+
+    def sharding(x: Any) -> NamedSharding:
+        # W, B and their moments are divided alike, since all that counts is the shape.
+        fits = [size if size % mesh.size == 0 else 0 for size in x.shape]
+        if not fsdp or not any(fits):
+            return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, PartitionSpec(*[None] * fits.index(max(fits)), mesh.axis_names))
+
+    return jax.tree.map(sharding, state)
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
 def _trained(b: Any) -> Any:

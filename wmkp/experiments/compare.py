@@ -9,7 +9,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +24,7 @@ import wmkp
 from wmkp.experiments import data, figures, outputs
 from wmkp.experiments.config import RULES, Compare, InputError
 from wmkp.experiments.models.mlp import MLP
+from wmkp.experiments.tasks import make_rule
 
 LAST_EPOCHS = 5  # that the table's test error is taken over, or half of a shorter run
 PROBE = 256  # training examples that delta angles are measured on
@@ -173,7 +173,7 @@ def start(name: str, config: Compare, epochs: int, dataset: data.Dataset, order:
         logits = forward(params, batch["image"])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean(), (model_state, {})
 
-    rule = make_rule(name, config)
+    rule = make_rule(name, target_angle=config.mirror_angle)
     params_key, state_key = jax.random.split(key)
     params = model.init(params_key, dataset.train["image"][:1])["params"]
     rate = schedule(config, epochs * len(order))
@@ -198,16 +198,8 @@ def start(name: str, config: Compare, epochs: int, dataset: data.Dataset, order:
         wrong = forward(state.params, test["image"]).argmax(-1) != test["label"]
         matrix: dict[str, jax.Array] = {}
         delta: dict[str, jax.Array] = {}
-        backward = rule.backward
-        if backward is not None:
-            weights = jax.tree.leaves(state.params)
-            tree: Any = jax.tree.structure(state.params)
-            # Under sign symmetry W's signs of the moment, not those that B started with.
-            carriers = [
-                None if b is None else backward(w, b)
-                for w, b in zip(weights, tree.flatten_up_to(state.feedback), strict=True)
-            ]
-            matrix = wmkp.matrix_angles(state.params, jax.tree.unflatten(tree, carriers))
+        if rule.backward is not None:
+            matrix = wmkp.matrix_angles(state.params, state.feedback, rule)
             delta = wmkp.delta_angles(
                 loss_fn, rule, state.params, state.feedback, None, first(PROBE, train), state.key, has_aux=True
             )
@@ -224,31 +216,6 @@ def start(name: str, config: Compare, epochs: int, dataset: data.Dataset, order:
 def schedule(config: Compare, steps: int) -> optax.Schedule:
     """The learning rate at each step: down to a tenth along half a cosine."""
     return optax.cosine_decay_schedule(config.learning_rate, steps, alpha=0.1)
-
-
-def make_rule(name: str, config: Compare) -> wmkp.Rule:
-    """The rule that a key of ``RULES`` stands for."""
-    rules: dict[str, Callable[[], wmkp.Rule]] = {
-        "bp": wmkp.backprop,
-        "fa": wmkp.feedback_alignment,
-        "ss": wmkp.sign_symmetry,
-        "kp": wmkp.kolen_pollack,
-        "kpm": partial(wmkp.kolen_pollack, start="mirror"),
-        "wm": partial(wmkp.weight_mirror, target_angle=config.mirror_angle),
-        "wmo": partial(wmkp.weight_mirror, "orthogonal", target_angle=config.mirror_angle),
-        "frsf": partial(wmkp.sign_symmetry, "fixed"),
-        "brsf": partial(wmkp.sign_symmetry, "batch"),
-        "kpt": wmkp.kolen_pollack_transported,
-        "pfa": wmkp.product_feedback_alignment,
-        "dfa": wmkp.direct_feedback_alignment,
-        "dkp": wmkp.direct_kolen_pollack,
-        "ia": wmkp.information_alignment,
-        "sa": wmkp.symmetric_alignment,
-        "aa": wmkp.activation_alignment,
-        "am": wmkp.activity_mirror,
-        "amw": partial(wmkp.activity_mirror, whiten=True),
-    }
-    return rules[name]()
 
 
 def layers(widths: Sequence[int]) -> str:
@@ -308,7 +275,7 @@ def summary(config: Compare, rows: list[Row], costs: dict[str, Cost]) -> list[Li
     """A line a rule: test error over the last epochs, angles after the last one, time and memory relative to BP's."""
     lines = []
     for name, cost in costs.items():
-        mine, rule = [row for row in rows if row.rule == name], make_rule(name, config)
+        mine, rule = [row for row in rows if row.rule == name], make_rule(name, target_angle=config.mirror_angle)
         last = mine[-1]
         errors = [row.test_error_percent for row in mine[-min(LAST_EPOCHS, math.ceil(last.epoch / 2)) :]]
         ratio = "-"

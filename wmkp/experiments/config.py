@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -33,15 +33,18 @@ class InputError(ValueError):
     """What a person asked for cannot be done; the message says why, in one line."""
 
 
+DataDir = Annotated[
+    Path | None, tyro.conf.arg(constructor=Path, metavar="PATH", help_behavior_hint="(default: TFDS's own)")
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class Compare:
     """One network, one dataset, several learning rules: what each reaches, and how well its feedback aligns."""
 
     dataset: str = "digits"
     """digits (comes with scikit-learn), or any TFDS dataset of labelled images by its name, such as mnist or cifar10."""
-    data_dir: Annotated[
-        Path | None, tyro.conf.arg(constructor=Path, metavar="PATH", help_behavior_hint="(default: TFDS's own)")
-    ] = None
+    data_dir: DataDir = None
     """Where TFDS has its datasets prepared. Nothing is ever downloaded."""
     out: Path = Path("comparison")
     """The directory that comparison.png and comparison.csv are written to."""
@@ -87,16 +90,173 @@ class Compare:
         for name, values in sizes.items():
             if min(values) < 1:
                 raise InputError(f"{_flag(name)} must be at least 1; got {min(values)}")
-        for name, fits, limit in (  # so written that NaN never fits
-            ("learning_rate", 0 < self.learning_rate < math.inf, "positive and finite"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite"),
-            ("momentum", 0 <= self.momentum < 1, "at least 0 and below 1"),
-            ("mirror_steps", self.mirror_steps >= 0, "at least 0"),
-            ("mirror_angle", 0 < self.mirror_angle < 90, "between 0 and 90 degrees"),
-            ("seed", 0 <= self.seed < 2**32, "at least 0 and below 2^32"),
-        ):
-            if not fits:
-                raise InputError(f"{_flag(name)} must be {limit}; got {getattr(self, name)}")
+        _check(
+            self,
+            learning_rate=_POSITIVE,
+            weight_decay=_FINITE,
+            momentum=_SHARE,
+            mirror_steps=_COUNT,
+            mirror_angle=_ANGLE,
+            seed=_SEED,
+        )
+
+
+def _optional(kind: type, default: str) -> Any:
+    """How tyro shows a value that may be left to its default."""
+    return tyro.conf.arg(constructor=kind, metavar=kind.__name__.upper(), help_behavior_hint=f"(default: {default})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """One run: a model, its data, a learning rule, and all that it takes to repeat it. Saved as config.json."""
+
+    out: Path = Path("run")
+    """The run's directory: config.json, train.csv, test.csv, checkpoints, tensorboard."""
+    resume: bool = False
+    """Continue the run in --out from its last checkpoint, to the bit; one that has none begins anew."""
+
+    dataset: str = "digits"
+    """digits (scikit-learn's), characters (Python's own help texts), or a TFDS dataset of labelled images, by its name or
+    by its directory."""
+    data_dir: DataDir = None
+    """Where TFDS has its datasets prepared. Nothing is downloaded; see wmkp data."""
+    image_size: Annotated[int | None, _optional(int, "as they are; 224 if they are read while training")] = None
+    """Height and width that images are resized to."""
+    augment: bool = False
+    """Pad by an eighth, crop and flip the training images. Images read while training always get ImageNet's random crops."""
+    workers: int = 0
+    """Processes that decode images; 0 for threads of this one. Only for datasets that do not fit in memory."""
+    max_bad: float = 0.001
+    """The share of examples that may be unreadable; they are counted and left out. Beyond it the run ends."""
+
+    model: Literal["mlp", "lenet", "resnet20", "resnet56", "resnet18", "resnet50", "vit-ti", "decoder"] = "mlp"
+    """The network."""
+    hidden: tuple[int, ...] = (500,)
+    """mlp: the width of each hidden layer."""
+    patch: int = 16
+    """vit-ti: height and width of a patch."""
+    norm_last: bool = False
+    """ResNets: BatchNorm after the ReLU, as in most runs of Akrout et al. (2019)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation. Parameters, B and the optimizer's state are float32."""
+
+    rule: str = "kp"
+    """The learning rule, one of those that wmkp compare --rules takes."""
+    mirror_steps: int = 100
+    """Weight mirror: mirror steps before training."""
+    mirror_every: int = 1
+    """Weight mirror: updates of the weights from one mirror period to the next."""
+    mirror_repeat: int = 1
+    """Weight mirror: mirror steps in a period."""
+    mirror_angle: float = 6.0
+    """Weight mirror: the angle in degrees between B and W^T that a mirror step draws enough noise for."""
+    mirror_samples: Annotated[int | None, _optional(int, "as many as --mirror-angle takes")] = None
+    """Weight mirror: samples in a mirror step."""
+    mirror_rate: float = 0.1
+    """Weight mirror: the share of the way to its estimate that B goes in a mirror step."""
+
+    epochs: float = 10.0
+    """Passes over the training set."""
+    steps: Annotated[int | None, _optional(int, "as --epochs says")] = None
+    """Engaged steps of the whole run, in place of --epochs."""
+    batch_size: int = 128
+    """Examples in a step, over all devices."""
+    accumulate: int = 1
+    """Steps whose gradients are averaged for one update of the weights."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Of W, and of B where it learns as W does."""
+    learning_rate: float = 0.1
+    """At its highest."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 5e-4
+    """lambda, the same for W and B: added to the gradient (SGD) or decoupled (AdamW)."""
+    decay_all: bool = False
+    """Weight decay on biases and normalizations too, not on matrices and kernels alone."""
+    schedule: Literal["constant", "step", "cosine"] = "cosine"
+    """Of the learning rate, after its warm-up."""
+    drop_epochs: tuple[float, ...] = ()
+    """Step schedule: the epochs at which the learning rate falls to a tenth."""
+    final_rate: float = 0.0
+    """Cosine schedule: the share of the learning rate that is left at the end."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the learning rate rises from zero."""
+    clip_norm: Annotated[float | None, _optional(float, "no clipping")] = None
+    """The largest global norm of the gradients; B's signals are scaled as they are."""
+    label_smoothing: float = 0.0
+    """The share of the target that is spread over all labels."""
+    seed: int = 0
+    """Of the weights, the order of the data, its augmentation, the feedback weights and the noise."""
+
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is not finite does: end the run, or have the step left out and counted."""
+    log_every: int = 50
+    """Steps from one line of train.csv to the next."""
+    eval_every: float = 1.0
+    """Epochs from one evaluation on the test set to the next."""
+    save_every: float = 1.0
+    """Epochs from one checkpoint to the next."""
+    keep: int = 2
+    """How many checkpoints are kept, the newest."""
+    tensorboard: bool = True
+    """Write TensorBoard scalars too."""
+
+    fsdp: bool = False
+    """Divide W, B and the optimizer's state among the devices."""
+    distributed: bool = False
+    """Train together with other processes, started alike; a cluster that JAX knows needs nothing more."""
+    coordinator: Annotated[str | None, _optional(str, "the cluster's")] = None
+    """HOST:PORT of process 0."""
+    processes: Annotated[int | None, _optional(int, "the cluster's")] = None
+    """How many there are."""
+    process: Annotated[int | None, _optional(int, "the cluster's")] = None
+    """Which of them this is, from 0."""
+
+    def check(self) -> None:
+        """Raises InputError if a value makes no sense."""
+        if self.rule not in RULES:
+            raise InputError(f"unknown rule {self.rule!r}; choose from {', '.join(RULES)}")
+        if not self.hidden or min(self.hidden) < 1:
+            raise InputError("--hidden must name the width, at least 1, of at least one layer")
+        if any(epoch <= 0 for epoch in self.drop_epochs) or list(self.drop_epochs) != sorted(set(self.drop_epochs)):
+            raise InputError(f"--drop-epochs must be positive and rise; got {self.drop_epochs}")
+        if self.schedule == "step" and not self.drop_epochs:
+            raise InputError("--schedule step needs --drop-epochs: when the learning rate falls")
+        if not self.distributed and {self.coordinator, self.processes, self.process} != {None}:
+            raise InputError("--coordinator, --processes and --process are for --distributed runs; give --distributed")
+        _check(
+            self,
+            **dict.fromkeys(("image_size", "steps", "mirror_samples", "processes"), _OPTIONAL_SIZE),
+            **dict.fromkeys(
+                ("batch_size", "accumulate", "patch", "mirror_every", "mirror_repeat", "log_every", "keep"), _SIZE
+            ),
+            **dict.fromkeys(("epochs", "learning_rate", "eval_every", "save_every"), _POSITIVE),
+            **dict.fromkeys(("weight_decay", "warmup_epochs"), _FINITE),
+            **dict.fromkeys(("momentum", "label_smoothing", "max_bad"), _SHARE),
+            **dict.fromkeys(("mirror_steps", "workers"), _COUNT),
+            final_rate=(lambda x: 0 <= x <= 1, "between 0 and 1"),
+            mirror_rate=(lambda x: 0 < x <= 1, "above 0 and at most 1"),
+            clip_norm=(lambda x: x is None or x > 0, "positive"),
+            mirror_angle=_ANGLE,
+            seed=_SEED,
+        )
+
+
+# What a value must be: a test, so written that NaN never passes, and its words.
+_POSITIVE = (lambda x: 0 < x < math.inf, "positive and finite")
+_FINITE = (lambda x: 0 <= x < math.inf, "at least 0 and finite")
+_SHARE = (lambda x: 0 <= x < 1, "at least 0 and below 1")
+_COUNT = (lambda x: x >= 0, "at least 0")
+_SIZE = (lambda x: x >= 1, "at least 1")
+_OPTIONAL_SIZE = (lambda x: x is None or x >= 1, "at least 1")
+_ANGLE = (lambda x: 0 < x < 90, "between 0 and 90 degrees")
+_SEED = (lambda x: 0 <= x < 2**32, "at least 0 and below 2^32")
+
+
+def _check(config: Any, **limits: tuple[Any, str]) -> None:
+    for name, (fits, limit) in limits.items():
+        if not fits(getattr(config, name)):
+            raise InputError(f"{_flag(name)} must be {limit}; got {getattr(config, name)}")
 
 
 def _flag(field: str) -> str:

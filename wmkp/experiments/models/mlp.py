@@ -1,8 +1,10 @@
 """A multi-layer perceptron."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 
@@ -12,15 +14,17 @@ class MLP(nn.Module):
     Attributes:
       hidden: the width of each hidden layer.
       num_classes: how many logits come out.
+      dtype: of the computation; parameters are float32.
     """
 
     hidden: Sequence[int]
     num_classes: int
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits (batch, num_classes) for inputs (batch, ...)."""
+        """Logits (batch, num_classes), float32, for inputs (batch, ...)."""
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.hidden):
-            x = nn.tanh(nn.Dense(width, name=f"hidden_{i}")(x))
-        return nn.Dense(self.num_classes, name="output")(x)
+            x = nn.tanh(nn.Dense(width, dtype=self.dtype, name=f"hidden_{i}")(x))
+        return nn.Dense(self.num_classes, dtype=self.dtype, name="output")(x).astype(jnp.float32)

@@ -1,0 +1,150 @@
+"""The steps over a mesh: eight devices do what one does, replicated and fully sharded, and share mirror mode's work."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from jax.sharding import Mesh, PartitionSpec
+
+import wmkp
+from wmkp.training import batch_sharding
+
+DEVICES = 8
+RULES = {
+    "bp": wmkp.backprop(),
+    "kp": wmkp.kolen_pollack(),
+    "kpm": wmkp.kolen_pollack(start="mirror"),
+    "wm": wmkp.weight_mirror(num_samples=40),
+    "wmo": wmkp.weight_mirror("orthogonal+antithetic", num_samples=200, activation=jax.nn.relu),
+}
+OPTIMIZER = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.1, momentum=0.9))
+
+
+class Net(nn.Module):
+    """What is sensitive to the batch being whole (BatchNorm), and widths that eight divides and others."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.Conv(16, (3, 3))(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        x = nn.Conv(12, (3, 3), strides=2)(x).reshape(x.shape[0], -1)
+        return nn.Dense(10)(nn.tanh(nn.Dense(30)(x)))
+
+
+MODEL = Net()
+
+
+def loss_fn(params, model_state, batch, key):
+    logits, model_state = MODEL.apply({"params": params, **model_state}, batch[0], mutable=["batch_stats"])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean(), (model_state, {})
+
+
+def batch(seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(16, 8, 8, 3)).astype(np.float32), rng.integers(0, 10, 16).astype(np.int32)
+
+
+def the_mesh():
+    return Mesh(np.array(jax.devices()), ("data",))
+
+
+def run(name, **over):
+    """Two engaged steps, a mirror step after each -> losses, state."""
+    variables = MODEL.init(jax.random.key(0), batch()[0])
+    params, model_state = variables.pop("params"), variables
+    steps = wmkp.make_steps(loss_fn, RULES[name], OPTIMIZER, params, batch(), model_state=model_state, **over)
+    state = steps.init(jax.random.key(1), params, model_state)
+    losses = []
+    for i in range(2):
+        data = jax.device_put(batch(i), batch_sharding(over["mesh"])) if "mesh" in over else batch(i)
+        state, metrics = steps.engaged_step(state, data)
+        losses.append(float(metrics["loss"]))
+        state, _ = steps.mirror_step(state)
+    return losses, state
+
+
+@functools.cache
+def on_one_device(name):
+    return run(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "fsdp"), [("bp", False), ("kp", False), ("kpm", True), ("wm", False), ("wm", True), ("wmo", True)]
+)
+def test_eight_devices_do_what_one_does(name, fsdp, caplog, quick_compile):
+    losses, one = on_one_device(name)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        many_losses, many = run(name, mesh=the_mesh(), fsdp=fsdp)
+    compiled = [record.getMessage().split()[1] for record in caplog.records if "Compiling" in record.getMessage()]
+    for step in ("jit(engaged_step)", "jit(mirror_step)"):
+        assert compiled.count(step) == 1, "a step came back laid out in another way"
+    np.testing.assert_allclose(many_losses, losses, rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
+        if jnp.issubdtype(ours.dtype, jax.dtypes.prng_key):
+            ours, theirs = jax.random.key_data(ours), jax.random.key_data(theirs)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    for leaf in jax.tree.leaves(many):
+        assert len(leaf.sharding.device_set) == DEVICES
+
+
+def test_fsdp_divides_w_b_and_their_moments():
+    _, whole = run("kp", mesh=the_mesh())
+    _, divided = run("kp", mesh=the_mesh(), fsdp=True)
+    kernel = divided.params["Conv_0"]["kernel"]
+    assert kernel.sharding.spec == PartitionSpec(None, None, None, ("data",))
+    assert kernel.addressable_shards[0].data.shape == (3, 3, 3, 2)
+    for tree in (divided.feedback, divided.opt_state[1][0].trace, divided.feedback_opt_state[1][0].trace):
+        assert tree["Dense_0"]["kernel"].sharding == divided.params["Dense_0"]["kernel"].sharding
+    mine = [sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(s.feedback)) for s in (divided, whole)]
+    assert mine[0] < 1.3 * mine[1] / DEVICES  # the output's (30, 10) does not divide
+
+
+def test_mirror_noise_is_divided_among_the_devices():
+    """By the compiled step: each device's products have an eighth of the samples, and so of the operations."""
+    params = {"first": np.ones((4, 64), np.float32), "w": np.ones((64, 96), np.float32)}
+
+    def loss(params, model_state, x, key):
+        return jnp.mean(jnp.tanh(x @ params["first"]) @ params["w"]), (None, {})
+
+    x = np.ones((DEVICES, 4), np.float32)
+
+    def flops(**over):
+        steps = wmkp.make_steps(loss, wmkp.weight_mirror(num_samples=800), OPTIMIZER, params, x, **over)
+        state = steps.init(jax.random.key(0), params)
+        compiled = steps.mirror_step.lower(state).compile()
+        return compiled.cost_analysis()["flops"], compiled.as_text()
+
+    one, _ = flops()
+    each, text = flops(mesh=the_mesh())
+    assert 4 * 800 * 64 * 96 < one < 1.5 * 4 * 800 * 64 * 96
+    assert each < 1.2 * one / DEVICES
+    assert "f32[100,96]" in text or "f32[1,100,96]" in text
+    assert "all-reduce" in text
+    assert "f32[1,800,64]" not in text and "f32[800,64]" not in text, "noise for all devices on each"
+
+
+def test_finite_names_the_parameter():
+    params = {"first": np.ones((4, 5), np.float32), "w": np.ones((5, 3), np.float32)}
+
+    def loss(params, model_state, x, key):
+        # The square root's derivative at zero is infinite: a finite loss with a gradient that is not.
+        return jnp.mean(jnp.sqrt(jnp.abs(x @ params["first"])) @ params["w"]), (None, {})
+
+    steps = wmkp.make_steps(loss, wmkp.kolen_pollack(), OPTIMIZER, params, np.ones((2, 4)), check_finite=True)
+    _, good = steps.engaged_step(steps.init(jax.random.key(0), params), np.ones((2, 4), np.float32))
+    assert all(good["finite"].values()) and set(good["finite"]) == {"loss", "first", "w"}
+    _, bad = steps.engaged_step(steps.init(jax.random.key(0), params), np.zeros((2, 4), np.float32))
+    assert {path: bool(ok) for path, ok in bad["finite"].items()} == {"loss": True, "first": False, "w": True}
+
+
+def test_errors():
+    arguments = (loss_fn, RULES["bp"], OPTIMIZER, {"w": np.ones(3)}, batch())
+    with pytest.raises(ValueError, match="axis_name.*or mesh, not both"):
+        wmkp.make_steps(*arguments, mesh=the_mesh(), axis_name="d")
+    with pytest.raises(ValueError, match="fsdp.*give mesh"):
+        wmkp.make_steps(*arguments, fsdp=True)
