@@ -121,12 +121,12 @@ def evaluate(
         if b is w:
             y = product.multiply(x, w)
         elif b is None or (isinstance(b, Direct) and not product.needs_feedback):
-            y = pathways.without_feedback(product.multiply, x, w, path)
+            y = pathways.without_feedback(product, x, w, path)
         elif isinstance(b, Direct):
-            y, handler.channel = pathways.directly(product.multiply, x, w, b.array, handler.channel)
+            y, handler.channel = pathways.directly(product, x, w, b.array, handler.channel)
         else:
             gradient = None if local is None else activity_gradient(local, product)
-            y = pathways.through_feedback(product.multiply, x, w, b, gradient)
+            y = pathways.through_feedback(product, x, w, b, gradient)
         if product is last:
             y = pathways.emit_error(y, handler.channel)
         return y if tap is None else tapped(product, x, y, tap)

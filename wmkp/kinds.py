@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wmkp import compat
+from wmkp import compat, patches
 
 Bind = Callable[..., list[Any]]
 
@@ -80,6 +80,21 @@ class Product:
     def multiply(self, x: jax.Array, w: jax.Array) -> jax.Array:
         """The product itself, the equation's own."""
         return self.bind(*((w, x) if self.weight == 0 else (x, w)))[0]
+
+    def weight_gradient(self, x: jax.Array, delta: jax.Array) -> jax.Array:
+        """delta x^T: the transpose of the product with respect to its weight."""
+        aval = self.weight_aval
+
+        def transpose(x: jax.Array, delta: jax.Array) -> jax.Array:
+            (dw,) = jax.linear_transpose(lambda w: self.multiply(x, w), aval)(delta)
+            return dw
+
+        if self.primitive != "conv_general_dilated" or self.weight == 0:
+            return transpose(x, delta)
+        if not patches.applies(self.eqn_params, x, aval, delta):
+            return transpose(x, delta)
+        by_patches = lambda x, delta: patches.weight_gradient(self.eqn_params, x, delta, aval.shape)
+        return jax.lax.platform_dependent(x, delta, cpu=by_patches, default=transpose)
 
     def axes(self) -> tuple[list[int], list[int], list[int], int]:
         """The weight's axes as (groups, inputs, outputs), and into how many groups a conv splits its outputs."""

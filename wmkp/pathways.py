@@ -10,16 +10,16 @@ from typing import Any
 
 import jax
 
-from wmkp.alignment import Multiply
+from wmkp.kinds import Product
 from wmkp.projections import WeightTransportError, direct_sizes
 
 LocalGradient = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def through_feedback(
-    multiply: Multiply, x: jax.Array, w: jax.Array, b: jax.Array, local: LocalGradient | None = None
+    product: Product, x: jax.Array, w: jax.Array, b: jax.Array, local: LocalGradient | None = None
 ) -> jax.Array:
-    """``multiply(x, w)``, with the error sent back through ``b``; W is not among what the backward pass keeps.
+    """``product.multiply(x, w)``, with the error sent back through ``b``; W is not among what the backward pass keeps.
 
     The cotangent of ``b`` is that of ``w`` (eq. 15: y delta^T in the paper's layout, delta y^T in W's), which is the
     Kolen-Pollack signal; or, with ``local``, ``local(x, u, w, b)``: the gradient of a loss of this projection alone,
@@ -27,50 +27,48 @@ def through_feedback(
     """
 
     @jax.custom_vjp
-    def product(x: jax.Array, w: jax.Array, b: jax.Array) -> jax.Array:
-        return multiply(x, w)
+    def multiply(x: jax.Array, w: jax.Array, b: jax.Array) -> jax.Array:
+        return product.multiply(x, w)
 
     def forward(x: jax.Array, w: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[Any, ...]]:
-        u = multiply(x, w)
+        u = product.multiply(x, w)
         return u, (x, b) if local is None else (x, b, local(x, u, w, b))
 
     def backward(kept: tuple[Any, ...], delta: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         x, b = kept[:2]
-        (dx,) = jax.linear_transpose(lambda x: multiply(x, b), x)(delta)
-        (dw,) = jax.linear_transpose(lambda w: multiply(x, w), b)(delta)
+        (dx,) = jax.linear_transpose(lambda x: product.multiply(x, b), x)(delta)
+        dw = product.weight_gradient(x, delta)
         return dx, dw, dw if local is None else kept[2]
 
-    product.defvjp(forward, backward)
-    return product(x, w, b)
+    multiply.defvjp(forward, backward)
+    return multiply(x, w, b)
 
 
 def directly(
-    multiply: Multiply, x: jax.Array, w: jax.Array, b: jax.Array, channel: jax.Array
+    product: Product, x: jax.Array, w: jax.Array, b: jax.Array, channel: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """``multiply(x, w)``, and ``channel`` as it came, whose cotangent times ``b`` is the error at ``x`` (Nokland 2016).
+    """``product.multiply(x, w)``, and ``channel`` as it came, whose cotangent times ``b`` is the error at ``x`` (Nokland 2016).
 
     ``b`` is (size of one input, size of one error); what travels back through the channel is the error at the network's
     output. The cotangent of ``b`` is x e^T, summed over samples (direct Kolen-Pollack).
     """
     _, inputs, errors = direct_sizes(x.shape, channel.shape)
-    aval = jax.typeof(w)
 
     @jax.custom_vjp
-    def product(x: jax.Array, w: jax.Array, b: jax.Array, channel: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return multiply(x, w), channel
+    def multiply(x: jax.Array, w: jax.Array, b: jax.Array, channel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return product.multiply(x, w), channel
 
     def forward(x: jax.Array, w: jax.Array, b: jax.Array, channel: jax.Array) -> tuple[Any, Any]:
-        return (multiply(x, w), channel), (x, b)
+        return (product.multiply(x, w), channel), (x, b)
 
     def backward(kept: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         (x, b), (delta, error) = kept, cotangents
         e = error.reshape(-1, errors).astype(b.dtype)
         dx = (e @ b.T).reshape(x.shape).astype(x.dtype)
-        (dw,) = jax.linear_transpose(lambda w: multiply(x, w), aval)(delta)
-        return dx, dw, x.reshape(-1, inputs).astype(b.dtype).T @ e, error
+        return dx, product.weight_gradient(x, delta), x.reshape(-1, inputs).astype(b.dtype).T @ e, error
 
-    product.defvjp(forward, backward)
-    return product(x, w, b, channel)
+    multiply.defvjp(forward, backward)
+    return multiply(x, w, b, channel)
 
 
 def emit_error(y: jax.Array, channel: jax.Array) -> jax.Array:
@@ -84,14 +82,12 @@ def emit_error(y: jax.Array, channel: jax.Array) -> jax.Array:
     return emit(y, channel)
 
 
-def without_feedback(multiply: Multiply, x: jax.Array, w: jax.Array, path: str) -> jax.Array:
-    """``multiply(x, w)`` where no error is to go back to ``x``: asking for one is an error, not weight transport."""
-
-    aval = jax.typeof(w)
+def without_feedback(product: Product, x: jax.Array, w: jax.Array, path: str) -> jax.Array:
+    """``product.multiply(x, w)`` where no error is to go back to ``x``: asking for one is an error, not weight transport."""
 
     @jax.custom_vjp
-    def product(x: jax.Array, w: jax.Array) -> jax.Array:
-        return multiply(x, w)
+    def multiply(x: jax.Array, w: jax.Array) -> jax.Array:
+        return product.multiply(x, w)
 
     def forward(x: Any, w: Any) -> tuple[jax.Array, jax.Array]:
         if x.perturbed:
@@ -101,12 +97,12 @@ def without_feedback(multiply: Multiply, x: jax.Array, w: jax.Array, path: str) 
                 "respect to params and feedback only, or let the input depend on params, so that init_feedback gives "
                 "this projection a B."
             )
-        return multiply(x.value, w.value), x.value
+        return product.multiply(x.value, w.value), x.value
 
     def backward(x: jax.Array, delta: Any) -> tuple[None, Any]:
         if isinstance(delta, jax.custom_derivatives.SymbolicZero):
             return None, None
-        return None, jax.linear_transpose(lambda w: multiply(x, w), aval)(delta)[0]
+        return None, product.weight_gradient(x, delta)
 
-    product.defvjp(forward, backward, symbolic_zeros=True)
-    return product(x, w)
+    multiply.defvjp(forward, backward, symbolic_zeros=True)
+    return multiply(x, w)

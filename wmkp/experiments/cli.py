@@ -1,12 +1,14 @@
 """The wmkp command: what is typed becomes a typed config, and bad input becomes one line and exit code 2."""
 
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 try:
     import tyro
 
-    from wmkp.experiments import compare
-    from wmkp.experiments.config import Compare, InputError
+    from wmkp.experiments import compare, data, figures, outputs, recipes, train
+    from wmkp.experiments.config import Compare, DataDir, InputError, Train
 except ModuleNotFoundError as error:
     sys.exit(f'wmkp: {error.name} is missing; the command needs its extra: pip install "wmkp[experiments]"')
 
@@ -22,6 +24,62 @@ def run_compare(config: tyro.conf.OmitArgPrefixes[Compare]) -> None:
     compare.compare(config)
 
 
+if TYPE_CHECKING:
+    Recipe = Train
+else:
+    Recipe = tyro.extras.subcommand_type_from_defaults(recipes.RECIPES, recipes.DESCRIPTIONS, prefix_names=False)
+
+
+@app.command(name="train")
+def run_train(config: tyro.conf.OmitArgPrefixes[Recipe]) -> None:
+    """Train a network under a learning rule, by a recipe of which every setting can be changed.
+
+    Writes checkpoints, CSV files and TensorBoard scalars. With --resume it goes on where it was, to the bit.
+    """
+    train.train(config)
+
+
+@app.command(name="eval")
+def run_eval(
+    run: tyro.conf.Positional[Path],
+    step: Annotated[int | None, tyro.conf.arg(constructor=int, help_behavior_hint="(default: the latest)")] = None,
+    data_dir: DataDir = None,
+    export: Annotated[Path | None, tyro.conf.arg(constructor=Path, help_behavior_hint="(default: none)")] = None,
+) -> None:
+    """Test error and angles of a run's checkpoint.
+
+    Args:
+        run: the run's directory.
+        step: of the checkpoint.
+        data_dir: where TFDS has its datasets, if not where the run had them.
+        export: a file to write the model's variables to, as plain Flax ones, for flax.serialization.msgpack_restore.
+    """
+    train.evaluate(run, step, data_dir, export)
+
+
+@app.command(name="plot")
+def run_plot(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("runs.png")) -> None:
+    """Test error and angles of runs over their epochs, in one picture.
+
+    Args:
+        runs: the runs' directories.
+        out: the PNG file.
+    """
+    outputs.write_atomically({out: figures.runs(runs)})
+    print(f"Written: {out}")
+
+
+@app.command(name="data")
+def run_data(name: tyro.conf.Positional[str], data_dir: DataDir = None) -> None:
+    """Download a TFDS dataset and prepare it for training.
+
+    Args:
+        name: as TFDS spells it, such as cifar10.
+        data_dir: where to put it.
+    """
+    data.prepare(name, data_dir)
+
+
 def main() -> None:
     """Runs the command line."""
     try:
@@ -30,5 +88,5 @@ def main() -> None:
         print(f"wmkp: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("wmkp: interrupted; nothing was written", file=sys.stderr)
+        print("wmkp: interrupted", file=sys.stderr)
         sys.exit(130)

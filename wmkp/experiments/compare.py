@@ -78,6 +78,8 @@ def compare(config: Compare) -> None:
     if config.rules == ("all",):
         config = dataclasses.replace(config, rules=tuple(RULES))
     config.check()
+    if config.dataset == "characters":
+        raise InputError("the network here is for images: --dataset characters is for wmkp train decoder-characters-kp")
     dataset = data.load(config.dataset, config.data_dir)
     examples = len(dataset.train["label"])
     if config.batch_size > examples:

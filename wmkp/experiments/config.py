@@ -89,7 +89,7 @@ class Compare:
             sizes["epochs"] = (self.epochs,)
         for name, values in sizes.items():
             if min(values) < 1:
-                raise InputError(f"{_flag(name)} must be at least 1; got {min(values)}")
+                raise InputError(f"{flag(name)} must be at least 1; got {min(values)}")
         _check(
             self,
             learning_rate=_POSITIVE,
@@ -256,8 +256,9 @@ _SEED = (lambda x: 0 <= x < 2**32, "at least 0 and below 2^32")
 def _check(config: Any, **limits: tuple[Any, str]) -> None:
     for name, (fits, limit) in limits.items():
         if not fits(getattr(config, name)):
-            raise InputError(f"{_flag(name)} must be {limit}; got {getattr(config, name)}")
+            raise InputError(f"{flag(name)} must be {limit}; got {getattr(config, name)}")
 
 
-def _flag(field: str) -> str:
+def flag(field: str) -> str:
+    """A field as it is typed on the command line."""
     return "--" + field.replace("_", "-")

@@ -1,22 +1,30 @@
-"""Labelled images as arrays: scikit-learn's digits, and whatever TFDS has prepared."""
+"""Datasets by name: read whole into memory, or opened to be streamed; and prepared, by TFDS, in the first place."""
 
 import logging
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from wmkp.experiments import images, records
 from wmkp.experiments.config import InputError
 
-Examples = dict[str, Any]  # "image": (examples, height, width, channels), "label": (examples,) int32
+Examples = dict[str, Any]  # "image": (examples, height, width, channels) and "label": (examples,) int32, or "tokens"
+
+RESIDENT_BYTES = 2 * 10**9  # a larger dataset is streamed
 
 
 class Dataset(NamedTuple):
     """A dataset that fits in memory.
 
     Attributes:
-      train, test: examples; images are uint8 or float32, labels in [0, num_classes).
-      num_classes: how many labels there are.
+      train, test: examples: images, uint8 or float32, and their labels in [0, num_classes); or windows of text, int32
+        (examples, length + 1) in [0, num_classes), of which the first ``length`` are for input and the last for target.
+      num_classes: how many labels, or characters, there are.
     """
 
     train: Examples
@@ -24,13 +32,22 @@ class Dataset(NamedTuple):
     num_classes: int
 
 
-def load(name: str, data_dir: Path | None) -> Dataset:
-    """Reads a dataset: "digits", which comes with scikit-learn, or one that TFDS has prepared under ``data_dir``.
+def load(name: str, data_dir: Path | None, max_bad: float = 0.001) -> Dataset:
+    """Reads a dataset into memory.
+
+    Args:
+      name: "digits", which comes with scikit-learn; "characters", which comes with Python; a dataset that TFDS has
+        prepared under ``data_dir``, such as "mnist"; or the directory of one, such as "../tfds/mnist/3.0.1".
+      data_dir: where TFDS keeps its datasets; None for its own default.
+      max_bad: the share of records that may be unreadable; they are left out. See ``records.BadRecords``.
 
     Raises:
-      InputError: there is no such dataset, it is not there, or it is not made of labelled images of one size.
+      InputError: there is no such dataset, it is not there, it is not made of labelled images of one size, or too much
+        of it cannot be read.
     """
-    return digits() if name == "digits" else from_tfds(name, data_dir)
+    if name == "digits":
+        return digits()
+    return characters() if name == "characters" else from_tfds(name, data_dir, max_bad)
 
 
 def digits() -> Dataset:
@@ -49,14 +66,44 @@ def digits() -> Dataset:
     return Dataset({"image": train_x, "label": train_y}, {"image": test_x, "label": test_y}, num_classes=10)
 
 
-def from_tfds(name: str, data_dir: Path | None) -> Dataset:
+def characters(length: int = 128) -> Dataset:
+    """Python's own reference, one topic after another, in windows of characters that do not overlap.
+
+    About 700,000 characters, the same for one version of Python. The last tenth of the windows is the test set.
+    """
+    from pydoc_data.topics import topics
+
+    text = np.array([ord(c) for c in "\n".join(topics[name] for name in sorted(topics))])
+    vocabulary, tokens = np.unique(text, return_inverse=True)
+    count = len(tokens) // (length + 1)
+    windows = tokens[: count * (length + 1)].reshape(count, length + 1).astype(np.int32)
+    train = count - count // 10
+    return Dataset({"tokens": windows[:train]}, {"tokens": windows[train:]}, num_classes=len(vocabulary))
+
+
+def from_tfds(name: str, data_dir: Path | None, max_bad: float = 0.001) -> Dataset:
     """The train and test (or validation) splits of a dataset that TFDS has prepared in a format with random access.
 
     Nothing is downloaded, and TensorFlow is not needed.
 
+    Args, Raises:
+      As ``load``.
+    """
+    opened = builder(name, data_dir)
+    features = opened.info.features
+    if None in features["image"].shape:
+        raise InputError(f"dataset {name!r} has images of many sizes; all must be of one size")
+    train, test = (_read(opened, split, max_bad) for split in ("train", test_split(opened)))
+    return Dataset(train, test, num_classes=features["label"].num_classes)
+
+
+def builder(name: str, data_dir: Path | None) -> Any:
+    """TFDS's builder of a dataset of labelled images that is prepared for random access.
+
     Args:
-      name: as TFDS spells it, such as "mnist" or "cifar10".
-      data_dir: where TFDS keeps its datasets; None for its own default.
+      name: as TFDS spells it, such as "mnist" or "cifar10"; or the directory of a version of a dataset, or of a dataset
+        of which there is one version, if the path has a separator in it.
+      data_dir: as ``load``.
 
     Raises:
       InputError: as ``load``.
@@ -65,44 +112,146 @@ def from_tfds(name: str, data_dir: Path | None) -> Dataset:
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS recommends OpenCV every time
     where = data_dir or Path(tfds.core.constants.DATA_DIR)
+    directory = _directory(name)
     try:
-        builder = tfds.builder(name, data_dir=where)
+        opened = tfds.builder_from_directory(directory) if directory else tfds.builder(name, data_dir=where)
     except tfds.core.DatasetNotFoundError:
         raise InputError(
             f"unknown dataset {name!r}: it is not digits, TFDS does not know it and {where} has none"
         ) from None
     except Exception as error:  # of a dozen kinds, with messages of many lines
-        raise InputError(f"cannot read dataset {name!r} in {where}: {_first_line(error)}") from None
-    if not builder.info.splits:
+        raise InputError(f"cannot read dataset {name!r} in {directory or where}: {first_line(error)}") from None
+    splits = opened.info.splits
+    if not splits:
         raise InputError(f"{where} has no dataset {name!r}; {_how_to_get(name, where)}")
-    splits = builder.info.splits
-    test = next((split for split in ("test", "validation") if split in splits), None)
-    if "train" not in splits or test is None:
+    if "train" not in splits or not {"test", "validation"} & set(splits):
         raise InputError(
             f"dataset {name!r} must have a train and a test (or validation) split; it has {', '.join(splits)}"
         )
-    features = builder.info.features
-    if not {"image", "label"} <= set(features) or not features["label"].num_classes:
+    features = opened.info.features
+    if not {"image", "label"} <= set(features) or not getattr(features["label"], "num_classes", None):
         raise InputError(f"dataset {name!r} must have the features image and label; it has {', '.join(features)}")
-    if None in features["image"].shape:
-        raise InputError(f"dataset {name!r} has images of many sizes; all must be of one size")
-    try:
-        train_source, test_source = builder.as_data_source(split=["train", test])
-    except NotImplementedError:
+    if opened.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         raise InputError(
-            f"dataset {name!r} in {where} is not prepared for random access; {_how_to_get(name, where)}"
+            f"dataset {name!r} in {opened.data_dir} is not prepared for random access; {_how_to_get(name, where)}"
+        )
+    return opened
+
+
+def fits(opened: Any) -> bool:
+    """Whether a builder's images are of one size and all of them together below 2 GB; else they must be streamed."""
+    image, splits = opened.info.features["image"], opened.info.splits
+    if None in image.shape:
+        return False
+    examples = splits["train"].num_examples + splits[test_split(opened)].num_examples
+    return examples * math.prod(image.shape) * np.dtype(image.np_dtype).itemsize < RESIDENT_BYTES
+
+
+def test_split(opened: Any) -> str:
+    """Which split to test on: "test", or "validation" if there is no other or, as for ImageNet, labels are withheld."""
+    if "test" not in opened.info.splits:
+        return "validation"
+    if "validation" not in opened.info.splits:
+        return "test"
+    import tensorflow_datasets as tfds
+
+    source = records.open_split(opened, "test", image=tfds.decode.SkipDecoding())
+    return "validation" if source[0]["label"] < 0 else "test"
+
+
+def prepare(name: str, data_dir: Path | None) -> Path:
+    """Downloads a dataset and prepares it for random access, by TFDS, which shows its progress. Prints where it is.
+
+    Args:
+      name: as TFDS spells it.
+      data_dir: as ``load``.
+
+    Returns:
+      The directory of the dataset's version.
+
+    Raises:
+      InputError: TFDS does not know it; there is no network; TFDS needs another package, such as TensorFlow, to make
+        it; or it can only be downloaded by hand.
+    """
+    import tensorflow_datasets as tfds
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    where = data_dir or Path(tfds.core.constants.DATA_DIR)
+    try:
+        made = tfds.builder(name, data_dir=where, file_format="array_record")
+        made.download_and_prepare()
+    except tfds.core.DatasetNotFoundError:
+        raise InputError(f"unknown dataset {name!r}: TFDS does not know it") from None
+    except ImportError as error:
+        package = (error.name or str(error)).partition(".")[0]
+        raise InputError(
+            f"TFDS needs {package} to prepare {name!r}, though not to read it: pip install {package}"
         ) from None
-    return Dataset(_read(train_source), _read(test_source), num_classes=features["label"].num_classes)
+    except OSError as error:  # all that requests raises is one
+        raise InputError(f"cannot download {name!r} to {where}: {first_line(error)}") from None
+    except Exception as error:  # of a dozen kinds; that it must be downloaded by hand is an AssertionError
+        raise InputError(f"cannot prepare {name!r} in {where}: {' '.join(str(error).split())}") from None
+    print(f"{name} is in {made.data_dir}")
+    return Path(made.data_dir)
 
 
-def _read(source: Any) -> Examples:
-    """All images and labels of a TFDS data source."""
-    features = source.dataset_info.features
-    images = np.empty((len(source), *features["image"].shape), features["image"].np_dtype)
+def first_line(error: Exception | None) -> str:
+    """Of its message, or else its kind."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _directory(name: str) -> Path | None:
+    """The directory of a dataset's version that the name is the path of, if it is one."""
+    path = Path(name).expanduser()
+    if not (os.sep in name and path.is_dir()):
+        return None
+    found = [d for d in (path, *sorted(path.iterdir())) if (d / "dataset_info.json").is_file()]
+    if len(found) != 1:
+        versions = ", ".join(d.name for d in found) or "none"
+        raise InputError(
+            f"cannot read dataset {name!r}: name the directory of one version; in it there are: {versions}"
+        )
+    return found[0]
+
+
+def _read(opened: Any, split: str, max_bad: float) -> Examples:
+    """All images and labels of a split, in their order, without those that cannot be read."""
+    import tensorflow_datasets as tfds
+
+    source = records.open_split(opened, split, image=tfds.decode.SkipDecoding())
+    feature = opened.info.features["image"]
+    plain = feature.np_dtype == np.uint8 and feature.shape[-1] in (1, 3)
+    decode = partial(images.whole, channels=feature.shape[-1]) if plain else feature.decode_example_np
+    pixels = np.empty((len(source), *feature.shape), feature.np_dtype)
     labels = np.empty(len(source), np.int32)
-    for i, example in enumerate(source):
-        images[i], labels[i] = example["image"], example["label"]
-    return {"image": images, "label": labels}
+
+    def read(indices: range) -> list[int]:
+        """Those of the indices that cannot be read."""
+        try:
+            encoded = dict(zip(indices, source.__getitems__(list(indices)), strict=True))  # quicker than one by one
+        except Exception:  # of a dozen kinds, by file format, for any one of them
+            encoded = {}
+        bad = []
+        for i in indices:
+            try:
+                example = encoded.get(i) or source[i]
+                image = decode(example["image"])
+                if image.shape != feature.shape:
+                    raise ValueError
+                pixels[i], labels[i] = image, example["label"]
+            except Exception:
+                bad.append(i)
+        return bad
+
+    chunks = [range(i, min(i + 1024, len(source))) for i in range(0, len(source), 1024)]
+    found = records.BadRecords(split, len(source), max_bad)
+    with ThreadPoolExecutor() as pool:  # decoding leaves the interpreter free
+        for chunk, bad in zip(chunks, pool.map(read, chunks), strict=True):
+            found = found.add(bad + [-1] * (len(chunk) - len(bad)))
+    if found.indices:
+        bad = sorted(found.indices)
+        pixels, labels = np.delete(pixels, bad, axis=0), np.delete(labels, bad)
+    return {"image": pixels, "label": labels}
 
 
 def _how_to_get(name: str, where: Path) -> str:
@@ -110,7 +259,3 @@ def _how_to_get(name: str, where: Path) -> str:
         'prepare it there once, with TensorFlow installed: python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder({name!r}, data_dir={str(where)!r}, file_format='array_record').download_and_prepare()\""
     )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

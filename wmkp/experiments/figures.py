@@ -1,13 +1,18 @@
 """Figures, drawn without a display: each function returns a PNG's bytes."""
 
 import io
+import itertools
+import json
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from wmkp.experiments.config import RULES
+from wmkp.experiments import logs
+from wmkp.experiments.config import RULES, InputError
 
 if TYPE_CHECKING:
     from wmkp.experiments.compare import Row
@@ -32,28 +37,64 @@ TEXT = "#333333"
 
 def comparison(rows: Sequence["Row"], title: str) -> bytes:
     """Test error, matrix angles and delta angles against the epoch, a line a rule."""
+    others = iter(OTHERS)
+    lines = []
+    for rule in dict.fromkeys(row.rule for row in rows):
+        mine = [row for row in rows if row.rule == rule]
+        values = [
+            {
+                "epoch": row.epoch,
+                "test_error_percent": row.test_error_percent
+                if row.epoch
+                else math.nan,  # before training, off the scale
+                **{name: getattr(row, name) for name in ANGLES},
+            }
+            for row in mine
+        ]
+        lines.append((f"{rule.upper()}  {RULES[rule]}", STYLES[rule] if rule in STYLES else next(others), values))
+    return _curves(lines, title)
+
+
+def runs(directories: Sequence[Path]) -> bytes:
+    """Runs of ``wmkp train`` on one picture, as ``comparison`` draws rules.
+
+    Raises:
+      InputError: one of them is not a run, or has no evaluation yet.
+    """
+    if not directories:
+        raise InputError("name at least one run's directory")
+    others = iter(itertools.cycle(OTHERS))
+    taken: set[str] = set()
+    lines = []
+    for directory in directories:
+        path = directory / "test.csv"
+        rows = logs.read(path) if path.exists() else []
+        if not rows:
+            raise InputError(f"{directory} has no evaluation: {path.name} is not there, or empty")
+        rule = json.loads((directory / "config.json").read_text())["rule"]
+        style = next(others) if rule in taken or rule not in STYLES else STYLES[rule]
+        taken.add(rule)
+        lines.append((str(directory), style, rows))
+    return _curves(lines, "")
+
+
+ANGLES = tuple(f"{kind}_angle_{which}_deg" for kind in ("matrix", "delta") for which in ("mean", "worst"))
+
+
+def _curves(lines: Sequence[tuple[str, dict[str, Any], list[dict[str, float]]]], title: str) -> bytes:
+    """Lines of (label, style, rows) on three axes."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     figure.suptitle(title, fontsize=11, color=TEXT)
     error, matrix, delta = figure.subplots(1, 3)
-    shown = list(dict.fromkeys(row.rule for row in rows))
-    others = iter(OTHERS)
-    for rule in shown:
-        mine = [row for row in rows if row.rule == rule]
-        style = {"linewidth": 1.8, **(STYLES[rule] if rule in STYLES else next(others))}
-        label = f"{rule.upper()}  {RULES[rule]}"
-        trained = mine[1:]
-        error.plot(
-            [r.epoch for r in trained],
-            [r.test_error_percent for r in trained],
-            label=label,
-            **style | {"linewidth": 1.2},
-        )
-        epochs = [r.epoch for r in mine]
-        for axes, mean, worst in (
-            (matrix, [r.matrix_angle_mean_deg for r in mine], [r.matrix_angle_worst_deg for r in mine]),
-            (delta, [r.delta_angle_mean_deg for r in mine], [r.delta_angle_worst_deg for r in mine]),
-        ):
-            axes.plot(epochs, mean, **style)
+    for label, style, rows in lines:
+        style = {"linewidth": 1.8, **style}
+        marker = {"marker": "o", "markersize": 4} if len(rows) < 3 else {}
+        epochs = [row["epoch"] for row in rows]
+        errors = [row["test_error_percent"] for row in rows]
+        error.plot(epochs, errors, label=label, **style | {"linewidth": 1.2}, **marker)
+        for axes, kind in ((matrix, "matrix"), (delta, "delta")):
+            mean, worst = ([row[f"{kind}_angle_{which}_deg"] for row in rows] for which in ("mean", "worst"))
+            axes.plot(epochs, mean, **style, **marker)
             axes.fill_between(epochs, mean, worst, color=style["color"], alpha=0.15, linewidth=0)
 
     error.set(title="Test error", ylabel="%", yscale="log")
@@ -71,7 +112,7 @@ def comparison(rows: Sequence["Row"], title: str) -> bytes:
         axes.grid(color="#DDDDDD", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=TEXT)
-    figure.legend(loc="outside lower center", ncols=min(len(shown), 4), frameon=False, handlelength=3)
+    figure.legend(loc="outside lower center", ncols=min(len(lines), 4), frameon=False, handlelength=3)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     return png.getvalue()

@@ -51,11 +51,13 @@ def make_task(config: Train, shape: tuple[int, ...], num_classes: int, mean: Any
             x = jnp.maximum(batch["tokens"][:, :-1], 0)
         else:
             x = (batch["image"].astype(jnp.float32) - mean) / std
-        mode = {"train": train} if isinstance(model, ResNet) else {}
+        mode: dict[str, Any] = {"train": train} if isinstance(model, ResNet) else {}
         variables = {"params": params, **model_state}
         if not train:
-            return model.apply(variables, x, **mode), model_state  # type: ignore[return-value]
-        return model.apply(variables, x, **mode, mutable=list(model_state))  # type: ignore[return-value]
+            logits: Any = model.apply(variables, x, **mode)
+            return logits, model_state
+        logits, model_state = model.apply(variables, x, **mode, mutable=list(model_state))
+        return logits, model_state
 
     def labels_of(batch: Any) -> jax.Array:
         labels: jax.Array = batch["tokens"][:, 1:] if "tokens" in batch else batch["label"]
@@ -175,4 +177,3 @@ def forgotten(config: Train, schedule: optax.Schedule, steps: int) -> float:
     rates = jax.vmap(schedule)(jnp.arange(steps))
     momentum = config.momentum if config.optimizer == "sgd" else 0.0
     return math.exp(-float(jnp.sum(rates)) * config.weight_decay / (1 - momentum))
-

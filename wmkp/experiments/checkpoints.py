@@ -1,0 +1,123 @@
+"""Checkpoints of a run, kept by Orbax: written in the background, whole or not there, read back bit by bit."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+import wmkp
+from wmkp.experiments.config import InputError
+
+SHOWN = 8  # of the differences between a checkpoint and what was expected
+
+
+def open_manager(directory: Path, keep: int, read_only: bool = False) -> ocp.CheckpointManager:
+    """Orbax's manager of the checkpoints in a directory, which it makes; leftovers of a killed save are cleared away."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax says much
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=None if read_only else keep,
+        create=not read_only,
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
+    )
+    handlers = {"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers)
+
+
+def save(manager: ocp.CheckpointManager, state: wmkp.TrainState, progress: dict[str, Any]) -> None:
+    """Starts to save a state and what a run knows besides, under its step; waits for the save before it.
+
+    Raises:
+      InputError: this or the save before it failed; older checkpoints are kept.
+    """
+    step = int(state.step)
+    if step in manager.all_steps():
+        return
+    try:
+        manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
+        )
+    except Exception as error:  # Orbax passes on whatever the disk or the storage layer says
+        raise _failed(manager, error) from error
+
+
+def finish(manager: ocp.CheckpointManager) -> None:
+    """Waits until what is being saved is on disk. Raises InputError as ``save``."""
+    try:
+        manager.wait_until_finished()
+    except Exception as error:
+        raise _failed(manager, error) from error
+
+
+def _failed(manager: ocp.CheckpointManager, error: Exception) -> InputError:
+    kept = manager.latest_step()
+    older = f"the checkpoint of step {kept} is kept" if kept is not None else "there is no older one"
+    return InputError(f"a checkpoint could not be saved in {manager.directory} ({first_line(error)}); {older}")
+
+
+def restore(manager: ocp.CheckpointManager, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """The latest checkpoint, or that of ``step``.
+
+    Args:
+      like: a state with the structure, shapes, dtypes and shardings to read into.
+
+    Returns:
+      The state, and what the run knew besides.
+
+    Raises:
+      InputError: there is none; it is of another model or rule (what differs, by path); or it cannot be read.
+    """
+    step = manager.latest_step() if step is None else step
+    if step is None:
+        raise InputError(f"{manager.directory} has no checkpoint")
+    name = f"{manager.directory}/{step}"
+    try:
+        found = manager.item_metadata(step)["state"]
+        theirs = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found.tree)}
+    except Exception as error:
+        raise _unreadable(name, manager, step, error) from error
+    ours = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
+    differences = [f"{path} is not in it" for path in ours if path not in theirs]
+    differences += [f"{path} is in it and not expected" for path in theirs if path not in ours]
+    for path in ours.keys() & theirs.keys():
+        mine, saved = jax.eval_shape(_data, ours[path]), theirs[path]
+        if mine.shape != tuple(saved.shape) or mine.dtype != saved.dtype:
+            differences.append(f"{path} is {_describe(saved)}, where {_describe(mine)} is expected")
+    if differences:
+        more = f"; and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+        raise InputError(f"{name} is of another model or rule: {'; '.join(sorted(differences)[:SHOWN])}{more}")
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+    try:
+        restored = manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore())
+        )
+    except Exception as error:
+        raise _unreadable(name, manager, step, error) from error
+    return restored["state"], restored["progress"]
+
+
+def _unreadable(name: str, manager: ocp.CheckpointManager, step: int, error: Exception) -> InputError:
+    older = [s for s in manager.all_steps() if s < step]
+    way_out = f"; delete it, and step {max(older)} is the latest" if older else ""
+    return InputError(f"cannot read the checkpoint {name} ({first_line(error)}){way_out}")
+
+
+def _data(x: Any) -> Any:
+    """A random key as the numbers it is saved as."""
+    return jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
+def _path(path: Any) -> str:
+    """A leaf's path as Orbax keeps it: named tuples and custom nodes by the names or numbers of their fields."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _describe(x: Any) -> str:
+    return f"{x.dtype} {tuple(x.shape)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,63 @@
+"""The devices of a run: one mesh over all of them, in one process or several."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from wmkp.experiments.config import InputError, Train
+from wmkp.training import batch_sharding
+
+HEARTBEAT_SECONDS = 30  # after which a process that went silent counts as lost
+
+
+def start(config: Train) -> None:
+    """Joins the other processes of the run, if it has any; before anything else touches JAX.
+
+    Raises:
+      InputError: they cannot be reached.
+    """
+    if not config.distributed:
+        return
+    try:
+        jax.distributed.initialize(
+            config.coordinator,
+            config.processes,
+            config.process,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"--distributed: the processes cannot meet ({str(error).splitlines()[0]}); without a cluster that JAX "
+            "knows, give each --coordinator HOST:PORT, --processes N and its own --process"
+        ) from None
+
+
+def make_mesh(batch_size: int) -> Mesh:
+    """All devices in a row, among which the examples of a batch are divided.
+
+    Raises:
+      InputError: they do not divide.
+    """
+    devices = jax.devices()
+    if batch_size % len(devices):
+        raise InputError(f"--batch-size must divide among {len(devices)} devices; got {batch_size}")
+    return Mesh(np.array(devices), ("data",))
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """This process's part of a batch, arrays of the host, onto its devices."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def put_everywhere(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that every process has whole, onto every device."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+
+
+def is_first() -> bool:
+    """Whether this process writes and prints what one of them should."""
+    return jax.process_index() == 0
