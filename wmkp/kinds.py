@@ -74,6 +74,12 @@ class Product:
         self.input_avals = [v.aval for i, v in enumerate(eqn.invars) if i != weight]
         self.output_aval = eqn.outvars[0].aval
         self.lengths = lengths  # of the scans around it, outermost first
+        # Whether a CPU takes its weight's gradient by patches.
+        self.by_patches = (
+            self.primitive == "conv_general_dilated"
+            and weight == 1
+            and patches.applies(eqn.params, self.input_avals[0], self.weight_aval, self.output_aval)
+        )
         self.bind = bind
         self.bias: Any = None  # the weight added to its output, if one is: (plan, variable)
 
@@ -89,9 +95,7 @@ class Product:
             (dw,) = jax.linear_transpose(lambda w: self.multiply(x, w), aval)(delta)
             return dw
 
-        if self.primitive != "conv_general_dilated" or self.weight == 0:
-            return transpose(x, delta)
-        if not patches.applies(self.eqn_params, x, aval, delta):
+        if not self.by_patches:
             return transpose(x, delta)
         by_patches = lambda x, delta: patches.weight_gradient(self.eqn_params, x, delta, aval.shape)
         return jax.lax.platform_dependent(x, delta, cpu=by_patches, default=transpose)

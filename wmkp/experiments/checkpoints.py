@@ -87,7 +87,8 @@ def restore(manager: ocp.CheckpointManager, like: Any, step: int | None = None) 
             differences.append(f"{path} is {_describe(saved)}, where {_describe(mine)} is expected")
     if differences:
         more = f"; and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
-        raise InputError(f"{name} is of another model or rule: {'; '.join(sorted(differences)[:SHOWN])}{more}")
+        differences.sort(key=lambda line: (not line.startswith("params/"), line))
+        raise InputError(f"{name} is of another model or rule: {'; '.join(differences[:SHOWN])}{more}")
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
     try:
         restored = manager.restore(

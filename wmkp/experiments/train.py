@@ -240,7 +240,10 @@ def _train(config: Train, stack: contextlib.ExitStack) -> None:
         step = progress["step"]
         console.print(f"Resumed at step {step} of {run.total}.")
     else:
-        state = run.init()
+        try:
+            state = run.init()
+        except ValueError as error:  # an optimizer under which the rule cannot hold
+            raise InputError(str(error)) from None
     tally = devices.put_everywhere(tally, run.mesh)
 
     writer = None

@@ -1,0 +1,98 @@
+"""Two real processes over loopback: they train as one, stop together, save one checkpoint, and miss each other."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from wmkp.experiments import logs
+
+OPTIONS = "mlp-digits-wm --hidden 16 16 --epochs 400 --log-every 10 --no-tensorboard --mirror-angle 20".split()
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}  # a device each
+SECONDS = 240  # after which a process hangs
+
+
+def start(out, *options):
+    command = [sys.executable, "-c", "from wmkp.experiments.cli import main; main()", "train", *OPTIONS, *options]
+    return subprocess.Popen(
+        [*command, "--out", str(out)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def start_two(out):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    together = ["--distributed", "--coordinator", address, "--processes", "2"]
+    return [start(out, *together, "--process", str(i)) for i in range(2)]
+
+
+def until_rows(path, count, processes):
+    while not path.exists() or len(path.read_text().splitlines()) <= count:
+        assert all(p.poll() is None for p in processes), [p.communicate() for p in processes]
+        time.sleep(0.05)
+
+
+def rows_before(path, step):
+    """Steps' losses, which two processes and one have alike to rounding."""
+    return {int(row["step"]): row["train_loss"] for row in logs.read(path) if row["step"] <= step}
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """Two processes train, one is told to stop -> both have ended."""
+    out = tmp_path_factory.mktemp("together") / "run"
+    processes = start_two(out)
+    try:
+        until_rows(out / "train.csv", 4, processes)
+        processes[1].send_signal(signal.SIGTERM)
+        said = [p.communicate(timeout=SECONDS) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    assert [p.returncode for p in processes] == [0, 0], said
+    return out, said[0][0]
+
+
+def test_two_processes_train_as_one_and_one_resumes_alone(together, tmp_path):
+    out, said = together
+    step = int(re.search(r"Stopped at step (\d+) of 14800 and saved", said).group(1))
+    assert (out / "checkpoints" / str(step)).is_dir()
+    alone = start(tmp_path / "alone")
+    resumed = start(out, "--resume")
+    try:
+        for process, path in ((alone, tmp_path / "alone" / "train.csv"), (resumed, out / "train.csv")):
+            until_rows(path, step // 10 + 3, [process])
+            process.send_signal(signal.SIGTERM)
+            process.wait(SECONDS)
+        assert f"Resumed at step {step} of 14800" in resumed.communicate()[0]
+    finally:
+        for p in (alone, resumed):
+            p.kill()
+    ours, theirs = (rows_before(d / "train.csv", step + 20) for d in (out, tmp_path / "alone"))
+    assert len(ours) >= 6
+    assert ours.keys() == theirs.keys()
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-3)
+
+
+@pytest.mark.parametrize("lost", [0, 1], ids=["the coordinator", "the other"])
+def test_losing_a_process_ends_the_other(lost, tmp_path):
+    processes = start_two(tmp_path / "run")
+    try:
+        until_rows(tmp_path / "run" / "train.csv", 2, processes)
+        processes[lost].kill()
+        _, said = processes[1 - lost].communicate(timeout=SECONDS)
+        assert processes[1 - lost].returncode not in (0, None)
+        if lost == 1:
+            assert "wmkp: another process of the run was lost" in said
+        else:  # JAX ends a process that lost its coordinator, and says so
+            assert "another process of the run was lost" in said or "coordination service" in said.lower()
+    finally:
+        for p in processes:
+            p.kill()

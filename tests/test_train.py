@@ -1,0 +1,517 @@
+"""wmkp train: resumed to the bit after any end, nothing lost, bad numbers and bad input named; eval, export and plot."""
+
+import csv
+import dataclasses
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import serialization
+from jax.sharding import Mesh
+
+from wmkp.experiments import checkpoints, cli, feeds, logs, recipes, tasks, train
+from wmkp.experiments.config import InputError, Train
+from wmkp.experiments.data import Dataset
+from wmkp.experiments.devices import make_mesh
+from wmkp.experiments.models.mlp import MLP
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # of TensorBoard's writer and Orbax
+
+# Everything that a step can have, on the smallest network: 37 steps an epoch.
+SMALL = Train(
+    hidden=(16, 16),
+    batch_size=32,
+    epochs=3,
+    rule="wm",
+    mirror_steps=20,
+    mirror_every=3,
+    mirror_angle=20.0,
+    accumulate=2,
+    augment=True,
+    label_smoothing=0.1,
+    clip_norm=1.0,
+    log_every=10,
+    save_every=0.2,
+    tensorboard=False,
+)
+
+
+def run(out, **changes):
+    config = dataclasses.replace(SMALL, out=Path(out), **changes)
+    train.train(config)
+    return config
+
+
+def end_state(config):
+    """The last checkpoint's arrays, by path."""
+    manager = checkpoints.open_manager(config.out / "checkpoints", config.keep, read_only=True)
+    state, _ = checkpoints.restore(manager, train.like(config, train.build(config)))
+    state = state._replace(key=jax.random.key_data(state.key))
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    for path in a:
+        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Runs over one device, which compile the soonest; test_mesh.py and test_processes.py have many."""
+    with pytest.MonkeyPatch.context() as patch:
+        first = np.array(jax.devices()[:1])  # asked for before the flags change, which are for runs of their own
+        patch.setattr(train.devices, "make_mesh", lambda batch_size: Mesh(first, ("data",)))
+        patch.setenv("XLA_FLAGS", "")
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run from beginning to end."""
+    return run(tmp_path_factory.mktemp("whole") / "run", tensorboard=True)
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_run_leaves(finished):
+    rows = logs.read(finished.out / "test.csv")
+    assert [row["step"] for row in rows] == [37, 74, 111]
+    assert rows[-1]["test_error_percent"] < 40 and rows[-1]["test_error_percent"] < rows[0]["test_error_percent"]
+    angles = ("hidden_1/kernel", "output/kernel")
+    assert all(0 < rows[-1][f"matrix_angle_deg/{path}"] < 60 for path in angles), "about 90 where B does not learn"
+    assert rows[-1]["matrix_angle_worst_deg"] == max(rows[-1][f"matrix_angle_deg/{path}"] for path in angles)
+    assert rows[-1]["delta_angle_deg/output/kernel"] == 0
+    deltas = [rows[-1][f"delta_angle_deg/hidden_{i}/kernel"] for i in (0, 1)]
+    assert rows[-1]["delta_angle_mean_deg"] == pytest.approx(np.mean(deltas))
+    steps = logs.read(finished.out / "train.csv")
+    assert [row["step"] for row in steps] == [*range(10, 111, 10), 111]
+    assert steps[-1]["train_loss"] < steps[0]["train_loss"] and steps[-1]["skipped"] == 0
+    assert train.read_config(finished.out) == finished
+    kept = sorted(int(path.name) for path in (finished.out / "checkpoints").iterdir())
+    assert kept == [105, 111], "two are kept, the newest"
+    (events,) = (finished.out / "tensorboard").iterdir()
+    for name in (b"train/train_loss", b"test/matrix_angle_deg/output/kernel", b"test/norm_ratio/output/kernel"):
+        assert name in events.read_bytes()
+
+
+def test_killed_at_any_point_and_resumed_it_ends_with_the_same_bits(finished, tmp_path):
+    """SIGKILL somewhere, then SIGTERM, each in a process of its own, then to the end."""
+    config = dataclasses.replace(SMALL, out=tmp_path / "run", resume=True)
+    code = f"from wmkp.experiments import train\nfrom pathlib import *\nfrom wmkp.experiments.config import Train\ntrain.train({config!r})"
+    path = config.out / "train.csv"
+
+    def until_rows(count):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code.replace("PosixPath", "Path")], stdout=subprocess.PIPE, text=True
+        )
+        while process.poll() is None and (not path.exists() or len(path.read_text().splitlines()) < count + 1):
+            time.sleep(0.002)
+        return process
+
+    process = until_rows(3)
+    process.kill()
+    process.communicate()
+    assert 10 <= logs.read(path)[-1]["step"] < 111, "it had ended before it was killed"
+    process = until_rows(7)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    assert "Resumed at step" in out and "and saved; --resume goes on" in out
+    train.train(config)
+    assert_same_bits(end_state(config), end_state(finished))
+    same = [name for name in logs.read(path)[0] if name != "examples_per_second"]
+    for mine, theirs in zip(logs.read(path), logs.read(finished.out / "train.csv"), strict=True):
+        assert [mine[name] for name in same] == [theirs[name] for name in same]
+    assert (config.out / "test.csv").read_text() == (finished.out / "test.csv").read_text()
+
+
+@pytest.mark.parametrize("rule", ["kpm"])
+def test_other_rules_resume_too(rule, tmp_path):
+    whole = run(tmp_path / "whole", rule=rule, steps=8, clip_norm=None)
+    part = run(tmp_path / "part", rule=rule, steps=8, save_every=3 / 37, keep=9, clip_norm=None)
+    for step in (6, 8):
+        _remove(part.out / "checkpoints" / str(step))
+    train.train(dataclasses.replace(part, resume=True))
+    assert_same_bits(end_state(part), end_state(whole))
+
+
+def test_resuming_what_is_finished_or_never_began(finished, tmp_path, capsys):
+    before = end_state(finished)
+    train.train(dataclasses.replace(finished, resume=True))
+    assert "Resumed at step 111 of 111" in capsys.readouterr().out
+    assert_same_bits(end_state(finished), before)
+    run(tmp_path / "new", resume=True, steps=2)
+    assert (tmp_path / "new" / "checkpoints" / "2").exists()
+
+
+def test_eval_export_and_plot(finished, tmp_path, capsys, monkeypatch):
+    last = logs.read(finished.out / "test.csv")[-1]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["wmkp", "eval", str(finished.out), "--export", "model.msgpack"])
+    cli.main()
+    out = capsys.readouterr().out
+    assert f"test error {last['test_error_percent']:.2f} %" in out and "output/kernel" in out
+    variables = serialization.msgpack_restore((tmp_path / "model.msgpack").read_bytes())
+    dataset = feeds.data.digits()
+    mean, std = dataset.train["image"].mean(), dataset.train["image"].std()
+    logits = MLP((16, 16), 10).apply(variables, (dataset.test["image"] - mean) / std)
+    wrong = 100 * np.mean(np.argmax(logits, -1) != dataset.test["label"])
+    assert wrong == pytest.approx(last["test_error_percent"], abs=0.2)
+    monkeypatch.setattr(sys, "argv", ["wmkp", "plot", str(finished.out), str(finished.out), "--out", "two.png"])
+    cli.main()
+    assert (tmp_path / "two.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# --- bad numbers ------------------------------------------------------------------------------------------------------
+
+
+BLOWN_UP = {"learning_rate": 1e25, "clip_norm": None, "accumulate": 1}
+
+
+def test_nan_stops_at_its_step_and_names_what_is_not_finite(tmp_path):
+    message = r"step 3 is not finite: loss, the gradient of hidden_0/bias, .*"
+    with pytest.raises(InputError, match=message + "The checkpoint of step 2 is kept"):
+        run(tmp_path / "run", **BLOWN_UP, save_every=1 / 37, log_every=1, keep=1)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+    assert len(logs.read(tmp_path / "run" / "train.csv")) == 2
+    with pytest.raises(InputError, match=message):  # and however seldom the host looks
+        run(tmp_path / "seldom", **BLOWN_UP, save_every=9, log_every=50)
+
+
+def test_nan_can_be_skipped(tmp_path, capsys):
+    config = run(tmp_path / "run", **BLOWN_UP, steps=9, on_nan="skip")
+    assert "7 steps were not finite and left out" in capsys.readouterr().out
+    assert logs.read(config.out / "train.csv")[-1]["skipped"] == 7
+
+
+def test_a_skipped_step_changes_nothing(tmp_path):
+    """One bad batch among good ones: weights after it are those from before it."""
+    run = train.build(dataclasses.replace(SMALL, rule="kp", on_nan="skip", accumulate=1, clip_norm=None, augment=False))
+    state, tally = run.init(), feeds.put_everywhere(run.tally, run.mesh)
+    good = next(run.feed.batches(0))
+    bad = {**good, "image": good["image"].at[0, 0, 0, 0].set(jnp.nan)}
+    state, tally = run.advance(state, tally, good)
+    before = jax.device_get((state.params, state.feedback, state.opt_state, state.feedback_opt_state))
+    state, tally = run.advance(state, tally, bad)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (state.params, state.feedback, state.opt_state, state.feedback_opt_state),
+        before,
+    )
+    assert int(tally.skipped) == 1 and int(state.step) == 2 and not tally.finite["loss"]
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def _remove(path):
+    subprocess.run(["rm", "-r", str(path)], check=True)
+
+
+def test_a_checkpoint_of_another_model_or_rule_is_refused_by_path(finished):
+    manager = checkpoints.open_manager(finished.out / "checkpoints", 2, read_only=True)
+
+    def restore(**changes):
+        config = dataclasses.replace(finished, **changes)
+        checkpoints.restore(manager, train.like(config, train.build(config)))
+
+    with pytest.raises(InputError, match=r"params/hidden_0/kernel is float32 \(64, 16\), where float32 \(64, 12\)"):
+        restore(hidden=(12, 16))
+    with pytest.raises(InputError, match=r"params/hidden_1/bias is in it and not expected"):
+        restore(hidden=(16,))
+    with pytest.raises(InputError, match=r"feedback_opt_state/.* is not in it"):
+        restore(rule="kp")
+
+
+def test_damaged_checkpoint_is_named_and_the_older_one_still_good(finished, tmp_path):
+    subprocess.run(["cp", "-r", str(finished.out), str(tmp_path / "run")], check=True)
+    config = dataclasses.replace(finished, out=tmp_path / "run", resume=True)
+    newest = config.out / "checkpoints" / "111" / "state"
+    for path in newest.rglob("*"):
+        if path.is_file() and "/d/" in str(path):
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(InputError, match=r"cannot read the checkpoint .*111.*delete it, and step 105 is the latest"):
+        train.train(config)
+    _remove(newest.parent)
+    train.train(config)
+    assert_same_bits(end_state(config), end_state(finished))
+
+
+def test_disk_full_while_saving_keeps_the_older_checkpoint(tmp_path):
+    config = dataclasses.replace(SMALL, out=tmp_path, hidden=(256, 256))
+    built = train.build(config)
+    state = built.init()
+    manager = checkpoints.open_manager(tmp_path / "checkpoints", 2)
+    checkpoints.save(manager, state, {"step": 0})
+    checkpoints.finish(manager)
+    expected = jax.device_get(state.params)
+    later = state._replace(step=state.step + 1, params=jax.tree.map(lambda x: x + 1, state.params))
+    # Files that may not grow stand in for a disk that is full; the system says so by an error, not by a signal.
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"could not be saved in .*; the checkpoint of step 0 is kept"):
+            checkpoints.save(manager, later, {"step": 1})
+            checkpoints.finish(manager)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    again = checkpoints.open_manager(tmp_path / "checkpoints", 2)
+    restored, progress = checkpoints.restore(again, train.like(config, built))
+    assert progress == {"step": 0}
+    jax.tree.map(np.testing.assert_array_equal, restored.params, expected)
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(finished, tmp_path):
+    with pytest.raises(InputError, match="has a run in it; give --resume"):
+        train.train(finished)
+    with pytest.raises(
+        InputError, match=r"other settings: --rule was wm and is kp; --learning-rate was 0.1 and is 0.2"
+    ):
+        train.train(dataclasses.replace(finished, resume=True, rule="kp", learning_rate=0.2))
+    with (
+        train.claim(dataclasses.replace(SMALL, out=tmp_path)),
+        pytest.raises(InputError, match="another run is at work"),
+    ):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ('{"nonsense": 1}', "not known here: nonsense"),
+        ('{"out": "x"}', "damaged"),
+    ],
+)
+def test_damaged_config(content, message, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        train.read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("mlp-digits-kp --rule nonsense", "unknown rule 'nonsense'"),
+        ("mlp-digits-kp --batch-size 0", "--batch-size must be at least 1; got 0"),
+        ("mlp-digits-kp --batch-size 8000", "--batch-size 8000 is more than the training examples"),
+        ("mlp-digits-kp --learning-rate nan", "--learning-rate must be positive and finite"),
+        ("mlp-digits-kp --schedule step", "--schedule step needs --drop-epochs"),
+        ("mlp-digits-kp --drop-epochs 3 2", "--drop-epochs must be positive and rise"),
+        ("mlp-digits-kp --process 1", "give --distributed"),
+        ("mlp-digits-kp --model decoder", "only decoder reads text"),
+        ("mlp-digits-kp --model lenet", "--image-size 32 resizes these of 8x8"),
+        ("mlp-digits-kp --model vit-ti --patch 3", "--patch must divide the image, 8x8; got 3"),
+        ("mlp-mnist-kp --data-dir nowhere", "has no dataset 'mnist'"),
+        ("mlp-digits-kp --clip-norm 0", "--clip-norm must be positive"),
+        ("mlp-digits-kp --mirror-rate 0", "--mirror-rate must be above 0"),
+    ],
+)
+def test_bad_input(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["wmkp", "train", *arguments.split(), "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as error:
+        cli.main()
+    assert error.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_batch_divides_among_the_devices():
+    assert make_mesh(32).size == 8
+    with pytest.raises(InputError, match="--batch-size must divide among 8 devices; got 30"):
+        make_mesh(30)
+
+
+def test_eval_of_what_is_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["wmkp", "eval", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "is not a run" in capsys.readouterr().err
+
+
+def test_short_kolen_pollack_runs_are_warned_of(capsys):
+    steps = lambda **changes: dataclasses.replace(
+        SMALL, rule="kp", steps=2, accumulate=1, schedule="constant", **changes
+    )
+    train._warn(steps(), train.build(steps()))
+    assert "cannot align in this run: 100 %" in capsys.readouterr().err
+    train._warn(steps(weight_decay=9.0), train.build(steps(weight_decay=9.0)))
+    assert not capsys.readouterr().err
+
+
+# --- the parts --------------------------------------------------------------------------------------------------------
+
+
+def make_feed(**changes):
+    config = dataclasses.replace(SMALL, batch_size=8, augment=False, **changes)
+    images = np.arange(50, dtype=np.uint8).reshape(50, 1, 1, 1) * np.ones((1, 8, 8, 1), np.uint8)
+    part = {"image": images, "label": np.arange(50, dtype=np.int32) % 10}
+    return feeds._resident(config, Dataset(part, {k: v[:11] for k, v in part.items()}, 10), make_mesh(8))
+
+
+def take(batches, count):
+    return [jax.device_get(next(batches)) for _ in range(count)]
+
+
+def test_each_epoch_shows_each_example_at_most_once_in_an_order_of_its_own():
+    feed = make_feed()
+    assert feed.epoch_steps == 6
+    seen = take(feed.batches(0), 12)
+    epochs = [np.concatenate([b["image"][:, 0, 0, 0] for b in seen[i : i + 6]]) for i in (0, 6)]
+    for epoch in epochs:
+        assert len(set(epoch.tolist())) == 48
+    assert (epochs[0] != epochs[1]).any() and (np.sort(epochs[0]) != epochs[0]).any()
+    other = take(make_feed(seed=1).batches(0), 1)[0]["image"][:, 0, 0, 0]
+    assert (other != epochs[0][:8]).any()
+    for batch in seen:
+        np.testing.assert_array_equal(batch["image"][:, 0, 0, 0] % 10, batch["label"])
+    later = take(feed.batches(5), 3)
+    jax.tree.map(np.testing.assert_array_equal, later, seen[5:8])
+
+
+def test_test_batches_show_each_example_once():
+    batches = [jax.device_get(b) for b in make_feed().tests()]
+    assert [b["label"].shape for b in batches] == [(8,), (8,)]
+    np.testing.assert_array_equal(np.concatenate([b["label"] for b in batches]), [*range(10), 0, *[-1] * 5])
+
+
+def test_crop_and_flip_by_definition():
+    images = np.arange(1, 16 * 16 + 1).reshape(1, 16, 16, 1).astype(np.uint8)
+    images = np.repeat(images, 400, 0)
+    found = np.asarray(feeds.crop_and_flip(jax.random.key(0), images))
+    padded = np.pad(images[0], ((2, 2), (2, 2), (0, 0)))
+    crops = {}
+    for top in range(5):
+        for left in range(5):
+            crop = padded[top : top + 16, left : left + 16]
+            crops[crop.tobytes()] = (top, left, False)
+            crops[crop[:, ::-1].tobytes()] = (top, left, True)
+    kinds = [crops[image.tobytes()] for image in found]
+    assert {kind[:2] for kind in kinds} == {(t, l) for t in range(5) for l in range(5)}
+    assert 150 < sum(kind[2] for kind in kinds) < 250
+
+
+def test_resizing_keeps_bytes_and_means():
+    images = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 1), np.uint8)
+    resized = feeds._resized(images, 32)
+    assert resized.shape == (5, 32, 32, 1) and resized.dtype == np.uint8
+    assert abs(resized.mean() - images.mean()) < 2
+
+
+def test_schedules_by_definition():
+    make = lambda **changes: tasks.make_schedule(dataclasses.replace(SMALL, learning_rate=0.4, **changes), 10, 100)
+    at = lambda schedule, *steps: [float(schedule(s)) for s in steps]
+    assert at(make(schedule="constant"), 0, 99) == pytest.approx([0.4, 0.4])
+    assert at(make(schedule="cosine"), 0, 50, 100) == pytest.approx([0.4, 0.2, 0])
+    assert at(make(schedule="cosine", final_rate=0.1), 100) == pytest.approx([0.04])
+    stepped = make(schedule="step", drop_epochs=(3, 6), warmup_epochs=1)
+    assert at(stepped, 0, 5, 10, 29, 31, 59, 61) == pytest.approx([0, 0.2, 0.4, 0.4, 0.04, 0.04, 0.004])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_forgetting_is_what_the_optimizer_does(optimizer):
+    """The share of W - B^T that a run leaves, foretold and done, with the decay that both get alike."""
+    config = dataclasses.replace(
+        SMALL,
+        optimizer=optimizer,
+        learning_rate=0.02,
+        momentum=0.5,
+        weight_decay=0.05,
+        accumulate=1,
+        schedule="constant",
+    )
+    schedule = tasks.make_schedule(config, 10, 400)
+    tx = tasks.make_optimizer(config, schedule)
+    w = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(3)}
+    b = {"kernel": jnp.zeros((3, 2)), "bias": None}
+    state_w, state_b = tx.init(w), tx.init(b)
+    gradient = {"kernel": jax.random.normal(jax.random.key(0), (3, 2)), "bias": jnp.zeros(3)}
+
+    @jax.jit
+    def step(w, b, state_w, state_b):
+        u, state_w = tx.update(gradient, state_w, w)
+        v, state_b = tx.update({**gradient, "bias": None}, state_b, b)
+        return optax.apply_updates(w, u), optax.apply_updates(b, v), state_w, state_b
+
+    for _ in range(400):
+        w, b, state_w, state_b = step(w, b, state_w, state_b)
+    left = np.asarray(w["kernel"] - b["kernel"])
+    assert left == pytest.approx(tasks.forgotten(config, schedule, 400), rel=0.05)
+    np.testing.assert_array_equal(w["bias"], 1)  # biases do not decay
+    assert (
+        tasks.make_optimizer(dataclasses.replace(config, decay_all=True), schedule).update(
+            jax.tree.map(jnp.zeros_like, w), tx.init(w), w
+        )[0]["bias"][0]
+        < 0
+    )
+
+
+def test_loss_by_definition():
+    config = dataclasses.replace(SMALL, label_smoothing=0.2)
+    task = tasks.make_task(config, (8, 8, 1), 10, np.float32(3), np.float32(2))
+    batch = {"image": np.random.default_rng(0).uniform(0, 16, (4, 8, 8, 1)), "label": np.array([3, 1, 4, -1])}
+    params, model_state = task.init(jax.random.key(0), batch)
+    logits = np.asarray(MLP((16, 16), 10).apply({"params": params}, (batch["image"] - 3) / 2), np.float64)
+    logs_ = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    counted = {name: x[:3] for name, x in batch.items()}
+    targets = 0.8 * np.eye(10)[counted["label"]] + 0.02
+    loss, (_, metrics) = task.loss_fn(params, model_state, counted, jax.random.key(0))
+    assert float(loss) == pytest.approx(-(targets * logs_[:3]).sum(-1).mean(), rel=1e-4)
+    wrong = logits[:3].argmax(-1) != counted["label"]
+    assert float(metrics["error"]) == pytest.approx(100 * wrong.mean())
+    total, errors, count = task.score(params, model_state, batch)
+    assert float(total) == pytest.approx(-logs_[range(3), counted["label"]].sum(), rel=1e-4)
+    assert (int(errors), int(count)) == (wrong.sum(), 3)
+
+
+def test_every_recipe_is_sound():
+    for name, config in recipes.RECIPES.items():
+        config.check()
+        assert name.endswith(f"-{config.rule}") and config.out == Path("runs") / name
+        json.dumps(train._to_json(config))
+        assert "mirror_steps" in train._to_json(config)
+
+
+def test_text_and_bf16():
+    """The decoder's loss at its start is that of chance; parameters stay float32."""
+    config = dataclasses.replace(recipes.RECIPES["decoder-characters-kpm"], dtype="bfloat16")
+    feed = feeds.open_feed(dataclasses.replace(config, batch_size=8), make_mesh(8))
+    assert feed.shape == (128,)
+    task = tasks.make_task(config, feed.shape, feed.num_classes, feed.mean, feed.std)
+    params, model_state = task.init(jax.random.key(0), feed.probe)
+    loss, _ = task.loss_fn(params, model_state, next(feed.batches(0)), jax.random.key(0))
+    assert float(loss) == pytest.approx(np.log(feed.num_classes), rel=0.2)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def test_csv_of_a_resumed_run(tmp_path):
+    path = tmp_path / "a.csv"
+    log = logs.Log(path, 0)
+    for step in (1, 2, 3):
+        log.write({"step": step, "x": step / 3, "y": float("nan")})
+    log.close()
+    with path.open("a") as file:
+        file.write("4,0.")  # cut off by a kill
+    again = logs.Log(path, 2)
+    again.write({"step": 3, "x": 7.0, "y": float("nan")})
+    again.close()
+    assert [list(row) for row in csv.reader(path.open())] == [
+        ["step", "x", "y"], ["1", "0.333333333", ""], ["2", "0.666666667", ""], ["3", "7", ""]
+    ]  # fmt: skip
