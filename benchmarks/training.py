@@ -5,6 +5,7 @@ run, and writes ``benchmarks/results/training.json``. DIR holds TFDS's cifar10, 
 """
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def main(args: Args) -> None:
                     "changes": changes,
                     "seconds": time.perf_counter() - start,
                     "examples_per_second": speed,
-                    **last,
+                    **{name: None if math.isnan(x) else x for name, x in last.items()},
                 }
             )
             shown = {k: round(last[k], 4) for k in last if "/" not in k}

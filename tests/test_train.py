@@ -136,16 +136,6 @@ def test_killed_at_any_point_and_resumed_it_ends_with_the_same_bits(finished, tm
     assert (config.out / "test.csv").read_text() == (finished.out / "test.csv").read_text()
 
 
-@pytest.mark.parametrize("rule", ["kpm"])
-def test_other_rules_resume_too(rule, tmp_path):
-    whole = run(tmp_path / "whole", rule=rule, steps=8, clip_norm=None)
-    part = run(tmp_path / "part", rule=rule, steps=8, save_every=3 / 37, keep=9, clip_norm=None)
-    for step in (6, 8):
-        _remove(part.out / "checkpoints" / str(step))
-    train.train(dataclasses.replace(part, resume=True))
-    assert_same_bits(end_state(part), end_state(whole))
-
-
 def test_resuming_what_is_finished_or_never_began(finished, tmp_path, capsys):
     before = end_state(finished)
     train.train(dataclasses.replace(finished, resume=True))
