@@ -87,9 +87,9 @@ def finished(tmp_path_factory):
 def test_what_a_run_leaves(finished):
     rows = logs.read(finished.out / "test.csv")
     assert [row["step"] for row in rows] == [37, 74, 111]
-    assert rows[-1]["test_error_percent"] < 40 and rows[-1]["test_error_percent"] < rows[0]["test_error_percent"]
+    assert rows[-1]["test_error_percent"] < 60 and rows[-1]["test_error_percent"] < rows[0]["test_error_percent"]
     angles = ("hidden_1/kernel", "output/kernel")
-    assert all(0 < rows[-1][f"matrix_angle_deg/{path}"] < 60 for path in angles), "about 90 where B does not learn"
+    assert all(0 < rows[-1][f"matrix_angle_deg/{path}"] < 40 for path in angles), "about 90 where B does not learn"
     assert rows[-1]["matrix_angle_worst_deg"] == max(rows[-1][f"matrix_angle_deg/{path}"] for path in angles)
     assert rows[-1]["delta_angle_deg/output/kernel"] == 0
     deltas = [rows[-1][f"delta_angle_deg/hidden_{i}/kernel"] for i in (0, 1)]
