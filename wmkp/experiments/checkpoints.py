@@ -8,7 +8,7 @@ import jax
 import orbax.checkpoint as ocp
 
 import wmkp
-from wmkp.experiments.config import InputError
+from wmkp.experiments.config import InputError, first_line
 
 SHOWN = 8  # of the differences between a checkpoint and what was expected
 
@@ -117,8 +117,3 @@ def _path(path: Any) -> str:
 
 def _describe(x: Any) -> str:
     return f"{x.dtype} {tuple(x.shape)}"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return next(iter(str(error).splitlines()), type(error).__name__)

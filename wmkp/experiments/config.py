@@ -262,3 +262,8 @@ def _check(config: Any, **limits: tuple[Any, str]) -> None:
 def flag(field: str) -> str:
     """A field as it is typed on the command line."""
     return "--" + field.replace("_", "-")
+
+
+def first_line(error: BaseException | None) -> str:
+    """The first line of an error's message, or else its kind."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

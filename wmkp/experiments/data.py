@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from wmkp.experiments import images, records
-from wmkp.experiments.config import InputError
+from wmkp.experiments.config import InputError, first_line
 
 Examples = dict[str, Any]  # "image": (examples, height, width, channels) and "label": (examples,) int32, or "tokens"
 
@@ -193,11 +193,6 @@ def prepare(name: str, data_dir: Path | None) -> Path:
         raise InputError(f"cannot prepare {name!r} in {where}: {' '.join(str(error).split())}") from None
     print(f"{name} is in {made.data_dir}")
     return Path(made.data_dir)
-
-
-def first_line(error: Exception | None) -> str:
-    """Of its message, or else its kind."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _directory(name: str) -> Path | None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from wmkp.experiments import data, images, records
-from wmkp.experiments.config import InputError
+from wmkp.experiments.config import InputError, first_line
 
 Batch = dict[str, np.ndarray]
 
@@ -134,7 +134,7 @@ class _RandomCrop(NamedTuple):
             else:
                 return _example(image, record["label"], index if i else -1)
         raise InputError(
-            f"none of {tries} training records from {index} on can be read ({data.first_line(first)}); "
+            f"none of {tries} training records from {index} on can be read ({first_line(first)}); "
             "prepare the dataset again"
         )
 

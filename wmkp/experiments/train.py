@@ -35,7 +35,7 @@ from rich.table import Table
 
 import wmkp
 from wmkp.experiments import checkpoints, devices, feeds, logs, outputs, tasks
-from wmkp.experiments.config import RULES, InputError, Train, flag
+from wmkp.experiments.config import RULES, InputError, Train, first_line, flag
 from wmkp.training import state_sharding
 
 # What may change when a run is resumed: none of it changes what is learned.
@@ -217,7 +217,7 @@ def train(config: Train) -> None:
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() == 1:
                 raise
-            print(f"wmkp: another process of the run was lost ({checkpoints.first_line(error)})", file=sys.stderr)
+            print(f"wmkp: another process of the run was lost ({first_line(error)})", file=sys.stderr)
             # The others cannot be waited for: leaving by the usual way would.
             sys.stdout.flush()
             os._exit(1)
@@ -447,7 +447,7 @@ def read_config(directory: Path) -> Train:
     except OSError as error:
         raise InputError(f"{directory} is not a run: cannot read {path.name} in it ({error.strerror})") from None
     except ValueError as error:
-        raise InputError(f"{path} is damaged: {checkpoints.first_line(error)}") from None
+        raise InputError(f"{path} is damaged: {first_line(error)}") from None
     try:
         unknown = set(values) - {field.name for field in dataclasses.fields(Train)}
         if unknown:
@@ -459,7 +459,7 @@ def read_config(directory: Path) -> Train:
         config = Train(**values)
         config.check()
     except (TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path} is damaged: {checkpoints.first_line(error)}") from None
+        raise InputError(f"{path} is damaged: {first_line(error)}") from None
     return config
 
 
