@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 try:
     import tyro
 
-    from wmkp.experiments import compare, data, figures, outputs, recipes, train
-    from wmkp.experiments.config import Compare, DataDir, InputError, Train
+    from wmkp.experiments import compare, data, figures, outputs, recipes, reproduce, train
+    from wmkp.experiments.config import Compare, DataDir, InputError, Reproduce, Train
 except ModuleNotFoundError as error:
     sys.exit(f'wmkp: {error.name} is missing; the command needs its extra: pip install "wmkp[experiments]"')
 
@@ -67,6 +67,12 @@ def run_plot(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("run
     """
     outputs.write_atomically({out: figures.runs(runs)})
     print(f"Written: {out}")
+
+
+@app.command(name="reproduce")
+def run_reproduce(config: tyro.conf.OmitArgPrefixes[Reproduce]) -> None:
+    """Run a published figure's experiments anew, and hold them against what was published."""
+    reproduce.reproduce(config)
 
 
 @app.command(name="data")

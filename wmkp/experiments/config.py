@@ -242,6 +242,70 @@ class Train:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Reproduce:
+    """A published figure, run anew. Shortened with --epochs or --steps it says how far it got, not what was published."""
+
+    figure: tyro.conf.Positional[
+        Literal[
+            "akrout-mnist",
+            "akrout-cifar10",
+            "akrout-mended",
+            "akrout-resnet20",
+            "akrout-tiny",
+            "akrout-imagenet",
+            "biotorch-lenet",
+        ]
+    ]
+    """akrout-mnist and akrout-cifar10: the curves published with the paper's NumPy code. akrout-mended: what each of that
+    code's quirks changes. akrout-resnet20, akrout-tiny, akrout-imagenet: the paper's figures, test error and every
+    layer's angles, with ResNet-20 on CIFAR-10, ResNet-18 on Tiny ImageNet-100, ResNet-18 and -50 on ImageNet.
+    biotorch-lenet: BioTorch's table for LeNet on MNIST."""
+    data_dir: DataDir = None
+    """Where TFDS has its datasets prepared. Nothing is downloaded."""
+    reference: Annotated[
+        Path | None, tyro.conf.arg(constructor=Path, metavar="PATH", help_behavior_hint="(default: none)")
+    ] = None
+    """Where the published curves are, akrout2019_mnist_bp.csv and so on, to be held against ours."""
+    out: Annotated[
+        Path | None, tyro.conf.arg(constructor=Path, metavar="PATH", help_behavior_hint="(default: runs/FIGURE)")
+    ] = None
+    """The directory for run.json, summary.csv, each run's CSV file and the pictures."""
+    only: tuple[str, ...] = ()
+    """Some of the figure's runs, by the names in its table."""
+    epochs: Annotated[float | None, _optional(float, "the published number")] = None
+    """Passes over the training set; the learning rate's schedule is shortened with them."""
+    steps: Annotated[int | None, _optional(int, "as --epochs says")] = None
+    """Engaged steps, in place of --epochs: to measure throughput. Not for the NumPy code's curves."""
+    batch_size: Annotated[int | None, _optional(int, "the recipe's")] = None
+    """Examples in a step. Not for the NumPy code's curves."""
+    image_size: Annotated[int | None, _optional(int, "the recipe's")] = None
+    """Height and width that images are resized to. Not for the NumPy code's curves."""
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, tyro.conf.arg(help_behavior_hint="(default: the recipe's)")
+    ] = None
+    """Of the computation. Not for the NumPy code's curves."""
+    distributed: bool = False
+    """Train together with other processes of a cluster that JAX knows, started alike."""
+    seed: int = 0
+    """Of weights, order, feedback weights and noise."""
+
+    def check(self) -> None:
+        """Raises InputError if a value makes no sense."""
+        _check(
+            self,
+            **dict.fromkeys(("steps", "batch_size", "image_size"), _OPTIONAL_SIZE),
+            epochs=(lambda x: x is None or 0 < x < math.inf, "positive and finite"),
+            seed=_SEED,
+        )
+        if self.figure in ("akrout-mnist", "akrout-cifar10", "akrout-mended"):
+            for name in ("steps", "batch_size", "image_size", "dtype", "distributed"):
+                if getattr(self, name):
+                    raise InputError(f"{flag(name)} is not for {self.figure}, whose settings are the published ones")
+        elif self.reference is not None:
+            raise InputError(f"--reference is for the NumPy code's curves; {self.figure} has none")
+
+
 # What a value must be: a test, so written that NaN never passes, and its words.
 _POSITIVE = (lambda x: 0 < x < math.inf, "positive and finite")
 _FINITE = (lambda x: 0 <= x < math.inf, "at least 0 and finite")

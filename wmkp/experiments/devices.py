@@ -18,7 +18,7 @@ def start(config: Train) -> None:
     Raises:
       InputError: they cannot be reached.
     """
-    if not config.distributed:
+    if not config.distributed or jax.distributed.is_initialized():
         return
     try:
         jax.distributed.initialize(

@@ -4,12 +4,15 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from wmkp.experiments import logs
 from wmkp.experiments.config import RULES, InputError
@@ -106,13 +109,105 @@ def _curves(lines: Sequence[tuple[str, dict[str, Any], list[dict[str, float]]]],
     for axes in (matrix, delta):
         axes.set(ylim=(-2, 95), yticks=range(0, 91, 15))  # a line at zero shows
     for axes in (error, matrix, delta):
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.margins(x=0.01)
-        axes.grid(color="#DDDDDD", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=TEXT)
+        _plain(axes)
     figure.legend(loc="outside lower center", ncols=min(len(lines), 4), frameon=False, handlelength=3)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     return png.getvalue()
+
+
+def _plain(axes: Any) -> None:
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(x=0.01)
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=TEXT)
+
+
+Curve = Sequence[Mapping[str, float]]
+
+
+def published(
+    ours: Mapping[str, Curve],
+    theirs: Mapping[str, Mapping[int, Mapping[str, float]] | None],
+    labels: Mapping[str, str],
+    title: str,
+) -> bytes:
+    """Curves of one hidden layer: test error, matrix angle and delta angle; published ones dotted, by epoch."""
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure.suptitle(title, fontsize=11, color=TEXT)
+    panels = figure.subplots(1, 3)
+    columns = ("test_accuracy_percent", "matrix_angle_W2_deg", "delta_angle_hidden_deg")
+    others, taken = itertools.cycle(OTHERS), set()
+    for name, rows in ours.items():
+        rule = name.split("-")[0]
+        style = STYLES[rule] if rule not in taken else next(others)
+        taken.add(rule)
+        for axes, column in zip(panels, columns, strict=True):
+            axes.plot(
+                [r["epoch"] + 1 for r in rows], [r[column] for r in rows], linewidth=1.4, label=labels[name], **style
+            )
+            if curve := theirs.get(name):
+                epochs = range(1 + int(rows[-1]["epoch"]))
+                shown = [curve[epoch][column] for epoch in epochs]
+                axes.plot(
+                    [e + 1 for e in epochs], shown, color=style["color"], linewidth=2.6, linestyle=":", alpha=0.45
+                )
+    panels[0].set(title="Test accuracy", ylabel="%")
+    panels[1].set(title="Matrix angle: W to B", ylabel="degrees")
+    panels[2].set(title="Delta angle: δ to backprop's δ", ylabel="degrees")
+    for axes in panels:
+        _plain(axes)
+        axes.set(xscale="log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    for axes in panels[1:]:
+        axes.set_ylim(-1, None)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(ours), 4), frameon=False, handlelength=3)
+    return _png(figure)
+
+
+def layers(tests: Mapping[str, Curve], rules: Mapping[str, str]) -> bytes:
+    """The angles of every layer of runs, as the paper's figure has them: a column a run, matrix above delta."""
+    shown = {name: rows for name, rows in tests.items() if any(_paths(rows, kind) for kind in ("matrix", "delta"))}
+    if not shown:
+        raise InputError("none of these runs has angles: backprop has no B")
+    figure = Figure(figsize=(2.6 * len(shown) + 1, 5.4), layout="constrained")
+    panels = figure.subplots(2, len(shown), sharex=True, sharey=True, squeeze=False)
+    colours = colormaps["viridis"]
+    for (name, rows), column in zip(shown.items(), panels.T, strict=True):
+        for axes, kind in zip(column, ("matrix", "delta"), strict=True):
+            paths = _paths(rows, kind)
+            for i, path in enumerate(paths):
+                marker = {"marker": "o", "markersize": 3} if len(rows) < 3 else {}
+                colour = colours(i / max(len(paths) - 1, 1))
+                axes.plot([r["epoch"] for r in rows], [r[path] for r in rows], color=colour, linewidth=1.1, **marker)
+            _plain(axes)
+            axes.set(ylim=(-2, 95), yticks=range(0, 91, 15))
+        column[0].set_title(RULES[rules[name]], fontsize=9.5, color=TEXT)
+        column[0].set_xlabel("")
+    panels[0, 0].set_ylabel("matrix angle, degrees")
+    panels[1, 0].set_ylabel("delta angle, degrees")
+    bar = figure.colorbar(ScalarMappable(cmap=colours), ax=panels, ticks=[0, 1], aspect=40, pad=0.01)
+    bar.ax.set_yticklabels(["first\nlayer", "last\nlayer"])
+    return _png(figure)
+
+
+def _paths(rows: Curve, kind: str) -> list[str]:
+    """The columns of a kind of angle, from the first layer on; the output's delta is the loss's own, whatever the rule."""
+    names = [
+        name for name in rows[-1] if name.startswith(f"{kind}_angle_deg/") and name != "delta_angle_deg/output/kernel"
+    ]
+    return sorted(names, key=_depth)
+
+
+def _depth(path: str) -> tuple[Any, ...]:
+    """A key that puts a model's layers in their order: numbers as numbers, the output last."""
+    parts = re.split(r"(\d+)", path.split("/", 1)[1])
+    return (path.endswith("output/kernel"), [int(p) if p.isdigit() else -1 for p in parts[1::2]], parts)

@@ -1,0 +1,34 @@
+"""Where, when and with what a result was made."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def provenance() -> dict[str, Any]:
+    """Date, commit (None outside a checkout), machine, devices, and versions of what counts."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    root, commit = Path(__file__).parents[2], ""
+    if (root / ".git").exists():  # a checkout, not an installed package that lies in somebody's repository
+        describe = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+        commit = subprocess.run(describe, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit or None,
+        "machine": {"cpu": cpu, "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"},
+        "devices": sorted({device.device_kind for device in jax.devices()}),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "optax")},
+        },
+    }

@@ -1,0 +1,199 @@
+"""The NumPy experiments published with Akrout et al. (2019), each of their quirks kept, and each of them mended."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import wmkp
+from wmkp.experiments.data import Dataset
+
+BATCH = 128
+HIDDEN = {"mnist": 500, "cifar10": 1000}
+EPOCHS = 400
+NOISE = 0.05  # the mirror's, uniform in [-NOISE, NOISE]
+MIRROR_RATE = 0.01  # eta_B, of the sum over a batch
+EXAMPLES = 128  # whose delta angles are averaged
+EVERY_UNTIL, EVERY = 20, 5  # evaluated after each of the first epochs, then after every fifth
+
+
+class Variant(NamedTuple):
+    """One of the published experiments, or one with something mended.
+
+    Attributes:
+      rule: its key in ``config.RULES``.
+      learning_rate: of W; a bias gets a 128th of it (its gradient is divided by the batch twice).
+      title: what is mended.
+      mirror: "published": uniform noise, sigmoid response, bias kept, B never decays; "decay": the same, B decays so as
+        to settle at W^T; "gaussian": ``wmkp.weight_mirror()`` as it is; "exact": orthogonal noise, B is the estimate.
+      shuffled: whether each epoch has an order of its own, instead of the dataset's.
+      weight_decay: lambda of W and B.
+    """
+
+    rule: str
+    learning_rate: float
+    title: str = "as published"
+    mirror: str = "published"
+    shuffled: bool = False
+    weight_decay: float = 0.0
+
+
+PUBLISHED = {
+    "bp": Variant("bp", 0.2),
+    "fa": Variant("fa", 0.2),
+    "wm": Variant("wm", 0.05),
+    "kp": Variant("kp", 0.3),
+}
+MENDED = {
+    "bp": PUBLISHED["bp"],
+    "bp-shuffled": PUBLISHED["bp"]._replace(title="shuffled", shuffled=True),
+    "kp": PUBLISHED["kp"],
+    "kp-shuffled": PUBLISHED["kp"]._replace(title="shuffled", shuffled=True),
+    "kp-decay": PUBLISHED["kp"]._replace(title="weight decay 1e-4 of W and B", weight_decay=1e-4),
+    "kpm": PUBLISHED["kp"]._replace(title="B from an exact mirror", rule="kpm"),
+    "wm": PUBLISHED["wm"],
+    "wm-shuffled": PUBLISHED["wm"]._replace(title="shuffled", shuffled=True),
+    "wm-decay": PUBLISHED["wm"]._replace(title="B decays, calibrated to settle at W^T", mirror="decay"),
+    "wm-gaussian": PUBLISHED["wm"]._replace(title="Gaussian noise, linear response, calibrated", mirror="gaussian"),
+    "wm-exact": PUBLISHED["wm"]._replace(title="orthogonal noise: exact", mirror="exact"),
+}
+
+
+class Epoch(NamedTuple):
+    """A line of a curve, the published ones' columns; NaN where there is no B."""
+
+    epoch: int
+    train_loss: float
+    test_accuracy_percent: float
+    delta_angle_hidden_deg: float
+    matrix_angle_W2_deg: float
+
+
+def make_rule(variant: Variant, fan_in: int, fan_out: int) -> wmkp.Rule:
+    """The rule, B's initial variance being 1 / (fan_in + fan_out) as W's."""
+    scale = math.sqrt(fan_in / (fan_in + fan_out))
+    if variant.rule == "wm" and variant.mirror == "gaussian":
+        return wmkp.weight_mirror(scale=scale)
+    if variant.rule == "wm" and variant.mirror == "exact":
+        return wmkp.weight_mirror("orthogonal", target_angle=1e-3, rate=1.0, scale=scale)
+    rules: dict[str, Callable[[], wmkp.Rule]] = {
+        "bp": wmkp.backprop,
+        "fa": lambda: wmkp.feedback_alignment(scale),
+        "kp": lambda: wmkp.kolen_pollack(scale),
+        "kpm": lambda: wmkp.kolen_pollack(scale, start="mirror"),
+        "wm": lambda: wmkp.weight_mirror("uniform", NOISE / math.sqrt(3), BATCH, jax.nn.sigmoid, "kept", scale=scale),
+    }
+    return rules[variant.rule]()
+
+
+def mirror_optimizer(variant: Variant, rule: wmkp.Rule) -> optax.GradientTransformation | None:
+    """How the published mirror moves B, by x y^T summed over the batch; None for the library's own way."""
+    if variant.rule != "wm" or variant.mirror not in ("published", "decay"):
+        return None
+    decay = wmkp.mirror_gain(rule) if variant.mirror == "decay" else 0.0
+    return wmkp.updates.weight_mirror(MIRROR_RATE * BATCH, decay)
+
+
+def forward(params: Any, images: jax.Array) -> jax.Array:
+    """Logits (batch, classes) of images, uint8 (batch, ...): pixels over 255, one sigmoid layer."""
+    x = images.reshape(len(images), -1) / jnp.float32(255)
+    y = jax.nn.sigmoid(x @ params["hidden"]["kernel"] + params["hidden"]["bias"])
+    return y @ params["output"]["kernel"] + params["output"]["bias"]
+
+
+def loss_fn(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
+    """Sigmoid cross entropy of each output by itself, summed over outputs, averaged over the batch."""
+    logits = forward(params, batch["image"])
+    targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
+    return optax.sigmoid_binary_cross_entropy(logits, targets).sum(-1).mean(), (model_state, {})
+
+
+def initial(key: jax.Array, sizes: tuple[int, int, int]) -> Any:
+    """W and b, Gaussian with variance 1 / (fan_in + fan_out)."""
+    params = {}
+    for name, fan_in, fan_out in (("hidden", *sizes[:2]), ("output", *sizes[1:])):
+        key, w_key, b_key = jax.random.split(key, 3)
+        std = 1 / math.sqrt(fan_in + fan_out)
+        params[name] = {
+            "kernel": std * jax.random.normal(w_key, (fan_in, fan_out)),
+            "bias": std * jax.random.normal(b_key, (fan_out,)),
+        }
+    return params
+
+
+def run(
+    variant: Variant,
+    dataset: Dataset,
+    hidden: int,
+    epochs: int,
+    seed: int = 0,
+    report: Callable[[list[Epoch]], None] = lambda rows: None,
+) -> list[Epoch]:
+    """Trains one variant, an epoch in one compiled call.
+
+    Args:
+      variant: what to train.
+      dataset: images, uint8, and labels, in the order that they are trained in.
+      hidden: the width of the hidden layer.
+      epochs: how many.
+      seed: of W, B, the mirror's noise and the shuffled order.
+      report: called with all lines so far after each evaluation.
+
+    Returns:
+      The curve.
+    """
+    train, test = jax.device_put((dataset.train, dataset.test))
+    pixels, steps = math.prod(train["image"].shape[1:]), len(train["label"]) // BATCH
+    rule = make_rule(variant, hidden, dataset.num_classes)
+    params_key, state_key, order_key = jax.random.split(jax.random.key(seed), 3)
+    params = initial(params_key, (pixels, hidden, dataset.num_classes))
+    slow_biases = optax.masked(optax.scale(1 / BATCH), lambda tree: jax.tree.map(lambda x: x.ndim == 1, tree))
+    decay = optax.add_decayed_weights(variant.weight_decay, lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree))
+    optimizer = optax.chain(slow_biases, decay, optax.sgd(variant.learning_rate))
+    some = jax.tree.map(lambda x: x[:EXAMPLES], train)
+    made = wmkp.make_steps(loss_fn, rule, optimizer, params, some, mirror_optimizer=mirror_optimizer(variant, rule))
+    mirrors = rule.mirror is not None and rule.mirror.each_step
+    state = made.init(state_key, params, mirror_steps=steps if mirrors and variant.mirror != "exact" else None)
+
+    def batches(train: Any, epoch: jax.Array) -> Any:
+        if variant.shuffled:
+            order = jax.random.permutation(jax.random.fold_in(order_key, epoch), len(train["label"]))
+            train = jax.tree.map(lambda x: x[order], train)
+        return jax.tree.map(lambda x: x[: steps * BATCH].reshape(steps, BATCH, *x.shape[1:]), train)
+
+    def step(state: wmkp.TrainState, batch: Any) -> tuple[wmkp.TrainState, jax.Array]:
+        state, metrics = made.engaged_step(state, batch)
+        if mirrors:
+            state, _ = made.mirror_step(state)
+        return state, metrics["loss"]
+
+    @partial(jax.jit, donate_argnums=0)
+    def run_epoch(state: wmkp.TrainState, train: Any, epoch: jax.Array) -> tuple[wmkp.TrainState, jax.Array]:
+        state, losses = jax.lax.scan(step, state, batches(train, epoch))
+        return state, losses.mean()
+
+    def delta_angle(state: wmkp.TrainState, one: Any) -> jax.Array:
+        one = jax.tree.map(lambda x: x[None], one)
+        angles = wmkp.delta_angles(loss_fn, rule, state.params, state.feedback, None, one, state.key, has_aux=True)
+        return angles["hidden/kernel"]
+
+    @jax.jit
+    def measure(state: wmkp.TrainState, some: Any, test: Any) -> tuple[jax.Array, ...]:
+        right = forward(state.params, test["image"]).argmax(-1) == test["label"]
+        delta = matrix = jnp.full((), jnp.nan)
+        if rule.backward is not None:
+            delta = jnp.nanmean(jax.vmap(lambda one: delta_angle(state, one))(some))
+            matrix = wmkp.matrix_angles(state.params, state.feedback)["output/kernel"]
+        return 100 * right.mean(), delta, matrix
+
+    rows: list[Epoch] = []
+    for epoch in range(epochs):
+        state, loss = run_epoch(state, train, epoch)
+        if epoch < EVERY_UNTIL or (epoch + 1) % EVERY == 0 or epoch == epochs - 1:
+            rows.append(Epoch(epoch, *(float(x) for x in jax.device_get((loss, *measure(state, some, test))))))
+            report(rows)
+    return rows

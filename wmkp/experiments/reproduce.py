@@ -1,0 +1,291 @@
+"""wmkp reproduce: published figures, run anew and held against what was published."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from wmkp.experiments import data, devices, figures, logs, outputs, published, recipes, train
+from wmkp.experiments.config import RULES, InputError, Reproduce, Train
+from wmkp.experiments.provenance import provenance
+from wmkp.training import batch_sharding
+
+IMAGENET_EXAMPLES = 1_281_167
+
+# Top-1 test error in percent, LeNet on MNIST, as BioTorch's own README has it; it has neither KP nor WM.
+BIOTORCH = {"bp": 0.91, "fa": 1.7, "dfa": 1.61, "ss": 0.94, "brsf": 0.91, "frsf": 0.97}
+
+
+class Battery(NamedTuple):
+    """Runs of ``wmkp train`` that make one figure.
+
+    Attributes:
+      runs: recipes, by name.
+      changes: of the recipes' settings.
+      published: the test error in percent that was published, by rule.
+    """
+
+    runs: tuple[str, ...]
+    changes: dict[str, Any]
+    published: dict[str, float] = {}  # noqa: RUF012
+
+
+def _runs(base: str, rules: str) -> tuple[str, ...]:
+    return tuple(f"{base}-{rule}" for rule in rules.split())
+
+
+# Long enough for Kolen-Pollack's clock, and without the steps that would stop it early.
+_ALIGNING = {"weight_decay": 5e-4, "schedule": "cosine", "drop_epochs": (), "epochs": 60.0}
+
+BATTERIES = {
+    "akrout-resnet20": Battery(_runs("resnet20-cifar10", "bp wm kp kpm ss fa"), _ALIGNING),
+    "akrout-tiny": Battery(_runs("resnet18-tiny", "bp wm kp kpm ss fa"), {}),
+    "akrout-imagenet": Battery(
+        _runs("resnet18-imagenet", "bp wm kp ss fa") + _runs("resnet50-imagenet", "bp wm kp ss fa"), {}
+    ),
+    "biotorch-lenet": Battery(_runs("lenet-mnist", "bp fa dfa ss brsf frsf kp kpm wm"), {}, BIOTORCH),
+}
+CURVES = {  # dataset, variants
+    "akrout-mnist": ("mnist", published.PUBLISHED),
+    "akrout-cifar10": ("cifar10", published.PUBLISHED),
+    "akrout-mended": ("mnist", published.MENDED),
+}
+
+
+def reproduce(config: Reproduce) -> None:
+    """Runs ``wmkp reproduce``.
+
+    Writes to the output directory ``run.json`` (command, settings, commit, machine, date), each run's own CSV files,
+    ``summary.csv`` (the table that is printed) and pictures.
+
+    Raises:
+      InputError: the config asks for what cannot be done.
+    """
+    config.check()
+    names = CURVES[config.figure][1] if config.figure in CURVES else BATTERIES[config.figure].runs
+    if unknown := [name for name in config.only if name not in names]:
+        raise InputError(f"--only: {config.figure} has no {unknown[0]!r}; choose from {', '.join(names)}")
+    config = dataclasses.replace(
+        config, only=config.only or tuple(names), out=config.out or Path("runs") / config.figure
+    )
+    assert config.out is not None
+    if config.distributed:
+        devices.start(settings(config, config.only[0]))
+    outputs.make_directory(config.out)
+    summary = (_curves if config.figure in CURVES else _battery)(config, config.out)
+    if devices.is_first():
+        _write(config.out / "summary.csv", summary)
+        _print(config, summary)
+
+
+def _started(config: Reproduce, out: Path, **settings: Any) -> None:
+    """Leaves in ``run.json`` what was run."""
+    written = {"command": shlex.join(["wmkp", *sys.argv[1:]]), **provenance(), "figure": config.figure, **settings}
+    if devices.is_first():
+        outputs.write_atomically({out / "run.json": (json.dumps(written, indent=1, default=str) + "\n").encode()})
+
+
+def _curves(config: Reproduce, out: Path) -> list[dict[str, Any]]:
+    """The published NumPy experiments: trained two at a time on CPUs, whose matrix products here are small."""
+    name, variants = CURVES[config.figure]
+    dataset = data.load(name, config.data_dir)
+    epochs = published.EPOCHS if config.epochs is None else max(1, round(config.epochs))
+    theirs = {key: _reference(config.reference, name, key) for key in config.only} if config.reference else {}
+    _started(config, out, epochs=epochs, seed=config.seed, variants={k: variants[k]._asdict() for k in config.only})
+    console, begin = Console(soft_wrap=True), time.perf_counter()
+
+    def one(key: str) -> list[dict[str, float]]:
+        curve: list[dict[str, float]] = []
+
+        def report(rows: list[published.Epoch]) -> None:
+            curve[:] = [row._asdict() for row in rows]
+            _write(out / f"{key}.csv", curve)
+            if len(rows) % 20 == 0 or rows[-1].epoch == epochs - 1:
+                last, seconds = rows[-1], time.perf_counter() - begin
+                console.print(f"{key}: epoch {last.epoch}, {last.test_accuracy_percent:.2f} %, {seconds:.0f} s")
+
+        published.run(variants[key], dataset, published.HIDDEN[name], epochs, config.seed, report)
+        return curve
+
+    at_a_time = min(2, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
+    with ThreadPoolExecutor(at_a_time) as pool:
+        curves = dict(zip(config.only, pool.map(one, config.only), strict=True))
+    console.print(f"All trained in {time.perf_counter() - begin:.0f} s.")
+    title = f"{name}, {epochs} epochs" + (": ours, and dotted the published" if theirs else "")
+    labels = {key: f"{key.upper()}  {variants[key].title}" for key in curves}
+    outputs.write_atomically({out / "curves.png": figures.published(curves, theirs, labels, title)})
+    return [_compared(key, variants[key].title, curves[key], theirs.get(key)) for key in config.only]
+
+
+COMPARED = {
+    "accuracy": "test_accuracy_percent",
+    "matrix_angle": "matrix_angle_W2_deg",
+    "delta_angle": "delta_angle_hidden_deg",
+}
+
+
+def _compared(key: str, title: str, ours: list[dict[str, float]], theirs: dict[int, dict[str, float]] | None) -> Any:
+    """A variant's line: each quantity at the last epoch, the published one there, and the largest difference so far."""
+    last = ours[-1]
+    line: dict[str, Any] = {"run": key, "what": title, "epoch": int(last["epoch"]) + 1}
+    for name, column in COMPARED.items():
+        line[name] = last[column]
+        if theirs:
+            pairs = [(row[column], theirs[int(row["epoch"])][column]) for row in ours if int(row["epoch"]) in theirs]
+            line[f"{name}_published"] = theirs[int(last["epoch"])][column]
+            line[f"{name}_largest_difference"] = max((abs(a - b) for a, b in pairs), default=math.nan)
+            line[f"{name}_mean_difference"] = sum(a - b for a, b in pairs) / max(len(pairs), 1)
+    return line
+
+
+def _reference(directory: Path, dataset: str, rule: str) -> dict[int, dict[str, float]] | None:
+    """A published curve, by epoch, or None where none was published."""
+    path = directory / f"akrout2019_{dataset}_{rule}.csv"
+    if not path.exists():
+        if rule in published.PUBLISHED:
+            raise InputError(f"--reference: {path} is not there")
+        return None
+    return {int(row["epoch"]): row for row in logs.read(path)}
+
+
+def settings(config: Reproduce, name: str) -> Train:
+    """The config of one run of a battery: its recipe, shortened as asked for, its schedule with it."""
+    recipe = dataclasses.replace(recipes.RECIPES[name], **BATTERIES[config.figure].changes)
+    epochs = config.epochs or recipe.epochs
+    share = epochs / recipe.epochs
+    assert config.out is not None
+    return dataclasses.replace(
+        recipe,
+        out=config.out / name,
+        resume=True,
+        data_dir=config.data_dir,
+        image_size=config.image_size or recipe.image_size,
+        batch_size=config.batch_size or recipe.batch_size,
+        dtype=config.dtype or recipe.dtype,
+        steps=config.steps,
+        epochs=epochs,
+        drop_epochs=tuple(share * epoch for epoch in recipe.drop_epochs),
+        warmup_epochs=share * recipe.warmup_epochs,
+        seed=config.seed,
+        distributed=config.distributed,
+    )
+
+
+def _battery(config: Reproduce, out: Path) -> list[dict[str, Any]]:
+    """Runs of ``wmkp train``, one after another; a run that is there already goes on, or is done."""
+    battery = BATTERIES[config.figure]
+    runs = {name: settings(config, name) for name in config.only}
+    _started(config, out, runs={name: dataclasses.asdict(run) for name, run in runs.items()})
+    lines = []
+    for name, run in runs.items():
+        begin = time.perf_counter()
+        train.train(run)
+        seconds = time.perf_counter() - begin
+        last = logs.read(run.out / "test.csv")[-1]
+        rates = [row["examples_per_second"] for row in logs.read(run.out / "train.csv")]
+        rate = sorted(rates)[len(rates) // 2]
+        line = {"run": name, "what": RULES[run.rule], "epoch": last["epoch"], "test_error": last["test_error_percent"]}
+        if battery.published:
+            line["test_error_published"] = battery.published.get(run.rule, math.nan)
+        for kind in ("matrix", "delta"):
+            line |= {f"{kind}_{which}": last[f"{kind}_angle_{which}_deg"] for which in ("mean", "worst")}
+        line |= {"examples_per_second": rate, "seconds": seconds}
+        if "imagenet" in config.figure:
+            line["hours_for_90_epochs"] = 90 * IMAGENET_EXAMPLES / rate / 3600
+            line |= {f"{part}_GB": size / 1e9 for part, size in memory(run).items()}
+        lines.append(line)
+    if devices.is_first():
+        tests = {name: logs.read(run.out / "test.csv") for name, run in runs.items()}
+        for name, rows in tests.items():
+            _write(out / f"{name}.csv", rows)
+        pictures = {"curves": figures.runs([run.out for run in runs.values()])}
+        pictures["layers"] = figures.layers(tests, {name: run.rule for name, run in runs.items()})
+        outputs.write_atomically({out / f"{name}.png": png for name, png in pictures.items()})
+    return lines
+
+
+def memory(config: Train) -> dict[str, int]:
+    """Bytes on each device in an engaged step: the state (W, B, the optimizer's), and what the step needs besides."""
+    run = train.build(config)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype, sharding=batch_sharding(run.mesh)),
+        run.feed.probe,
+    )
+    advance: Any = run.advance  # jitted
+    found = advance.lower(train.like(config, run), run.tally, batch).compile().memory_analysis()
+    return {"state": found.argument_size_in_bytes, "step": found.temp_size_in_bytes}
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: _cell(v, "{:.6g}") for k, v in row.items()})
+    outputs.write_atomically({path: text.getvalue().encode()})
+
+
+def _cell(x: Any, form: str) -> Any:
+    return ("" if math.isnan(x) else form.format(x)) if isinstance(x, float) else x
+
+
+# The printed table's columns: heading, and how a line fills it.
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "run": lambda line: line["run"],
+    "epoch": lambda line: f"{line['epoch']:g}",
+    "test accuracy %": lambda line: _held_against(line, "accuracy"),
+    "matrix angle": lambda line: _held_against(line, "matrix_angle"),
+    "delta angle": lambda line: _held_against(line, "delta_angle"),
+    "test error %": lambda line: _numbers(line, "test_error", "test_error_published"),
+    "matrix angle, mean, worst": lambda line: _numbers(line, "matrix_mean", "matrix_worst"),
+    "delta angle, mean, worst": lambda line: _numbers(line, "delta_mean", "delta_worst"),
+    "examples/s": lambda line: _numbers(line, "examples_per_second"),
+    "hours, 90 epochs": lambda line: _numbers(line, "hours_for_90_epochs"),
+    "GB: state, step": lambda line: _numbers(line, "state_GB", "step_GB"),
+}
+
+
+def _numbers(line: dict[str, Any], *names: str) -> str:
+    return ", ".join(_cell(float(line[name]), "{:.2f}") or "-" for name in names if name in line)
+
+
+def _held_against(line: dict[str, Any], name: str) -> str:
+    return _numbers(line, name, f"{name}_published", f"{name}_largest_difference")
+
+
+def table(summary: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The table that is printed, its headings first, columns without a number left out."""
+    columns = [[heading, *map(fill, summary)] for heading, fill in COLUMNS.items()]
+    return [list(row) for row in zip(*(c for c in columns if set("".join(c[1:])) - set("-, ")), strict=True)]
+
+
+def caption(summary: Sequence[dict[str, Any]]) -> str:
+    """What the table's numbers are."""
+    if "accuracy_published" in summary[0]:
+        return "Ours, the published, and the largest difference over the curve. Angles in degrees."
+    return "Test error: ours, and the published where there is one. Angles: degrees, over the layers, at the end."
+
+
+def _print(config: Reproduce, summary: list[dict[str, Any]]) -> None:
+    headings, *lines = table(summary)
+    shown = Table(title=config.figure, caption=caption(summary), box=box.SIMPLE_HEAD)
+    for heading in headings:
+        shown.add_column(heading.replace(", ", ",\n"), justify="left" if heading == "run" else "right", no_wrap=True)
+    for line in lines:
+        shown.add_row(*line)
+    Console().print(shown)
+    print(f"Written: {config.out}")
