@@ -79,7 +79,7 @@ def delta_angles(
       ``{path: degrees}``, scalars, one for each projection, a first layer included; NaN where a delta is all zero.
 
     Raises:
-      As ``value_and_grad``.
+      ValueError, TypeError, WeightTransportError: as ``value_and_grad``.
     """
     analysis = analyse(fun, params, *args)
     rules = resolve(rule, analysis)
@@ -126,6 +126,10 @@ def input_covariances(fun: Callable[..., Any], params: Any, *args: Any) -> dict[
 
     Returns:
       ``{path: (groups, fan_in, fan_in)}``, in the squared units of the activity.
+
+    Raises:
+      TypeError: a parameter is not a real floating-point array.
+      ValueError: a convolution by batch groups, or whose left operand is the weight, whose patches are not taken.
     """
     analysis = analyse(fun, params, *args)
     leaves = jax.tree.leaves(params)

@@ -284,7 +284,7 @@ def mirror_signals(
 
     Each projection gets noise x, answers y = phi(W x + b), and the signal is the mean of x y^T over samples, of which
     the expectation is sigma^2 E[phi'] W^T (eq. 10-11). A conv's noise is patches (N, fan_in), which is unbiased and
-    costs 4 N |W| operations whatever the image; no data enters, only shapes.
+    costs ``4 N |W|`` operations whatever the image; no data enters, only shapes.
 
     Args:
       key: a JAX random key.

@@ -19,7 +19,7 @@ def pure(model: nnx.Module) -> tuple[Callable[..., Any], Any, Any]:
     Returns:
       ``(apply, params, state)``. ``params`` is a nested dict of arrays, the values of ``nnx.Param``; ``state`` all else
       that the model holds. ``apply(params, state, *args, method=None, **kwargs) -> (output, new_state)`` calls the
-      model (or ``method(model, *args, **kwargs)``), and can be given to every function of wmkp.
+      model (or ``method(model, *args, **kwargs)``). It is pure: to be called inside the loss that wmkp trains.
 
     Example::
 

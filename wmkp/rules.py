@@ -292,7 +292,7 @@ def direct_kolen_pollack(scale: float = 1.0) -> Rule:
       scale: B starts Gaussian with standard deviation ``scale / sqrt(outputs)``.
 
     Raises:
-      As ``direct_feedback_alignment``.
+      ValueError: as ``direct_feedback_alignment``.
     """
     _check_scale(scale)
     return Rule("direct_kolen_pollack", _direct_feedback(scale), lambda w, b: b, learns=True, direct=True)
@@ -373,6 +373,9 @@ def information_alignment(
     Args:
       amplitude, null, decay: the coefficients (the paper's were found by search, one number each).
       rate, noise_std: as in ``alignment``.
+
+    Raises:
+      ValueError: an argument is out of its range; the message names it.
     """
     return alignment(
         amplitude=amplitude, null=null, decay=decay, rate=rate, noise_std=noise_std, name="information_alignment"
@@ -388,6 +391,9 @@ def symmetric_alignment(self_alignment: float = 1.0, decay: float = 1.0, *, rate
     Args:
       self_alignment, decay: the coefficients.
       rate: as in ``alignment``.
+
+    Raises:
+      ValueError: an argument is out of its range; the message names it.
     """
     return alignment(self_alignment=self_alignment, decay=decay, rate=rate, on="activity", name="symmetric_alignment")
 
@@ -402,6 +408,9 @@ def activation_alignment(amplitude: float = 1.0, sparse: float = 1.0, *, rate: f
     Args:
       amplitude, sparse: the coefficients.
       rate: as in ``alignment``; stable below ``2 / sparse``.
+
+    Raises:
+      ValueError: an argument is out of its range; the message names it.
     """
     return alignment(
         amplitude=amplitude, sparse=sparse, rate=rate, on="activity", normalize="total", name="activation_alignment"
@@ -418,6 +427,9 @@ def activity_mirror(*, whiten: bool = False, rate: float = 0.1) -> Rule:
     Args:
       whiten: whether to multiply by ``E[x x^T]^-1`` of the batch.
       rate: a, the share of the difference that a step takes away.
+
+    Raises:
+      ValueError: an argument is out of its range; the message names it.
     """
     return alignment(
         amplitude=1.0, decay=1.0, rate=rate, on="activity", whiten=whiten, normalize="none" if whiten else "mean",

@@ -1,0 +1,116 @@
+"""The documentation's build: pages in Markdown, the API from its docstrings, mathematics as MathML (no script, no network)."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, get_type_hints
+
+from docutils import nodes
+from docutils.utils.math import MathError
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
+
+import wmkp
+from wmkp.experiments import config, recipes
+
+project = "wmkp"
+copyright = "the authors of wmkp; Apache-2.0"
+version = release = wmkp.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_enable_extensions = ["dollarmath", "deflist", "fieldlist"]
+myst_heading_anchors = 3
+autodoc_typehints = "none"  # the docstrings say what each argument is
+autodoc_member_order = "bysource"
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+toc_object_entries_show_parents = "hide"
+smartquotes = False  # it would make one dash of two, and flags have two
+
+exclude_patterns = ["_build"]
+
+html_theme = "furo"
+html_title = f"wmkp {release}"
+html_math_renderer = "mathml"
+html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+html_theme_options = {"navigation_with_keys": True}
+
+
+def _mathml(translator: Any, node: Any, display: bool) -> None:
+    try:
+        html = tex2mathml(node.astext(), as_block=display)
+    except MathError as error:
+        logging.getLogger(__name__).warning("%s in the formula %s", error, node.astext(), location=node)
+        html = ""
+    translator.body.append(f'<div class="math">{html}</div>' if display else html)
+    raise nodes.SkipNode
+
+
+def _definitions(items: Iterable[tuple[str, str, str]]) -> list[nodes.Node]:
+    """A definition list of (what is typed, what stands beside it, what it means)."""
+    result = nodes.definition_list(classes=["settings"])
+    for typed, beside, text in items:
+        term = nodes.term("", "", nodes.literal(text=typed), nodes.Text(f"  {beside}"))
+        result += nodes.definition_list_item("", term, nodes.definition("", nodes.paragraph(text=text)))
+    return [result]
+
+
+class Settings(SphinxDirective):
+    """The fields of one of the command line's configs: flag, default and the field's own docstring."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """A definition list."""
+        cls = getattr(config, self.arguments[0])
+        docs = ModuleAnalyzer.for_module(config.__name__).find_attr_docs()
+        hints = get_type_hints(cls, include_extras=True)
+
+        def default(field: dataclasses.Field[Any]) -> str:
+            if isinstance(field.default, bool):
+                return "(on by default)" if field.default else ""
+            if field.default is None:  # the command's own help says what stands for it
+                return str(hints[field.name].__metadata__[0].help_behavior_hint)
+            return " ".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
+
+        return _definitions(
+            (config.flag(field.name), default(field), " ".join(docs[cls.__name__, field.name]).strip())
+            for field in dataclasses.fields(cls)
+        )
+
+
+class Recipes(SphinxDirective):
+    """The bases of recipes and the rules that each may be joined with."""
+
+    def run(self) -> list[nodes.Node]:
+        """A definition list."""
+        rules: dict[str, list[str]] = {}
+        for recipe in recipes.RECIPES:
+            base, rule = recipe.rsplit("-", 1)
+            rules.setdefault(base, []).append(rule)
+        about = {base: recipes.DESCRIPTIONS[f"{base}-{names[0]}"].split("; ", 1)[1] for base, names in rules.items()}
+        return _definitions((base, about[base], "with " + ", ".join(names)) for base, names in rules.items())
+
+
+class RuleNames(SphinxDirective):
+    """What the command line calls the rules."""
+
+    def run(self) -> list[nodes.Node]:
+        """A paragraph."""
+        paragraph = nodes.paragraph()
+        for short, name in config.RULES.items():
+            paragraph += [nodes.literal(text=short), nodes.Text(f" {name}; ")]
+        paragraph[-1] = nodes.Text(f" {name}.")
+        return [paragraph]
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    inline, block = ((lambda t, n, d=d: _mathml(t, n, d), None) for d in (False, True))
+    app.add_html_math_renderer("mathml", inline, block)
+    for name, directive in (("settings", Settings), ("recipes", Recipes), ("rule-names", RuleNames)):
+        app.add_directive(name, directive)

@@ -1,0 +1,183 @@
+"""The pages: their code runs, what they quote is there, every public name has its entry, the version has one source."""
+
+import ast
+import inspect
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import wmkp
+import wmkp.nnx
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+
+
+def blocks(page, language):
+    """(line, code) of each fenced block of a language."""
+    text = page.read_text()
+    found = re.finditer(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [(text[: m.start()].count("\n") + 2, m[1]) for m in found]
+
+
+# --- code -------------------------------------------------------------------------------------------------------------
+
+
+def readers_own():
+    """What the README takes for granted: a model of the reader's, here a small one."""
+    params = {"l1": jnp.ones((4, 6)) / 2, "l2": jax.random.normal(jax.random.key(3), (6, 5)) / 2}
+    batch = (jax.random.normal(jax.random.key(2), (8, 4)), jnp.arange(8) % 5)
+
+    def loss_fn(params, batch):
+        logits = jnp.tanh(batch[0] @ params["l1"]) @ params["l2"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+    rule = wmkp.kolen_pollack()
+    feedback = wmkp.init_feedback(jax.random.key(1), rule, loss_fn, params, batch)
+    return {
+        "jax": jax,
+        "wmkp": wmkp,
+        "params": params,
+        "batch": batch,
+        "batches": [batch] * 3,
+        "loss_fn": loss_fn,
+        "plain": loss_fn,
+        "rule": rule,
+        "feedback": feedback,
+    }
+
+
+# The README's "..." stands for the reader's own model.
+ELLIPSIS = "    ...\n"
+LOSS = "    loss, accuracy = plain(params, batch), 0.0\n"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+def test_code_runs(page):
+    """Every block of Python on a page, in the page's order and in one namespace; a traceback names the page's line."""
+    namespace = readers_own() if page.name in {"README.md", "index.md"} else {}
+    for line, code in blocks(page, "python"):
+        code = code.replace(ELLIPSIS, LOSS)
+        exec(compile("\n" * (line - 1) + code, page.name, "exec"), namespace)
+
+
+# --- what the pages say of the code -----------------------------------------------------------------------------------
+
+
+def test_every_public_name_has_its_entry():
+    entries = set()
+    for directive in re.finditer(
+        r"^\.\. (currentmodule|auto\w+):: (\w[\w.]*)", (DOCS / "api.md").read_text(), re.MULTILINE
+    ):
+        if directive[1] == "currentmodule":
+            module = directive[2]
+        else:
+            entries.add(f"{module}.{directive[2]}")
+    names = {f"wmkp.{name}" for name in wmkp.__all__} - {"wmkp.updates"}
+    for module in (wmkp.updates, wmkp.nnx):
+        names |= {
+            f"{module.__name__}.{name}"
+            for name, x in vars(module).items()
+            if inspect.isfunction(x) and x.__module__ == module.__name__ and not name.startswith("_")
+        }
+    names |= {f"wmkp.training.{name}" for name in ("batch_sharding", "state_sharding")}
+    assert entries == names
+
+
+def public():
+    """Every public function and class, and the module to look it up in."""
+    for module in (wmkp, wmkp.updates, wmkp.nnx):
+        for name, x in vars(module).items():
+            mine = name in wmkp.__all__ if module is wmkp else getattr(x, "__module__", "") == module.__name__
+            if mine and not name.startswith("_") and callable(x):
+                yield f"{module.__name__}.{name}", x
+
+
+@pytest.mark.parametrize(("name", "x"), list(public()), ids=lambda x: x if isinstance(x, str) else "")
+def test_docstrings_name_every_argument_and_error(name, x):
+    doc = inspect.getdoc(x)
+    assert doc
+    if inspect.isclass(x):
+        if not issubclass(x, Exception):
+            fields = [f for f in getattr(x, "_fields", getattr(x, "__dataclass_fields__", ())) if f != "analysis"]
+            assert not [f for f in fields if not re.search(rf"^  {f}: ", doc.split("Attributes:")[1], re.MULTILINE)]
+        return
+    parameters = inspect.signature(x).parameters
+    if parameters:
+        described = (
+            re.findall(r"^  (\*?\w+(?:, \w+)*): ", doc.split("Args:")[1], re.MULTILINE) if "Args:" in doc else []
+        )
+        described = {p.lstrip("*") for group in described for p in group.split(", ")}
+        single = len(parameters) == 1 and "Args:" not in doc  # one argument, which the first line names
+        assert single or set(parameters) <= described
+    # What the function itself raises; and most of what it passes on.
+    tree = ast.parse(inspect.getsource(x))
+    raised = {r.exc.func.id for r in ast.walk(tree) if isinstance(r, ast.Raise) and isinstance(r.exc, ast.Call)}
+    assert not raised or "Raises:" in doc
+    for error in raised:
+        assert error in doc.split("Raises:")[1]
+
+
+def test_links_lead_somewhere():
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"):
+        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_one_version():
+    assert re.search(r'^dynamic = \["version"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    released = re.findall(r"^## \[([^]]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert released[0] in {wmkp.__version__, "Unreleased"} and wmkp.__version__ in released
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def commands():
+    for page in PAGES:
+        for line, code in blocks(page, "bash"):
+            for i, command in enumerate(code.splitlines()):
+                for part in command.partition("#")[0].split("&&"):
+                    if part.strip().startswith("wmkp "):
+                        yield pytest.param(shlex.split(part)[1:], id=f"{page.name}:{line + i}")
+
+
+@pytest.mark.parametrize("arguments", list(commands()))
+def test_commands_are_understood(monkeypatch, arguments):
+    from wmkp.experiments import cli
+
+    called = []
+    for module, name in (
+        (cli.compare, "compare"),
+        (cli.train, "train"),
+        (cli.train, "evaluate"),
+        (cli.data, "prepare"),
+    ):
+        monkeypatch.setattr(module, name, lambda *args: called.append(args))
+    monkeypatch.setattr(cli.figures, "runs", lambda runs: called.append(runs))
+    monkeypatch.setattr(cli.outputs, "write_atomically", lambda files: None)
+    monkeypatch.setattr(sys, "argv", ["wmkp", *arguments])
+    cli.main()
+    assert called
+    for config in called[0]:
+        if hasattr(config, "check"):
+            config.check()
+
+
+def test_flags_in_prose_exist():
+    import dataclasses
+
+    from wmkp.experiments import config
+
+    known = {config.flag(f.name) for c in (config.Train, config.Compare) for f in dataclasses.fields(c)}
+    known |= {"--help", "--export", "--step", "--no-", "--no-tensorboard"}
+    for page in PAGES:
+        said = set(re.findall(r"`[^`\n]*?(--[a-z-]+)", page.read_text()))
+        assert said <= known, page.name
