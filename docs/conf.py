@@ -1,8 +1,9 @@
 """The documentation's build: pages in Markdown, the API from its docstrings, mathematics as MathML (no script, no network)."""
 
 import dataclasses
+import re
 from collections.abc import Iterable
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from docutils import nodes
 from docutils.utils.math import MathError
@@ -25,9 +26,10 @@ myst_heading_anchors = 3
 autodoc_typehints = "none"  # the docstrings say what each argument is
 autodoc_member_order = "bysource"
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 napoleon_use_rtype = False
 toc_object_entries_show_parents = "hide"
-smartquotes = False  # it would make one dash of two, and flags have two
+smartquotes_action = "D"  # dashes alone
 
 exclude_patterns = ["_build"]
 
@@ -54,9 +56,16 @@ def _definitions(items: Iterable[tuple[str, str, str]]) -> list[nodes.Node]:
     """A definition list of (what is typed, what stands beside it, what it means)."""
     result = nodes.definition_list(classes=["settings"])
     for typed, beside, text in items:
-        term = nodes.term("", "", nodes.literal(text=typed), nodes.Text(f"  {beside}"))
-        result += nodes.definition_list_item("", term, nodes.definition("", nodes.paragraph(text=text)))
+        term = nodes.term("", "", nodes.literal(text=typed), nodes.Text("  "), *_flags(beside))
+        meaning = nodes.definition("", nodes.paragraph("", "", *_flags(text)))
+        result += nodes.definition_list_item("", term, meaning)
     return [result]
+
+
+def _flags(text: str) -> list[nodes.Node]:
+    """Text whose flags are set as code."""
+    parts = re.split(r"(--[a-z-]+)", text)
+    return [nodes.literal(text=part) if i % 2 else nodes.Text(part) for i, part in enumerate(parts)]
 
 
 class Settings(SphinxDirective):
@@ -71,6 +80,8 @@ class Settings(SphinxDirective):
         hints = get_type_hints(cls, include_extras=True)
 
         def default(field: dataclasses.Field[Any]) -> str:
+            if field.default is dataclasses.MISSING:
+                return "one of " + ", ".join(get_args(get_args(hints[field.name])[0]))
             if isinstance(field.default, bool):
                 return "(on by default)" if field.default else ""
             if field.default is None:  # the command's own help says what stands for it
@@ -78,7 +89,11 @@ class Settings(SphinxDirective):
             return " ".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
 
         return _definitions(
-            (config.flag(field.name), default(field), " ".join(docs[cls.__name__, field.name]).strip())
+            (
+                field.name.upper() if field.default is dataclasses.MISSING else config.flag(field.name),
+                default(field),
+                " ".join(docs[cls.__name__, field.name]).strip(),
+            )
             for field in dataclasses.fields(cls)
         )
 
@@ -93,7 +108,7 @@ class Recipes(SphinxDirective):
             base, rule = recipe.rsplit("-", 1)
             rules.setdefault(base, []).append(rule)
         about = {base: recipes.DESCRIPTIONS[f"{base}-{names[0]}"].split("; ", 1)[1] for base, names in rules.items()}
-        return _definitions((base, about[base], "with " + ", ".join(names)) for base, names in rules.items())
+        return _definitions((base, "", f"{about[base]}; with {', '.join(names)}") for base, names in rules.items())
 
 
 class RuleNames(SphinxDirective):

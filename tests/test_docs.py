@@ -154,12 +154,8 @@ def test_commands_are_understood(monkeypatch, arguments):
     from wmkp.experiments import cli
 
     called = []
-    for module, name in (
-        (cli.compare, "compare"),
-        (cli.train, "train"),
-        (cli.train, "evaluate"),
-        (cli.data, "prepare"),
-    ):
+    ends = ((cli.compare, "compare"), (cli.train, "train"), (cli.train, "evaluate"), (cli.data, "prepare"))
+    for module, name in (*ends, (cli.reproduce, "reproduce")):
         monkeypatch.setattr(module, name, lambda *args: called.append(args))
     monkeypatch.setattr(cli.figures, "runs", lambda runs: called.append(runs))
     monkeypatch.setattr(cli.outputs, "write_atomically", lambda files: None)
@@ -171,12 +167,25 @@ def test_commands_are_understood(monkeypatch, arguments):
             config.check()
 
 
+def test_every_command_is_on_the_page(monkeypatch, capsys):
+    from wmkp.experiments import cli
+
+    monkeypatch.setattr(sys, "argv", ["wmkp", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    names = set(re.search(r"\{([a-z,]+)\}", capsys.readouterr().out)[1].split(","))
+    page = (DOCS / "command-line.md").read_text()
+    assert {"compare", "train"} <= names == set(re.findall(r"^\| `wmkp ([a-z]+)", page, re.MULTILINE))
+
+
 def test_flags_in_prose_exist():
     import dataclasses
 
     from wmkp.experiments import config
 
-    known = {config.flag(f.name) for c in (config.Train, config.Compare) for f in dataclasses.fields(c)}
+    known = {
+        config.flag(f.name) for c in (config.Train, config.Compare, config.Reproduce) for f in dataclasses.fields(c)
+    }
     known |= {"--help", "--export", "--step", "--no-", "--no-tensorboard"}
     for page in PAGES:
         said = set(re.findall(r"`[^`\n]*?(--[a-z-]+)", page.read_text()))
