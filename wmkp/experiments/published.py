@@ -125,6 +125,21 @@ def initial(key: jax.Array, sizes: tuple[int, int, int]) -> Any:
     return params
 
 
+class Trial(NamedTuple):
+    """A variant in training.
+
+    Attributes:
+      state: the TrainState, B mirrored already where there is a mirror.
+      run_epoch: ``(state, train, epoch) -> (state, mean loss)``, an epoch in one compiled call; donates the state.
+      measure: ``(state, examples, test) -> (test accuracy, delta angle, matrix angle)``, percent and degrees; the delta
+        angle is the mean over the examples, each by itself.
+    """
+
+    state: wmkp.TrainState
+    run_epoch: Callable[..., tuple[wmkp.TrainState, jax.Array]]
+    measure: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+
+
 def run(
     variant: Variant,
     dataset: Dataset,
@@ -133,20 +148,35 @@ def run(
     seed: int = 0,
     report: Callable[[list[Epoch]], None] = lambda rows: None,
 ) -> list[Epoch]:
-    """Trains one variant, an epoch in one compiled call.
+    """Trains one variant and gives its curve, a line an evaluation.
+
+    Args:
+      variant, dataset, hidden, seed: as ``start``.
+      epochs: how many.
+      report: called with all lines so far after each evaluation.
+    """
+    train, test = jax.device_put((dataset.train, dataset.test))
+    some = jax.tree.map(lambda x: x[:EXAMPLES], train)
+    state, run_epoch, measure = start(variant, dataset, hidden, seed)
+    rows: list[Epoch] = []
+    for epoch in range(epochs):
+        state, loss = run_epoch(state, train, epoch)
+        if epoch < EVERY_UNTIL or (epoch + 1) % EVERY == 0 or epoch == epochs - 1:
+            rows.append(Epoch(epoch, *(float(x) for x in jax.device_get((loss, *measure(state, some, test))))))
+            report(rows)
+    return rows
+
+
+def start(variant: Variant, dataset: Dataset, hidden: int, seed: int = 0) -> Trial:
+    """A variant before its first epoch.
 
     Args:
       variant: what to train.
       dataset: images, uint8, and labels, in the order that they are trained in.
       hidden: the width of the hidden layer.
-      epochs: how many.
       seed: of W, B, the mirror's noise and the shuffled order.
-      report: called with all lines so far after each evaluation.
-
-    Returns:
-      The curve.
     """
-    train, test = jax.device_put((dataset.train, dataset.test))
+    train = dataset.train
     pixels, steps = math.prod(train["image"].shape[1:]), len(train["label"]) // BATCH
     rule = make_rule(variant, hidden, dataset.num_classes)
     params_key, state_key, order_key = jax.random.split(jax.random.key(seed), 3)
@@ -157,7 +187,8 @@ def run(
     some = jax.tree.map(lambda x: x[:EXAMPLES], train)
     made = wmkp.make_steps(loss_fn, rule, optimizer, params, some, mirror_optimizer=mirror_optimizer(variant, rule))
     mirrors = rule.mirror is not None and rule.mirror.each_step
-    state = made.init(state_key, params, mirror_steps=steps if mirrors and variant.mirror != "exact" else None)
+    period = 1 if variant.mirror == "exact" else steps  # one epoch of mirror batches before the first of training
+    state = made.init(state_key, params, mirror_steps=period if mirrors else None)
 
     def batches(train: Any, epoch: jax.Array) -> Any:
         if variant.shuffled:
@@ -182,7 +213,7 @@ def run(
         return angles["hidden/kernel"]
 
     @jax.jit
-    def measure(state: wmkp.TrainState, some: Any, test: Any) -> tuple[jax.Array, ...]:
+    def measure(state: wmkp.TrainState, some: Any, test: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         right = forward(state.params, test["image"]).argmax(-1) == test["label"]
         delta = matrix = jnp.full((), jnp.nan)
         if rule.backward is not None:
@@ -190,10 +221,4 @@ def run(
             matrix = wmkp.matrix_angles(state.params, state.feedback)["output/kernel"]
         return 100 * right.mean(), delta, matrix
 
-    rows: list[Epoch] = []
-    for epoch in range(epochs):
-        state, loss = run_epoch(state, train, epoch)
-        if epoch < EVERY_UNTIL or (epoch + 1) % EVERY == 0 or epoch == epochs - 1:
-            rows.append(Epoch(epoch, *(float(x) for x in jax.device_get((loss, *measure(state, some, test))))))
-            report(rows)
-    return rows
+    return Trial(state, run_epoch, measure)

@@ -1,0 +1,254 @@
+"""wmkp reproduce: the published NumPy experiments against their equations in float64, what the command writes, refusals."""
+
+import csv
+import dataclasses
+import io
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+import wmkp
+from wmkp.experiments import cli, data, published, recipes, reproduce
+from wmkp.experiments.config import Reproduce
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+HIDDEN, CLASSES = 7, 4
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    """Three batches of 2x3 pixels and a rest that must be dropped."""
+    random = np.random.default_rng(0)
+
+    def examples(count):
+        labels = random.integers(0, CLASSES, count).astype(np.int32)
+        images = random.integers(0, 128, (count, 2, 3, 1)) + 40 * (labels % 3)[:, None, None, None]
+        return {"image": images.astype(np.uint8), "label": labels}
+
+    return data.Dataset(examples(3 * published.BATCH + 50), examples(200), CLASSES)
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+def by_numpy(variant, state, dataset, epochs):
+    """The published equations in float64, from the same start: W, b of both layers, B, and each epoch's mean loss."""
+    w1, b1, w2, b2 = (
+        np.asarray(state.params[layer][name], np.float64)
+        for layer in ("hidden", "output")
+        for name in ("kernel", "bias")
+    )
+    b = None if variant.rule == "bp" else np.asarray(state.feedback["output"]["kernel"], np.float64)
+    rate, size, losses = variant.learning_rate, published.BATCH, []
+    x_all = dataset.train["image"].reshape(len(dataset.train["label"]), -1) / 255
+    for _ in range(epochs):
+        epoch = []
+        for i in range(len(x_all) // size):
+            x, labels = x_all[i * size :][:size], dataset.train["label"][i * size :][:size]
+            t = np.eye(CLASSES)[labels]
+            y = sigmoid(x @ w1 + b1)
+            out = sigmoid(y @ w2 + b2)
+            epoch.append(-(t * np.log(out) + (1 - t) * np.log(1 - out)).sum(1).mean())
+            e = out - t
+            delta = (e @ (w2 if b is None else b).T) * y * (1 - y)
+            change2, change1 = y.T @ e / size, x.T @ delta / size
+            b2, b1 = b2 - rate * e.sum(0) / size / size, b1 - rate * delta.sum(0) / size / size
+            w2, w1 = w2 - rate * change2, w1 - rate * change1
+            if variant.rule == "kp":
+                b = b - rate * change2
+        losses.append(np.mean(epoch))
+    return w1, b1, w2, b2, b, losses
+
+
+@pytest.mark.parametrize("name", ["bp", "fa", "kp"])
+def test_a_published_experiment_is_its_equations(name, dataset):
+    variant = published.PUBLISHED[name]
+    trial = published.start(variant, dataset, HIDDEN, seed=3)
+    start = jax.tree.map(np.array, trial.state._replace(key=0))  # the state itself is donated
+    expected = by_numpy(variant, start, dataset, epochs=4)
+    state, losses = trial.state, []
+    for epoch in range(4):
+        state, loss = trial.run_epoch(state, dataset.train, epoch)
+        losses.append(float(loss))
+    np.testing.assert_allclose(losses, expected[5], rtol=2e-6)
+    found = [state.params[layer][part] for layer in ("hidden", "output") for part in ("kernel", "bias")]
+    before = [start.params[layer][part] for layer in ("hidden", "output") for part in ("kernel", "bias")]
+    for w, first, theirs in zip(found, before, expected[:4], strict=True):
+        moved = np.abs(theirs - first).max()
+        assert np.abs(np.asarray(w) - theirs).max() < 1e-3 * moved  # float32 beside a small step of the biases
+    if name != "bp":
+        np.testing.assert_allclose(state.feedback["output"]["kernel"], expected[4], rtol=1e-5, atol=1e-6)
+
+
+def test_the_start_is_gaussian_with_the_published_variance():
+    params = published.initial(jax.random.key(0), (300, 200, 50))
+    for layer, fans in (("hidden", 500), ("output", 250)):
+        for part in ("kernel", "bias"):
+            w = np.asarray(params[layer][part])
+            assert abs(w.std() * np.sqrt(fans) - 1) < 4 / np.sqrt(2 * w.size)
+    rule = published.make_rule(published.PUBLISHED["fa"], 400, 600)
+    feedback = wmkp.init_feedback(
+        jax.random.key(1),
+        {"w": rule, ".*": wmkp.backprop()},
+        lambda p, x: x @ p["v"] @ p["w"],
+        {"v": jnp.eye(400), "w": jnp.zeros((400, 600))},
+        jnp.ones((1, 400)),
+    )
+    assert abs(float(feedback["w"].std()) * np.sqrt(1000) - 1) < 0.01
+
+
+def test_the_published_mirror_adds_the_sum_over_a_batch(dataset, monkeypatch):
+    """B += 0.01 x y^T, y = sigmoid(W x + b): three mirror batches before training, then one after each step."""
+    random, drawn = np.random.default_rng(1), []
+
+    def draw(key, mirror, shape, dtype):
+        if not drawn:
+            drawn.append(random.uniform(-published.NOISE, published.NOISE, shape))
+        assert mirror.noise == "uniform" and abs(mirror.noise_std * np.sqrt(3) - published.NOISE) < 1e-9
+        assert shape == (1, published.BATCH, HIDDEN)
+        return jnp.asarray(drawn[0], dtype)
+
+    monkeypatch.setattr("wmkp.mirror.draw_noise", draw)
+    variant = published.PUBLISHED["wm"]
+    trial = published.start(variant, dataset, HIDDEN, seed=3)
+    w, bias = (np.asarray(trial.state.params["output"][part], np.float64) for part in ("kernel", "bias"))
+    unmirrored = published.start(variant._replace(rule="fa"), dataset, HIDDEN, seed=3).state.feedback["output"][
+        "kernel"
+    ]
+    x = drawn[0][0]
+    expected = np.asarray(unmirrored) + 3 * published.MIRROR_RATE * x.T @ sigmoid(x @ w + bias)
+    np.testing.assert_allclose(trial.state.feedback["output"]["kernel"], expected, atol=1e-6)
+
+
+def test_mended_mirrors_reach_the_transpose(dataset):
+    """The Gaussian one has had three mirror steps: by the law of angles 14.8 degrees."""
+    for name, bound in (("wm-exact", 1e-2), ("kpm", 1e-2), ("wm-gaussian", 17.0)):
+        state = published.start(published.MENDED[name], dataset, 40, seed=0).state
+        (angle,) = wmkp.matrix_angles(state.params, state.feedback).values()
+        assert float(angle) < bound, name
+
+
+def test_a_shuffled_epoch_takes_each_example_once_in_another_order(dataset):
+    whole = dataset._replace(train={k: x[: 3 * published.BATCH] for k, x in dataset.train.items()})
+    slow = published.PUBLISHED["bp"]._replace(
+        learning_rate=1e-9
+    )  # the mean loss of an epoch is then that of its examples
+    losses = {}
+    for shuffled in (False, True):
+        for rate in (1e-9, 0.2):
+            trial = published.start(slow._replace(shuffled=shuffled, learning_rate=rate), whole, HIDDEN)
+            losses[shuffled, rate] = float(trial.run_epoch(trial.state, whole.train, 0)[1])
+    assert abs(losses[True, 1e-9] - losses[False, 1e-9]) < 1e-6
+    assert abs(losses[True, 0.2] - losses[False, 0.2]) > 1e-6
+
+
+def run_command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["wmkp", "reproduce", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def read(path):
+    return list(csv.DictReader(path.open()))
+
+
+def test_curves_are_held_against_the_published(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "load", lambda name, data_dir: dataset)
+    monkeypatch.setattr(published, "HIDDEN", {"mnist": HIDDEN})
+    for rule in ("bp", "kp"):
+        lines = [
+            f"{e},1.0,{50 + e},{'' if rule == 'bp' else 30 - e},80,{'' if rule == 'bp' else 20 - e}" for e in range(5)
+        ]
+        header = "epoch,train_loss,test_accuracy_percent,delta_angle_hidden_deg,matrix_angle_W1_deg,matrix_angle_W2_deg"
+        (tmp_path / f"akrout2019_mnist_{rule}.csv").write_text("\n".join([header, *lines]) + "\n")
+    out = tmp_path / "out"
+    arguments = ["akrout-mnist", "--epochs", 3, "--only", "bp", "kp", "--reference", tmp_path, "--out", out]
+    assert run_command(monkeypatch, *arguments) == 0
+    bp, kp = read(out / "summary.csv")
+    curve = read(out / "kp.csv")
+    assert [row["epoch"] for row in curve] == ["0", "1", "2"]
+    assert kp["epoch"] == "3" and kp["accuracy"] == curve[-1]["test_accuracy_percent"]
+    assert float(kp["accuracy_published"]) == 52 and float(kp["matrix_angle_published"]) == 18
+    differences = [float(row["delta_angle_hidden_deg"]) - (30 - e) for e, row in enumerate(curve)]
+    assert float(kp["delta_angle_largest_difference"]) == pytest.approx(max(map(abs, differences)), rel=1e-4)
+    assert float(kp["delta_angle_mean_difference"]) == pytest.approx(np.mean(differences), rel=1e-4)
+    assert bp["matrix_angle"] == "" and float(bp["accuracy_published"]) == 52
+    written = json.loads((out / "run.json").read_text())
+    assert written["command"].startswith("wmkp reproduce akrout-mnist") and {"date", "machine", "versions"} <= set(
+        written
+    )
+    assert imread(io.BytesIO((out / "curves.png").read_bytes())).shape[2] == 4
+    printed = capsys.readouterr().out
+    assert "52.00" in printed and f"{float(kp['matrix_angle']):.2f}, 18.00" in printed
+
+
+def test_a_battery_is_its_runs_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    battery = reproduce.Battery(
+        ("mlp-digits-bp", "mlp-digits-wm"), {"hidden": (16, 16), "log_every": 5, "tensorboard": False}
+    )
+    monkeypatch.setitem(reproduce.BATTERIES, "biotorch-lenet", battery._replace(published={"bp": 0.91}))
+    arguments = ["biotorch-lenet", "--epochs", 1, "--out", tmp_path]
+    assert run_command(monkeypatch, *arguments) == 0
+    bp, wm = read(tmp_path / "summary.csv")
+    last = read(tmp_path / "mlp-digits-wm" / "test.csv")[-1]
+    assert wm["test_error"] == f"{float(last['test_error_percent']):.6g}" and float(bp["test_error_published"]) == 0.91
+    assert float(wm["matrix_worst"]) >= float(wm["matrix_mean"]) > 0 and bp["matrix_mean"] == ""
+    assert imread(io.BytesIO((tmp_path / "layers.png").read_bytes())).size
+    before = (tmp_path / "summary.csv").read_text().replace(wm["seconds"], "").replace(bp["seconds"], "")
+    capsys.readouterr()
+    assert run_command(monkeypatch, *arguments) == 0
+    assert "Resumed" in capsys.readouterr().out
+    again = read(tmp_path / "summary.csv")
+    assert (tmp_path / "summary.csv").read_text().replace(again[1]["seconds"], "").replace(
+        again[0]["seconds"], ""
+    ) == before
+
+
+def test_a_shortened_run_shortens_its_schedule():
+    config = Reproduce("akrout-imagenet", epochs=9.0, out=reproduce.Path("x"), steps=3, batch_size=8, image_size=32)
+    run = reproduce.settings(config, "resnet50-imagenet-kp")
+    full = recipes.RECIPES["resnet50-imagenet-kp"]
+    assert (
+        run.drop_epochs == pytest.approx([e / 10 for e in full.drop_epochs])
+        and run.warmup_epochs == full.warmup_epochs / 10
+    )
+    assert (run.steps, run.batch_size, run.image_size, run.model, run.rule) == (3, 8, 32, "resnet50", "kp")
+    assert dataclasses.replace(run, **{f.name: getattr(full, f.name) for f in dataclasses.fields(full)}) == full
+
+
+def test_every_battery_names_recipes_and_every_run_is_checked():
+    for figure, battery in reproduce.BATTERIES.items():
+        for name in battery.runs:
+            reproduce.settings(Reproduce(figure, out=reproduce.Path("x")), name).check()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["akrout-mnist", "--only", "nothing"], "--only: akrout-mnist has no 'nothing'; choose from bp, fa, wm, kp"),
+        (["akrout-mnist", "--steps", "3"], "--steps is not for akrout-mnist"),
+        (["akrout-tiny", "--reference", "x"], "--reference is for the NumPy code's curves"),
+        (["akrout-mnist", "--epochs", "0"], "--epochs must be positive"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(arguments, said, monkeypatch, capsys, tmp_path):
+    assert run_command(monkeypatch, *arguments, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_reference_is_named(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "load", lambda name, data_dir: dataset)
+    assert run_command(monkeypatch, "akrout-mnist", "--reference", tmp_path, "--out", tmp_path / "out") == 2
+    assert "akrout2019_mnist_bp.csv is not there" in capsys.readouterr().err
