@@ -11,6 +11,8 @@ from flax import nnx
 import wmkp
 import wmkp.nnx
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 KEY = jax.random.key(0)
 
 

@@ -1,6 +1,5 @@
 """Two real processes over loopback: they train as one, stop together, save one checkpoint, and miss each other."""
 
-import os
 import re
 import signal
 import socket
@@ -14,23 +13,22 @@ import pytest
 from wmkp.experiments import logs
 
 OPTIONS = "mlp-digits-wm --hidden 16 16 --epochs 400 --log-every 10 --no-tensorboard --mirror-angle 20".split()
-ENVIRONMENT = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}  # a device each
 SECONDS = 240  # after which a process hangs
 
 
-def start(out, *options):
+def start(environment, out, *options):
     command = [sys.executable, "-c", "from wmkp.experiments.cli import main; main()", "train", *OPTIONS, *options]
     return subprocess.Popen(
-        [*command, "--out", str(out)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--out", str(out)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def start_two(out):
+def start_two(environment, out):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     together = ["--distributed", "--coordinator", address, "--processes", "2"]
-    return [start(out, *together, "--process", str(i)) for i in range(2)]
+    return [start(environment, out, *together, "--process", str(i)) for i in range(2)]
 
 
 def until_rows(path, count, processes):
@@ -45,10 +43,10 @@ def rows_before(path, step):
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory):
+def together(tmp_path_factory, child_environment):
     """Two processes train, one is told to stop -> both have ended."""
     out = tmp_path_factory.mktemp("together") / "run"
-    processes = start_two(out)
+    processes = start_two(child_environment, out)
     try:
         until_rows(out / "train.csv", 4, processes)
         processes[1].send_signal(signal.SIGTERM)
@@ -60,12 +58,12 @@ def together(tmp_path_factory):
     return out, said[0][0]
 
 
-def test_two_processes_train_as_one_and_one_resumes_alone(together, tmp_path):
+def test_two_processes_train_as_one_and_one_resumes_alone(together, tmp_path, child_environment):
     out, said = together
     step = int(re.search(r"Stopped at step (\d+) of 14800 and saved", said).group(1))
     assert (out / "checkpoints" / str(step)).is_dir()
-    alone = start(tmp_path / "alone")
-    resumed = start(out, "--resume")
+    alone = start(child_environment, tmp_path / "alone")
+    resumed = start(child_environment, out, "--resume")
     try:
         for process, path in ((alone, tmp_path / "alone" / "train.csv"), (resumed, out / "train.csv")):
             until_rows(path, step // 10 + 3, [process])
@@ -82,8 +80,8 @@ def test_two_processes_train_as_one_and_one_resumes_alone(together, tmp_path):
 
 
 @pytest.mark.parametrize("lost", [0, 1], ids=["the coordinator", "the other"])
-def test_losing_a_process_ends_the_other(lost, tmp_path):
-    processes = start_two(tmp_path / "run")
+def test_losing_a_process_ends_the_other(lost, tmp_path, child_environment):
+    processes = start_two(child_environment, tmp_path / "run")
     try:
         until_rows(tmp_path / "run" / "train.csv", 2, processes)
         processes[lost].kill()

@@ -24,7 +24,10 @@ from wmkp.experiments.data import Dataset
 from wmkp.experiments.devices import make_mesh
 from wmkp.experiments.models.mlp import MLP
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # of TensorBoard's writer and Orbax
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),  # of TensorBoard's writer and Orbax
+    pytest.mark.usefixtures("quick_compile"),
+]
 
 # Everything that a step can have, on the smallest network: 37 steps an epoch.
 SMALL = Train(
@@ -69,14 +72,13 @@ def assert_same_bits(a, b):
 def one_device():
     """Runs over one device, which compile the soonest; test_mesh.py and test_processes.py have many."""
     with pytest.MonkeyPatch.context() as patch:
-        first = np.array(jax.devices()[:1])  # asked for before the flags change, which are for runs of their own
+        first = np.array(jax.devices()[:1])
         patch.setattr(train.devices, "make_mesh", lambda batch_size: Mesh(first, ("data",)))
-        patch.setenv("XLA_FLAGS", "")
         yield
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, quick_compile, one_device):
     """A run from beginning to end."""
     return run(tmp_path_factory.mktemp("whole") / "run", tensorboard=True)
 
@@ -105,7 +107,7 @@ def test_what_a_run_leaves(finished):
         assert name in events.read_bytes()
 
 
-def test_killed_at_any_point_and_resumed_it_ends_with_the_same_bits(finished, tmp_path):
+def test_killed_at_any_point_and_resumed_it_ends_with_the_same_bits(finished, tmp_path, child_environment):
     """SIGKILL somewhere, then SIGTERM, each in a process of its own, then to the end."""
     config = dataclasses.replace(SMALL, out=tmp_path / "run", resume=True)
     code = f"from wmkp.experiments import train\nfrom pathlib import *\nfrom wmkp.experiments.config import Train\ntrain.train({config!r})"
@@ -113,7 +115,10 @@ def test_killed_at_any_point_and_resumed_it_ends_with_the_same_bits(finished, tm
 
     def until_rows(count):
         process = subprocess.Popen(
-            [sys.executable, "-c", code.replace("PosixPath", "Path")], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", code.replace("PosixPath", "Path")],
+            env=child_environment,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         while process.poll() is None and (not path.exists() or len(path.read_text().splitlines()) < count + 1):
             time.sleep(0.002)
