@@ -9,7 +9,7 @@ import pytest
 
 import wmkp
 
-KEY = jax.random.key(0)
+KEY, B_KEY = jax.random.key(0), jax.random.key(1)  # with one key for both, B would be W
 RULES = [wmkp.feedback_alignment(), wmkp.sign_symmetry(), wmkp.kolen_pollack(), wmkp.weight_mirror()]
 
 
@@ -24,7 +24,7 @@ def refuse(fun, params, *args, match):
     """Every rule but backprop refuses, in every function; backprop for the named parameters is the way out."""
     for rule in RULES:
         with pytest.raises(wmkp.WeightTransportError, match=match) as error:
-            wmkp.init_feedback(KEY, rule, fun, params, *args)
+            wmkp.init_feedback(B_KEY, rule, fun, params, *args)
         with pytest.raises(wmkp.WeightTransportError, match=match):
             wmkp.value_and_grad(fun, rule)(params, jax.tree.map(lambda w: w, params), *args)
         assert "params[" in str(error.value) and "wmkp.backprop()" in str(error.value)
@@ -33,7 +33,7 @@ def refuse(fun, params, *args, match):
     obstacles = [path for path, p in wmkp.projections(fun, params, *args).items() if p.obstacle]
     assert obstacles
     rules = {f"^{path}$": wmkp.backprop() for path in obstacles} | {".*": wmkp.kolen_pollack()}
-    feedback = wmkp.init_feedback(KEY, rules, fun, params, *args)
+    feedback = wmkp.init_feedback(B_KEY, rules, fun, params, *args)
     mirrored = jax.tree.map(lambda w, b: None if b is None else w, params, feedback, is_leaf=lambda x: x is None)
     _, (grads, _) = wmkp.value_and_grad(fun, rules)(params, mirrored, *args)
     chex.assert_trees_all_close(grads, expected[1], rtol=1e-4, atol=1e-5)
@@ -150,7 +150,7 @@ def test_the_gradient_at_the_data_of_a_first_layer_is_refused():
         return jnp.sum(jnp.tanh(tanh_first(params, x) @ params["w"]) ** 2)
 
     params, rule = weights("first", "w"), wmkp.kolen_pollack()
-    feedback = wmkp.init_feedback(KEY, rule, fun, params, X)
+    feedback = wmkp.init_feedback(B_KEY, rule, fun, params, X)
     engaged = wmkp.engage(fun, rule)
     for transform in (jax.grad, lambda f, argnums: jax.jit(jax.grad(f, argnums=argnums))):
         with pytest.raises(wmkp.WeightTransportError, match=r"'first'.*no feedback"):
@@ -176,7 +176,7 @@ def test_the_backward_pass_holds_no_forward_weight():
         return jnp.sum(jnp.tanh(jnp.tanh(tanh_first(params, x) @ params["w"]) @ params["last"]))
 
     rule = wmkp.kolen_pollack()
-    feedback = wmkp.init_feedback(KEY, rule, fun, params, X)
+    feedback = wmkp.init_feedback(B_KEY, rule, fun, params, X)
     engaged = wmkp.engage(fun, rule)
     _, vjp = jax.vjp(lambda p: engaged(p, feedback, X), params)
     kept = [np.asarray(x) for x in jax.tree.leaves(vjp)]
@@ -190,24 +190,24 @@ def test_the_backward_pass_holds_no_forward_weight():
 def test_data_closed_over_is_an_error_that_says_so():
     fun = lambda p: jnp.sum(jnp.tanh(jnp.tanh(X @ p["first"]) @ p["w"]) ** 2)
     with pytest.raises((ValueError, wmkp.WeightTransportError), match="Data must be an argument of fun"):
-        wmkp.init_feedback(KEY, wmkp.kolen_pollack(), fun, weights("first", "w"))
+        wmkp.init_feedback(B_KEY, wmkp.kolen_pollack(), fun, weights("first", "w"))
 
 
 def test_parameters_that_are_no_floating_point_arrays():
     fun = lambda p, x: jnp.sum(x @ p["w"])
     for bad in (jnp.ones((6, 6), jnp.int32), jnp.ones((6, 6), jnp.complex64), 3.0, "w"):
         with pytest.raises(TypeError, match=r"params\['w'\]"):
-            wmkp.init_feedback(KEY, wmkp.kolen_pollack(), fun, {"w": bad}, X)
+            wmkp.init_feedback(B_KEY, wmkp.kolen_pollack(), fun, {"w": bad}, X)
 
 
 def test_patterns_that_match_nothing_and_projections_that_match_no_pattern():
     fun = lambda p, x: jnp.sum(tanh_first(p, x) @ p["w"])
     with pytest.raises(ValueError, match="'haed' matches no projection; there are: first, w"):
-        wmkp.init_feedback(KEY, {"haed": wmkp.backprop(), ".*": wmkp.kolen_pollack()}, fun, weights("first", "w"), X)
+        wmkp.init_feedback(B_KEY, {"haed": wmkp.backprop(), ".*": wmkp.kolen_pollack()}, fun, weights("first", "w"), X)
     with pytest.raises(ValueError, match="no pattern of rule matches projection 'w'"):
-        wmkp.init_feedback(KEY, {"first": wmkp.backprop()}, fun, weights("first", "w"), X)
+        wmkp.init_feedback(B_KEY, {"first": wmkp.backprop()}, fun, weights("first", "w"), X)
     with pytest.raises(TypeError, match="rule must be"):
-        wmkp.init_feedback(KEY, "kolen_pollack", fun, weights("first", "w"), X)
+        wmkp.init_feedback(B_KEY, "kolen_pollack", fun, weights("first", "w"), X)
 
 
 def test_feedback_of_another_structure_shape_or_dtype():

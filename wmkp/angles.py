@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from wmkp import checks
 from wmkp.alignment import covariance
-from wmkp.grad import check_loss, companions, evaluate, feedback_leaves
+from wmkp.grad import carried, check_loss, companions, evaluate, feedback_leaves
 from wmkp.interpreter import Direct
 from wmkp.kinds import Product
-from wmkp.projections import Analysis, analyse
-from wmkp.rules import ProductFeedback, Rule, RuleOrRules, resolve
+from wmkp.projections import Analysis, analyse, named_leaves
+from wmkp.rules import ProductFeedback, Rule, RuleOrRules, check_rule, resolve
 
 
 def angle(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -46,16 +47,17 @@ def matrix_angles(params: Any, feedback: Any, rule: Rule | None = None) -> dict[
       ``{path: degrees}``, scalars; NaN where one of the two is all zero.
 
     Raises:
-      ValueError: feedback does not match params.
+      ValueError, TypeError: feedback does not match params, or is not ``rule``'s.
     """
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    if rule is not None:
+        check_rule(rule, mapping=False)
     result = {}
-    for (path, w), b in zip(flat, feedback_leaves(params, feedback), strict=True):
+    for (path, w), b in zip(named_leaves(params).items(), feedback_leaves(params, feedback), strict=True):
         if rule is not None and rule.backward is not None and b is not None:
-            b = rule.backward(w, b)
+            b = carried(rule, None, path, w, b)
         b = b.effective() if isinstance(b, ProductFeedback) else b
         if b is not None and not isinstance(b, Direct):
-            result[jax.tree_util.keystr(path, simple=True, separator="/")] = angle(w, b)
+            result[path] = angle(w, b)
     return result
 
 
@@ -81,6 +83,7 @@ def delta_angles(
     Raises:
       ValueError, TypeError, WeightTransportError: as ``value_and_grad``.
     """
+    checks.flag("has_aux", has_aux)
     analysis = analyse(fun, params, *args)
     rules = resolve(rule, analysis)
     leaves = jax.tree.leaves(params)

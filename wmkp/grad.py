@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from wmkp import pathways
+from wmkp import checks, pathways
 from wmkp.alignment import activity_gradient
 from wmkp.interpreter import Direct, Handler, run
 from wmkp.kinds import Product
-from wmkp.projections import Analysis, analyse, is_array
-from wmkp.rules import Rule, RuleOrRules, resolve
+from wmkp.projections import Analysis, Projection, analyse, explained, is_array, named_leaves
+from wmkp.rules import Rule, RuleOrRules, check_rule, resolve
 
 
 def init_feedback(key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], params: Any, *args: Any) -> Any:
@@ -34,6 +34,8 @@ def init_feedback(key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], pa
       ValueError: no projection in ``fun``, or patterns and paths that do not match.
       WeightTransportError: B cannot follow a parameter; the message names its path and the primitive.
     """
+    checks.key(key)
+    check_rule(rule)
     analysis = analyse(fun, params, *args)
     return initial_feedback(key, resolve(rule, analysis), analysis, params)
 
@@ -46,6 +48,8 @@ def initial_feedback(key: jax.Array, rules: dict[str, Rule], analysis: Analysis,
     for i, path in enumerate(analysis.paths):
         init = rules[path].init if path in rules else None
         if init is not None and projections[path].feedback:
+            if isinstance(leaves[i], jax.ShapeDtypeStruct):
+                raise TypeError(f"params[{path!r}] is a ShapeDtypeStruct; B is made for arrays: give params themselves")
             feedback[i] = init(jax.random.fold_in(key, i), projections[path], leaves[i])
     return jax.tree.unflatten(tree, feedback)
 
@@ -55,7 +59,7 @@ def feedback_leaves(params: Any, feedback: Any) -> list[Any]:
 
     Raises ValueError where the two do not match, naming the path, what was expected and what was found.
     """
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    named = named_leaves(params)
     tree: Any = jax.tree.structure(params)
     try:
         leaves = tree.flatten_up_to(feedback)
@@ -64,20 +68,24 @@ def feedback_leaves(params: Any, feedback: Any) -> list[Any]:
             "feedback must have the structure of params, with None where there is no feedback path, as init_feedback "
             f"returns it: {error}"
         ) from None
-    for (path, w), b in zip(flat, leaves, strict=True):
-        if b is not None and is_array(b) and (b.shape != w.shape or b.dtype != w.dtype):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+    for (path, w), b in zip(named.items(), leaves, strict=True):
+        for part in jax.tree.leaves(b):
+            if not is_array(part) or isinstance(part, jax.ShapeDtypeStruct):
+                raise TypeError(
+                    f"feedback[{path!r}] holds {type(part).__name__} where an array (or None) belongs; make feedback "
+                    "with init_feedback."
+                )
+        if b is not None and is_array(b) and checks.aval(b) != checks.aval(w):
             raise ValueError(
-                f"feedback[{name!r}] is {b.dtype}{list(b.shape)} where its parameter is {w.dtype}{list(w.shape)}; "
-                f"make it "
-                "anew with init_feedback, or convert both alike."
+                f"feedback[{path!r}] is {checks.shape(b)} where its parameter is {checks.shape(w)}; make it anew with "
+                "init_feedback, or convert both alike."
             )
     return leaves
 
 
 def companions(analysis: Analysis, rules: dict[str, Rule], leaves: list[Any], feedback: list[Any]) -> list[Any]:
     """For each parameter what the error goes back through: W itself under backprop, None where there is nothing."""
-    sites = analysis.sites()
+    sites, projections = analysis.sites(), analysis.projections()
     result: list[Any] = []
     for path, w, b in zip(analysis.paths, leaves, feedback, strict=True):
         rule = rules.get(path)
@@ -92,9 +100,32 @@ def companions(analysis: Analysis, rules: dict[str, Rule], leaves: list[Any], fe
                     f"{rule.name}; make feedback with init_feedback(key, rule, fun, params, ...) for this rule."
                 )
             result.append(None)
+        elif rule.direct and not projections[path].feedback:
+            result.append(None)
         else:
-            result.append(rule.backward(w, b))
+            result.append(carried(rule, projections[path], path, w, b))
     return result
+
+
+def carried(rule: Rule, projection: Projection | None, path: str, w: Any, b: Any) -> Any:
+    """What carries the error back by the rule (W's shape, or Direct); ValueError if this B is not one of the rule's."""
+    assert rule.backward is not None
+    try:
+        carrier = rule.backward(w, b)
+        array = carrier.array if isinstance(carrier, Direct) else carrier
+        expected = jnp.shape(w)
+        if rule.direct:
+            expected = jnp.shape(array) if projection is None else projection.direct_shape()
+        fits = isinstance(carrier, Direct) == rule.direct and is_array(array) and array.shape == expected
+        why = f"{checks.shape(array)}, not {list(expected)}"
+    except (AttributeError, TypeError, ValueError) as error:
+        fits, why = False, checks.first_line(error)
+    if not fits:
+        raise ValueError(
+            f"feedback[{path!r}] is {checks.shape(b)}, which is not a B of {rule.name} (what carries the error back "
+            f"would be {why}); make feedback with init_feedback(key, rule, fun, params, ...) for this rule."
+        )
+    return carrier
 
 
 def _delta_tap(product: Product, x: Any, y: Any, tap: Any) -> Any:
@@ -154,13 +185,18 @@ def engage(fun: Callable[..., Any], rule: RuleOrRules) -> Callable[..., Any]:
       it walks ``fun`` at every call.
 
     Raises:
+      TypeError: ``rule`` is no rule, ``fun`` no function.
       ValueError, TypeError, WeightTransportError: when called; as ``init_feedback``, or feedback that does not match.
     """
+
+    checks.function("fun", fun, "fun(params, *args)")
+    check_rule(rule)
 
     @functools.wraps(fun, assigned=("__name__", "__doc__"), updated=())
     def engaged(params: Any, feedback: Any, *args: Any) -> Any:
         if isinstance(rule, Rule) and rule.backward is None:
-            return fun(params, *args)
+            named_leaves(params)
+            return explained(fun)(params, *args)
         analysis = analyse(fun, params, *args)
         rules = resolve(rule, analysis)
         leaves = jax.tree.leaves(params)
@@ -177,11 +213,11 @@ def check_loss(fun: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
         out = fun(*args)
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
             raise ValueError(f"with has_aux=True fun must return (loss, aux); got {type(out).__name__}")
-        value = out[0] if has_aux else out
-        if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        value = checks.aval(out[0] if has_aux else out)
+        if value is None or value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(
                 "fun must return a real scalar loss to be differentiated; got "
-                f"{jnp.result_type(value)}{list(jnp.shape(value))}. With has_aux=True it returns (loss, aux)."
+                f"{checks.shape(out[0] if has_aux else out)}. If it returns (loss, aux), say has_aux=True."
             )
         return out
 
@@ -203,12 +239,19 @@ def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = F
       does not.
 
     Raises:
+      TypeError: ``rule`` is no rule, ``fun`` no function.
       ValueError, TypeError, WeightTransportError: when called; as ``engage``, or a loss that is not a scalar.
     """
 
+    checks.function("fun", fun, "fun(params, *args)")
+    check_rule(rule)
+    checks.flag("has_aux", has_aux)
+
     def value_and_gradients(params: Any, feedback: Any, *args: Any) -> Any:
         if isinstance(rule, Rule) and rule.backward is None:
-            value, grads = jax.value_and_grad(check_loss(fun, has_aux), has_aux=has_aux)(params, *args)
+            named_leaves(params)
+            loss_fn = check_loss(explained(fun), has_aux)
+            value, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(params, *args)
             return value, (grads, jax.tree.map(jnp.zeros_like, feedback))
         analysis = analyse(fun, params, *args)
         rules = resolve(rule, analysis)

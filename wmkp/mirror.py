@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from wmkp import checks
 from wmkp.alignment import local_gradient
 from wmkp.grad import feedback_leaves
 from wmkp.interpreter import collect
 from wmkp.kinds import Product
 from wmkp.projections import Analysis, WeightTransportError, analyse, is_array
-from wmkp.rules import Mirror, Rule, RuleOrRules, resolve
+from wmkp.rules import Mirror, Rule, RuleOrRules, check_rule, resolve
 
 Activation = Callable[[jax.Array], jax.Array] | None
 
@@ -30,6 +31,7 @@ def mirror_gain(rule: Rule) -> float:
 
 
 def _mirror(rule: Rule) -> Mirror:
+    check_rule(rule, mapping=False)
     if rule.mirror is None:
         raise ValueError(f"rule {rule.name} has no mirror mode; weight_mirror() has")
     return rule.mirror
@@ -51,9 +53,23 @@ def _response(activation: Activation, std: float) -> tuple[float, float, float]:
     weights = weights / weights.sum()
     z = std * nodes
     with jax.ensure_compile_time_eval():
-        phi = np.asarray(activation(jnp.asarray(z, jnp.float32)), np.float64)
+        try:
+            phi = np.asarray(activation(jnp.asarray(z, jnp.float32)), np.float64)
+        except Exception as error:
+            raise ValueError(
+                f"activation raised {checks.first_line(error)}; it must map an array elementwise"
+            ) from error
+    if phi.shape != z.shape:
+        raise ValueError(
+            f"activation must map an array elementwise; of shape {list(z.shape)} it made {list(phi.shape)}"
+        )
     slope = float(np.sum(weights * nodes * phi) / std)  # Stein's lemma
     odd = (phi - phi[::-1]) / 2
+    if not slope > 1e-6 * math.sqrt(np.sum(weights * phi**2)) / std:  # NaN as well
+        raise ValueError(
+            f"activation has a mean slope E[phi'] of {slope:.3g} on noise of noise_std {std:g}; it must be positive, or "
+            "the response says nothing of W. Use a rising activation, or a noise_std at which it responds."
+        )
     scale = (std * slope) ** 2
     return slope, float(np.sum(weights * phi**2) / scale), float(np.sum(weights * odd**2) / scale)
 
@@ -74,9 +90,11 @@ def mirror_angle(num_samples: int, fan_in: int, rule: Rule) -> float:
       rule: the rule, for its noise, activation and rate.
 
     Raises:
-      ValueError: the rule has no mirror mode.
+      ValueError: the rule has no mirror mode; ``num_samples`` or ``fan_in`` is not an integer of at least 1.
     """
     mirror = _mirror(rule)
+    checks.count("num_samples", num_samples)
+    checks.count("fan_in", fan_in)
     return math.degrees(math.atan(math.sqrt(_tangent_squared(num_samples, fan_in, mirror))))
 
 
@@ -102,10 +120,10 @@ def samples_for_angle(angle: float, fan_in: int, rule: Rule) -> int:
       rule: the rule, for its noise, activation and rate.
 
     Raises:
-      ValueError: the rule has no mirror mode, or ``angle`` is out of range.
+      ValueError: the rule has no mirror mode, or ``angle`` or ``fan_in`` is out of range.
     """
-    if not 0 < angle < 90:
-        raise ValueError(f"angle must lie between 0 and 90 degrees; got {angle!r}")
+    checks.number("angle", angle, "lie between 0 and 90 degrees (from 1e-6 on)", lambda x: 1e-6 <= x < 90)
+    checks.count("fan_in", fan_in)
     return _samples(angle, fan_in, _mirror(rule))
 
 
@@ -303,6 +321,8 @@ def mirror_signals(
       ValueError: no rule has a mirror mode; or one whose signal depends on B was given no ``feedback``.
       WeightTransportError: a projection that noise alone cannot reach; the message names its path and why.
     """
+    checks.key(key)
+    check_rule(rule)
     analysis = analyse(fun, params, *args)
     rules = resolve(rule, analysis)
     if not any(r.mirror for r in rules.values()):
@@ -312,6 +332,13 @@ def mirror_signals(
     if feedback is None and any(r.mirror and r.mirror.alignment for r in rules.values()):
         raise ValueError("the signal of this rule depends on B: give mirror_signals feedback=")
     entries = [None] * len(leaves) if feedback is None else feedback_leaves(params, feedback)
+    for path, b in zip(analysis.paths, entries, strict=True):
+        mirror = rules[path].mirror if path in rules else None
+        if mirror and mirror.alignment and projections[path].feedback and not is_array(b):
+            raise ValueError(
+                f"feedback[{path!r}] is {checks.shape(b)}, but the signal of {rules[path].name} depends on B; make "
+                "feedback with init_feedback for this rule."
+            )
     result = signals(key, rules, analysis, leaves, entries)
     for i, path in enumerate(analysis.paths):
         if result[i] is None and path in projections and projections[path].feedback and rules[path].init is not None:

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from wmkp import checks
+
 
 def pure(model: nnx.Module) -> tuple[Callable[..., Any], Any, Any]:
     """Splits an NNX model into a pure function, its parameters and the rest of its state.
@@ -21,6 +23,9 @@ def pure(model: nnx.Module) -> tuple[Callable[..., Any], Any, Any]:
       that the model holds. ``apply(params, state, *args, method=None, **kwargs) -> (output, new_state)`` calls the
       model (or ``method(model, *args, **kwargs)``). It is pure: to be called inside the loss that wmkp trains.
 
+    Raises:
+      TypeError, ValueError: ``model`` is no nnx.Module; from ``apply``, params or state of another structure.
+
     Example::
 
       apply, params, state = wmkp.nnx.pure(model)
@@ -28,16 +33,25 @@ def pure(model: nnx.Module) -> tuple[Callable[..., Any], Any, Any]:
           logits, state = apply(params, state, batch["image"])
           return cross_entropy(logits, batch["label"]), (state, {})
     """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model must be an nnx.Module, made (a Flax Linen model is a pure function already: model.apply); got {model!r}"
+        )
     graphdef, variables, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
-    structure = jax.tree.structure(variables)
+    structure, params = jax.tree.structure(variables), nnx.to_pure_dict(variables)
+    shapes = checks.avals((params, rest))
 
     def apply(
         params: Any, state: Any, *args: Any, method: Callable[..., Any] | None = None, **kwargs: Any
     ) -> tuple[Any, Any]:
+        checks.alike("params", params, shapes[0], "the params that pure returned")
+        checks.alike("state", state, shapes[1], "the state that pure returned", dtypes=False, shapes=False)
+        if method is not None:
+            checks.function("method", method, "method(model, *args)")
         # A copy, or BatchNorm could not update its statistics inside a trace.
         merged = nnx.merge(graphdef, jax.tree.unflatten(structure, jax.tree.leaves(params)), state, copy=True)
         output = (method or type(merged).__call__)(merged, *args, **kwargs)
         _, _, state = nnx.split(merged, nnx.Param, ...)  # type: ignore[misc]
         return output, state
 
-    return apply, nnx.to_pure_dict(variables), rest
+    return apply, params, rest

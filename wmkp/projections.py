@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from wmkp import checks
 from wmkp.interpreter import collect
 from wmkp.kinds import Analyser, Kind, Plan, Product, everywhere
 
@@ -152,20 +153,63 @@ def direct_sizes(x: tuple[int, ...], error: tuple[int, ...]) -> tuple[int, int, 
     return shared, math.prod(x[shared:]), math.prod(error[shared:])
 
 
-def analyse(fun: Callable[..., Any], params: Any, *args: Any) -> Analysis:
-    """Walks ``fun(params, *args)``; arrays in ``args`` count as data, other leaves as Python values.
+def named_leaves(params: Any, *, shapes_will_do: bool = False) -> dict[str, Any]:
+    """params' leaves by path.
 
-    Raises TypeError for a parameter that is not a floating-point array.
+    Raises TypeError for one that is not a floating-point array (nor, with ``shapes_will_do``, the shape of one), and
+    ValueError for two of one path.
     """
-    flat, tree = jax.tree_util.tree_flatten_with_path(params)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
-    for path, (_, leaf) in zip(paths, flat, strict=True):
-        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            found = getattr(leaf, "dtype", type(leaf).__name__)
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    leaves: dict[str, Any] = {}
+    for keys, leaf in flat:
+        path = checks.path_name(keys)
+        if path in leaves:
+            raise ValueError(f"params has two leaves whose path is {path!r}; rename one, so that a path names one")
+        leaves[path] = leaf
+        floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+        if not is_array(leaf) or not floating or (isinstance(leaf, jax.ShapeDtypeStruct) and not shapes_will_do):
+            found = leaf.dtype if is_array(leaf) and not floating else type(leaf).__name__
             raise TypeError(
                 f"params[{path!r}] is {found}; parameters must be real floating-point arrays. "
                 "Pass anything else as a later argument of fun."
             )
+    return leaves
+
+
+def explained(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """``fun``, but an error that it raises while it is traced says what wmkp called it with, and why that could be."""
+    checks.function("fun", fun, "fun(params, *args)")
+
+    def called(params: Any, *args: Any) -> Any:
+        try:
+            return fun(params, *args)
+        except (WeightTransportError, RuntimeError, ArithmeticError, MemoryError):  # no mistake of the call's
+            raise
+        except Exception as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            shapes = ", ".join(f"{k}: {checks.shape(x)}" for k, x in named_leaves(params, shapes_will_do=True).items())
+            raise kind(
+                f"fun(params, *args){_named(fun)} raised {checks.first_line(error)}\nIt does so without wmkp too, unless params, "
+                "args or their order are not what it takes (the function with feedback is called with params, "
+                f"feedback, *args). params: {checks.short(shapes, 400)}; args: {checks.short(checks.shapes(args), 400)}"
+            ) from error
+
+    return called
+
+
+def _named(fun: Callable[..., Any]) -> str:
+    name = getattr(fun, "__name__", "fun")
+    return "" if name == "fun" else f", here {name},"
+
+
+def analyse(fun: Callable[..., Any], params: Any, *args: Any) -> Analysis:
+    """Walks ``fun(params, *args)``; arrays in ``args`` count as data, other leaves as Python values.
+
+    Raises TypeError for a parameter that is not a floating-point array, and where ``fun`` raises an error.
+    """
+    fun = explained(fun)
+    named = named_leaves(params, shapes_will_do=True)
+    paths, tree = list(named), jax.tree.structure(params)
     leaves, args_tree = jax.tree.flatten(args)
     traced = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
     out_tree = None
@@ -179,10 +223,10 @@ def analyse(fun: Callable[..., Any], params: Any, *args: Any) -> Analysis:
         flat_out, out_tree = jax.tree.flatten(out)
         return flat_out
 
-    jaxpr = jax.make_jaxpr(flat_fun)([leaf for _, leaf in flat], [leaves[i] for i in traced])
+    jaxpr = jax.make_jaxpr(flat_fun)(list(named.values()), [leaves[i] for i in traced])
     kinds = [
         Kind(frozenset({i}), active=True, varying=everywhere(leaf) if hasattr(leaf, "shape") else ())
-        for i, (_, leaf) in enumerate(flat)
+        for i, leaf in enumerate(named.values())
     ]
     analyser = Analyser()
     plan = analyser.plan(jaxpr, kinds + [Kind(data=True)] * len(traced), ())
@@ -212,5 +256,6 @@ def projections(fun: Callable[..., Any], params: Any, *args: Any) -> dict[str, P
 
     Raises:
       TypeError: a parameter is not a real floating-point array.
+      ValueError, TypeError: ``fun`` raises an error when it is called with them.
     """
     return analyse(fun, params, *args).projections()

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from wmkp import checks
 from wmkp.alignment import Alignment
 from wmkp.interpreter import Direct
 from wmkp.projections import Analysis, Projection, WeightTransportError
@@ -72,16 +74,29 @@ RuleOrRules = Rule | Mapping[str, Rule]
 
 def _random_feedback(scale: float) -> Callable[[jax.Array, Projection, jax.Array], jax.Array]:
     def init(key: jax.Array, projection: Projection, w: jax.Array) -> jax.Array:
-        return (jax.random.normal(key, w.shape) * (scale / math.sqrt(projection.fan_in))).astype(w.dtype)
+        b = (jax.random.normal(key, w.shape) * (scale / math.sqrt(projection.fan_in))).astype(w.dtype)
+        _check_unrelated(b, w, projection.path)
+        return b
 
     return init
 
 
-def _check_scale(scale: float) -> None:
-    if not (isinstance(scale, int | float) and math.isfinite(scale) and scale > 0):
+def _check_unrelated(b: jax.Array, w: jax.Array, path: str) -> None:
+    """ValueError if B is W over again, drawn from the same key (as far as values are known: not while tracing)."""
+    if isinstance(b, jax.core.Tracer) or not isinstance(w, jax.Array | np.ndarray) or isinstance(w, jax.core.Tracer):
+        return
+    x, y = (np.asarray(a.ravel()[:64], np.float64) for a in (b, w))
+    # By chance two such vectors are nowhere near: one draw in 10^11 for 32 entries.
+    if x.size >= 32 and abs(x @ y) > 0.9 * math.sqrt(x @ x) * math.sqrt(y @ y):
         raise ValueError(
-            f"scale must be a positive number, the standard deviation of B times sqrt(fan_in); got {scale!r}"
+            f"key gives params[{path!r}] a B that is its W over again: W was drawn from this key too (the i-th key of "
+            "jax.random.split(key) is that of the i-th B), and W would be transported. Give B a key of its own: "
+            "jax.random.fold_in(key, 1), or another seed."
         )
+
+
+def _check_scale(scale: float) -> None:
+    checks.positive("scale", scale, ", the standard deviation of B times sqrt(fan_in)")
 
 
 def backprop() -> Rule:
@@ -125,8 +140,7 @@ def sign_symmetry(magnitude: str = "uniform", scale: float = 1.0) -> Rule:
     """
     _check_scale(scale)
     names = {"uniform": "sign_symmetry", "fixed": "sign_symmetry_fixed", "batch": "sign_symmetry_batch"}
-    if magnitude not in names:
-        raise ValueError(f'magnitude must be "uniform", "fixed" or "batch"; got {magnitude!r}')
+    checks.one_of("magnitude", magnitude, tuple(names))
 
     def init(key: jax.Array, projection: Projection, w: jax.Array) -> jax.Array:
         size = jnp.ones(w.shape) if magnitude == "uniform" else jnp.abs(jax.random.normal(key, w.shape))
@@ -140,8 +154,7 @@ def sign_symmetry(magnitude: str = "uniform", scale: float = 1.0) -> Rule:
 
 def _exact_start(start: str) -> Mirror | None:
     """The mirror of a start: exact in one step, for the B that will only have to stay there."""
-    if start not in ("random", "mirror"):
-        raise ValueError(f'start must be "random" or "mirror"; got {start!r}')
+    checks.one_of("start", start, ("random", "mirror"))
     return Mirror("orthogonal", target_angle=1e-3, rate=1.0, each_step=False) if start == "mirror" else None
 
 
@@ -232,8 +245,7 @@ def product_feedback_alignment(expansion: float = 4.0, scale: float = 1.0) -> Ru
       ValueError: an argument is out of its range; or, from ``init_feedback``, a parameter that is not one matrix.
     """
     _check_scale(scale)
-    if not expansion > 0:
-        raise ValueError(f"expansion must be positive; got {expansion!r}")
+    checks.number("expansion", expansion, "be a positive number, at most 1000", lambda x: 0 < x <= 1000)
 
     def init(key: jax.Array, projection: Projection, w: jax.Array) -> ProductFeedback:
         axes = projection.matrix_axes(w.shape)
@@ -338,12 +350,18 @@ def alignment(
     """
     _check_scale(scale)
     losses = Alignment(decay, amplitude, sparse, null, self_alignment, whiten, normalize, rate)
-    if any(not (math.isfinite(c) and c >= 0) for c in losses[:5]) or not any(losses[:5]):
-        raise ValueError(f"coefficients must be non-negative numbers, one of them positive; got {losses[:5]}")
-    if not (math.isfinite(rate) and rate > 0):
-        raise ValueError(f"rate must be a positive number; got {rate!r}")
-    if normalize not in ("none", "mean", "total"):
-        raise ValueError(f'normalize must be "none", "mean" or "total"; got {normalize!r}')
+    for coefficient in ("amplitude", "decay", "null", "sparse", "self_alignment"):
+        checks.number(coefficient, getattr(losses, coefficient), "not be negative", lambda x: x >= 0)
+    if not any(losses[:5]):
+        raise ValueError(
+            "the coefficients (amplitude, decay, null, sparse, self_alignment) are all zero; one must be positive"
+        )
+    checks.positive("rate", rate)
+    checks.one_of("normalize", normalize, ("none", "mean", "total"))
+    checks.one_of("on", on, ("noise", "activity"))
+    checks.flag("whiten", whiten)
+    mirror = Mirror(noise, noise_std, num_samples, rate=min(rate, 1.0), alignment=losses)
+    _check_mirror(mirror)
     if whiten and normalize != "none":
         raise ValueError(
             f'whiten divides by the covariance already; normalize must be "none" beside it, got {normalize!r}'
@@ -352,12 +370,8 @@ def alignment(
     transports = "weights" if self_alignment else "nothing"
     if on == "activity":
         return Rule(name, init, lambda w, b: b, local=losses, transports=transports)
-    if on != "noise":
-        raise ValueError(f'on must be "noise" or "activity"; got {on!r}')
     if whiten or normalize != "none":
         raise ValueError('whiten and normalize have a meaning on="activity" alone: noise is white, its variance known')
-    mirror = Mirror(noise, noise_std, num_samples, rate=min(rate, 1.0), alignment=losses)
-    _check_mirror(mirror)
     return Rule(name, init, lambda w, b: jax.lax.stop_gradient(b), mirror=mirror, transports=transports)
 
 
@@ -486,20 +500,45 @@ NOISES = ("gaussian", "uniform", "rademacher", "orthogonal", "antithetic", "orth
 
 
 def _check_mirror(mirror: Mirror) -> None:
-    if mirror.noise not in NOISES:
-        raise ValueError(f"noise must be one of {', '.join(NOISES)}; got {mirror.noise!r}")
-    if mirror.bias not in ("blocked", "kept"):
-        raise ValueError(f'bias must be "blocked" or "kept"; got {mirror.bias!r}')
-    if not (math.isfinite(mirror.noise_std) and mirror.noise_std > 0):
-        raise ValueError(f"noise_std must be a positive number; got {mirror.noise_std!r}")
-    if mirror.num_samples is not None and not (isinstance(mirror.num_samples, int) and mirror.num_samples >= 1):
-        raise ValueError(f"num_samples must be an integer of at least 1, or None; got {mirror.num_samples!r}")
-    if not 0 < mirror.target_angle < 90:
-        raise ValueError(f"target_angle must lie between 0 and 90 degrees; got {mirror.target_angle!r}")
-    if not 0 < mirror.rate <= 1:
-        raise ValueError(f"rate must lie in (0, 1]; got {mirror.rate!r}")
+    checks.one_of("noise", mirror.noise, NOISES)
+    checks.one_of("bias", mirror.bias, ("blocked", "kept"))
+    checks.positive("noise_std", mirror.noise_std)
+    if mirror.num_samples is not None:
+        checks.count("num_samples", mirror.num_samples)
+    between = "lie between 0 and 90 degrees (from 1e-6 on)"
+    checks.number("target_angle", mirror.target_angle, between, lambda x: 1e-6 <= x < 90)
+    checks.number("rate", mirror.rate, "lie in (0, 1]", lambda x: 0 < x <= 1)
     if mirror.activation is not None and not callable(mirror.activation):
         raise ValueError(f"activation must be a function of an array, or None; got {mirror.activation!r}")
+
+
+def check_rule(rule: Any, *, mapping: bool = True) -> None:
+    """TypeError unless ``rule`` is a rule, or (with ``mapping``) a mapping of patterns to rules."""
+    if isinstance(rule, Rule):
+        if rule.mirror is not None:
+            _check_mirror(rule.mirror)
+        return
+    if mapping and isinstance(rule, Mapping):
+        for pattern, one in rule.items():
+            if not isinstance(pattern, str):
+                raise TypeError(f"rule's patterns must be strings, searched for in the paths; got {pattern!r}")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"rule's pattern {pattern!r} is no regular expression ({error}); re.escape(path) makes one of a path"
+                ) from None
+            if not isinstance(one, Rule):
+                raise TypeError(f"rule[{pattern!r}] must be a wmkp rule such as kolen_pollack(); got {_no_rule(one)}")
+            check_rule(one)
+        return
+    what = ", or a mapping of path patterns to rules" if mapping else ""
+    raise TypeError(f"rule must be a wmkp rule such as kolen_pollack(){what}; got {_no_rule(rule)}")
+
+
+def _no_rule(value: Any) -> str:
+    called = f" (call it: {value.__name__}())" if callable(value) and hasattr(value, "__name__") else ""
+    return f"{value!r}{called}"
 
 
 def resolve(rule: RuleOrRules, analysis: Analysis) -> dict[str, Rule]:
@@ -507,19 +546,21 @@ def resolve(rule: RuleOrRules, analysis: Analysis) -> dict[str, Rule]:
 
     Raises:
       TypeError: ``rule`` is no rule and no mapping of patterns to rules.
-      ValueError: no projection at all; a pattern that matches none, or a projection that matches no pattern.
+      ValueError: no projection at all; a pattern that matches none, or a projection that matches no pattern; a
+        projection of no neurons, or that no sample reaches.
       WeightTransportError: feedback weights cannot follow a parameter whose rule is not backprop.
     """
+    check_rule(rule)
     sites = analysis.sites()
     paths = list(sites)
+    if not paths and not (isinstance(rule, Rule) and rule.backward is None):
+        raise ValueError(
+            "fun has no projection: no parameter multiplies an activation. Data must be an argument of fun (not a "
+            "closed-over array, nor a Python number or list), and params its first argument."
+        )
     if isinstance(rule, Rule):
-        if not paths and rule.backward is not None:
-            raise ValueError(
-                "fun has no projection: no parameter multiplies an activation. Data must be an argument of fun (not a "
-                "closed-over array), and params its first argument."
-            )
         rules = dict.fromkeys(paths, rule)
-    elif isinstance(rule, Mapping) and all(isinstance(r, Rule) for r in rule.values()):
+    else:
         rules = {}
         for pattern in rule:
             if not any(re.search(pattern, path) for path in paths):
@@ -529,12 +570,17 @@ def resolve(rule: RuleOrRules, analysis: Analysis) -> dict[str, Rule]:
             if found is None:
                 raise ValueError(f'no pattern of rule matches projection {path!r}; end with ".*" to match all others')
             rules[path] = found
-    else:
-        raise TypeError(
-            f"rule must be a wmkp rule such as kolen_pollack(), or a mapping of path patterns to rules; got {rule!r}"
-        )
+    outputs = [p.output_aval.shape for products in sites.values() for p in products]
+    if outputs and all(0 in shape for shape in outputs):
+        raise ValueError("args hold no sample: every projection's output is empty. Pass a batch of at least one.")
     for path, products in sites.items():
         for product in products:
+            if rules[path].backward is not None and 0 in product.weight_aval.shape:
+                raise ValueError(
+                    f"params[{path!r}] is {list(product.weight_aval.shape)} where it multiplies an activation: a "
+                    "projection of no neurons (fan_in or fan_out is zero) has no feedback weights. Leave it out of "
+                    "the model, or give it backprop()."
+                )
             if product.obstacle and rules[path].backward is not None:
                 raise WeightTransportError(
                     f"params[{path!r}] reaches a product with an activation through {product.obstacle!r}, where "

@@ -1,5 +1,6 @@
 """TrainState, and the two steps that train it: engaged and mirror mode, each compiled on its own."""
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,9 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from wmkp import compat, mirror, updates
-from wmkp.grad import initial_feedback, value_and_grad
-from wmkp.projections import analyse
+from wmkp import checks, compat, mirror, updates
+from wmkp.grad import check_loss, feedback_leaves, initial_feedback, value_and_grad
+from wmkp.projections import Analysis, analyse
 from wmkp.rules import ProductFeedback, RuleOrRules, resolve
 
 
@@ -36,6 +37,24 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
+class CompiledStep:
+    """A jitted step (its other attributes are the jitted function's) that says what was wrong with a call that failed."""
+
+    def __init__(self, step: Callable[..., Any], explain: Callable[..., None]):
+        self._step, self._explain = step, explain
+
+    def __call__(self, *args: Any) -> Any:
+        """The step."""
+        try:
+            return self._step(*args)
+        except Exception as error:
+            self._explain(error, *args)
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._step, name)
+
+
 class Steps(NamedTuple):
     """What ``make_steps`` returns.
 
@@ -46,6 +65,10 @@ class Steps(NamedTuple):
       engaged_step: ``(state, batch) -> (state, metrics)``, jitted, the state donated.
       mirror_step: ``state -> (state, metrics)``, jitted, the state donated; changes B alone, and only where the rule
         mirrors at each step.
+
+    Raises:
+      ValueError, TypeError: a state or batch that does not match the examples that ``make_steps`` was given, a state
+        that a step was given before (its memory is donated), or the like: the message names it.
     """
 
     init: Callable[..., TrainState]
@@ -97,20 +120,50 @@ def make_steps(
 
     Raises:
       ValueError, TypeError, WeightTransportError: as ``init_feedback``; an optimizer under which the rule cannot
-        hold; both ``axis_name`` and ``mesh``; ``fsdp`` without a mesh.
+        hold; both ``axis_name`` and ``mesh``; ``fsdp`` without a mesh; or another argument that is not as above.
     """
+    checks.function("loss_fn", loss_fn, "loss_fn(params, model_state, batch, key)")
+    checks.transformation("optimizer", optimizer)
+    if mirror_optimizer is not None:
+        _check_mirror_optimizer(mirror_optimizer)
+    if axis_name is not None and not isinstance(axis_name, str | tuple):
+        raise TypeError(f"axis_name must be the name of an axis of pmap or shard_map; got {axis_name!r}")
+    if mesh is not None:
+        _check_mesh(mesh)
+    checks.flag("fsdp", fsdp)
+    checks.flag("check_finite", check_finite)
+    if clip_norm is not None:
+        checks.positive("clip_norm", clip_norm)
     if mesh is not None and axis_name is not None:
         raise ValueError("give axis_name (inside a pmap or shard_map of your own) or mesh, not both")
     if fsdp and mesh is None:
         raise ValueError("fsdp divides the state over a mesh: give mesh")
     key_aval = jax.eval_shape(lambda: jax.random.key(0))
     analysis = analyse(loss_fn, params, model_state, batch, key_aval)
+    _check_output(analysis, model_state)
     rules = resolve(rule, analysis)
     mirrors = {path: r.mirror for path, r in rules.items() if r.mirror is not None}
     feedback_optimizer = updates.kolen_pollack(optimizer)
     clip = None if clip_norm is None else updates.clip_together(clip_norm)
     engaged_gradient = value_and_grad(loss_fn, rule, has_aux=True)
     tree: Any = jax.tree.structure(params)
+    examples = checks.avals({"params": params, "model_state": model_state, "batch": batch})
+
+    def check_as_given(name: str, value: Any, shapes: bool = True) -> None:
+        given = name.removeprefix("state.")
+        checks.alike(name, value, examples[given], f"the {given} that make_steps was given", shapes=shapes)
+
+    def check_state(state: TrainState) -> None:
+        """While a step is traced: the state is one of these steps'."""
+        if not isinstance(state, TrainState):
+            raise TypeError(f"state must be a TrainState, as steps.init returns it; got {type(state).__name__}")
+        check_as_given("state.params", state.params)
+        feedback_leaves(state.params, state.feedback)
+        check_as_given("state.model_state", state.model_state)
+        checks.key(state.key, "state.key")
+        for name, trained in (("opt_state", state.params), ("feedback_opt_state", learning(state.feedback))):
+            expected = jax.eval_shape(optimizer.init, trained)
+            checks.alike(f"state.{name}", getattr(state, name), expected, "what optimizer.init returns", dtypes=False)
 
     def learning(feedback: Any) -> Any:
         """Feedback with None in place of what W's optimizer does not train."""
@@ -156,6 +209,8 @@ def make_steps(
         return key if axis_name is None else jax.random.fold_in(own(key), jax.lax.axis_index(axis_name))
 
     def engaged_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        check_state(state)
+        check_as_given("batch", batch, shapes=False)
         key, loss_key, draw_key = jax.random.split(state.key, 3)
         feedback = redrawn(draw_key, state.params, state.feedback)
         (loss, (model_state, metrics)), (grads, signal) = engaged_gradient(
@@ -196,7 +251,7 @@ def make_steps(
                     leaves[i] = leaves[i] + (losses.rate * signal).astype(signal.dtype)
                     continue
                 if mirror_optimizer is not None:
-                    change, _ = mirror_optimizer.update(signal, optax.EmptyState(), leaves[i])
+                    change, _ = mirror_optimizer.update(signal, mirror_optimizer.init(leaves[i]), leaves[i])
                     leaves[i] = leaves[i] + change
                     continue
                 # updates.calibrated_mirror, so written that a first step of rate 1 leaves nothing of B, nor of its rounding.
@@ -206,6 +261,7 @@ def make_steps(
         return tree.unflatten(leaves)
 
     def mirror_step(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+        check_state(state)
         key, noise_key = jax.random.split(state.key)
         feedback = mirror_feedback(noise_key, state.params, state.feedback, None)
         change = optax.tree.norm(optax.tree.sub(feedback, state.feedback))
@@ -214,8 +270,11 @@ def make_steps(
     def init(key: jax.Array, params: Any, model_state: Any = None, mirror_steps: int | None = None) -> TrainState:
         if mirror_steps is None:
             mirror_steps = int(any(not mirror.each_step for mirror in mirrors.values()))
-        if mirror_steps < 0:
-            raise ValueError(f"mirror_steps must not be negative; got {mirror_steps}")
+        checks.key(key)
+        check_as_given("params", params)
+        check_as_given("model_state", model_state)
+        checks.number("mirror_steps", mirror_steps, "not be negative", lambda n: n >= 0, numbers.Integral)
+        updates.check_finite(optimizer, params)
         if mirror_steps and not mirrors:
             raise ValueError(
                 "mirror_steps asks for a mirror period, but no rule here has a mirror mode; weight_mirror() has"
@@ -244,11 +303,73 @@ def make_steps(
         )
         return state if mesh is None else jax.jit(place)(state)
 
-    return Steps(init, jax.jit(engaged_step, donate_argnums=0), jax.jit(mirror_step, donate_argnums=0))
+    def explain(error: Exception, state: Any, batch: Any = None) -> None:
+        """Raises what was wrong with a step's arguments, if it is one of the mistakes that JAX sees before the step does."""
+        for name, value in (("state", state), ("batch", batch)):
+            for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+                if checks.aval(leaf) is None:
+                    raise TypeError(
+                        f"{name}[{checks.path_name(path)!r}] is {checks.shape(leaf)}; a step takes arrays alone"
+                    ) from error
+                if (
+                    isinstance(leaf, jax.Array)
+                    and not isinstance(leaf, jax.core.Tracer)
+                    and leaf.is_deleted()
+                    and "deleted" in str(error)
+                ):
+                    raise ValueError(
+                        f"{name}[{checks.path_name(path)!r}] is deleted: a step takes over the memory of the state that "
+                        "it is given (it is donated). Go on from the state that the step returned, or give it a copy: "
+                        "jax.tree.map(jnp.copy, state)."
+                    ) from error
+        if isinstance(error, NameError) and axis_name is not None:
+            raise ValueError(
+                f"axis_name={axis_name!r} is the axis of no jax.pmap or jax.shard_map around the step; call it inside "
+                "one, or leave axis_name out"
+            ) from error
+
+    compiled = (jax.jit(step, donate_argnums=0) for step in (engaged_step, mirror_step))
+    return Steps(init, *(CompiledStep(step, explain) for step in compiled))
+
+
+def _check_output(analysis: Analysis, model_state: Any) -> None:
+    """What loss_fn returns is ``(loss, (model_state, metrics))``."""
+    out = jax.tree.unflatten(analysis.out_tree, [v.aval for v in analysis.plan.jaxpr.outvars])
+    pair = isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], tuple) and len(out[1]) == 2
+    if not pair or not isinstance(out[1][1], dict):
+        raise ValueError(
+            "loss_fn must return (loss, (model_state, metrics)), metrics a dict; got "
+            f"{checks.short(checks.shapes(out))}"
+        )
+    check_loss(lambda: out, True)()
+    checks.alike("the model_state that loss_fn returns", out[1][0], model_state, "the model_state that it is given")
+
+
+def _check_mesh(mesh: Any) -> None:
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, such as jax.make_mesh((8,), ('d',)); got {mesh!r}")
+
+
+def _check_mirror_optimizer(mirror_optimizer: Any) -> None:
+    """It keeps no state, and follows the signal uphill."""
+    checks.transformation("mirror_optimizer", mirror_optimizer)
+    use = "use wmkp.updates.weight_mirror or wmkp.updates.calibrated_mirror"
+    with jax.ensure_compile_time_eval():
+        b, signal = jnp.zeros((3, 4)), jnp.ones((3, 4))
+        state = mirror_optimizer.init(b)
+        if jax.tree.leaves(state):
+            raise ValueError(f"mirror_optimizer must keep no state, as momentum or a schedule would; {use}")
+        change = float(mirror_optimizer.update(signal, state, b)[0].sum())
+    if not 0 <= change < float("inf"):
+        raise ValueError(
+            f"mirror_optimizer must go along the signal (which is no gradient); it changes a B of zeros by {change / 12:g} "
+            f"for a signal of 1; {use}"
+        )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Where the batch of a step over ``mesh`` belongs: its first axis, of examples, divided among all devices."""
+    _check_mesh(mesh)
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
@@ -263,7 +384,12 @@ def state_sharding(state: Any, mesh: Mesh, fsdp: bool = False) -> Any:
       A pytree of NamedSharding, in state's structure.
     """
 
+    _check_mesh(mesh)
+    checks.flag("fsdp", fsdp)
+
     def sharding(x: Any) -> NamedSharding:
+        if checks.aval(x) is None:
+            raise TypeError(f"state must hold arrays (or their shapes) alone; got {checks.shape(x)}")
         # W, B and their moments are divided alike, since all that counts is the shape.
         fits = [size if size % mesh.size == 0 else 0 for size in x.shape]
         if not fsdp or not any(fits):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from wmkp import checks
 from wmkp.mirror import mirror_gain
 from wmkp.rules import Rule
 
@@ -28,15 +29,25 @@ def kolen_pollack(optimizer: optax.GradientTransformation) -> optax.GradientTran
       A GradientTransformation for the tree of B, to be given ``feedback_signal``.
 
     Raises:
-      ValueError: from ``init``; eq. 14 cannot hold under ``optimizer``, and why.
+      TypeError: ``optimizer`` is no optax transformation.
+      ValueError: from ``init``, eq. 14 cannot hold under ``optimizer``, and why; from ``update``, a signal that does
+        not match feedback.
     """
+
+    checks.transformation("optimizer", optimizer)
+    inner = optax.with_extra_args_support(optimizer)
 
     def init(feedback: Any) -> Any:
         with jax.ensure_compile_time_eval():
             _check_holds(optimizer, feedback)
         return optimizer.init(feedback)
 
-    return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(optimizer).update)
+    def update(signal: Any, state: Any, feedback: Any = None, **extra: Any) -> tuple[Any, Any]:
+        if feedback is not None:
+            checks.alike("signal", signal, feedback, "feedback", dtypes=False)
+        return inner.update(signal, state, feedback, **extra)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 _TRIALS = 64  # steps tried at most: a warm-up may start at a rate of zero, and MultiSteps waits
@@ -44,15 +55,10 @@ _TRIALS = 64  # steps tried at most: a warm-up may start at a rate of zero, and 
 
 def _check_holds(optimizer: optax.GradientTransformation, tree: Any) -> None:
     """Tries the optimizer on small arrays in the tree's structure: the difference of two weights must only shrink."""
-    leaves, structure = jax.tree.flatten(tree)
-    if not leaves:
+    if not jax.tree.leaves(tree):
         return
     random = np.random.default_rng(0)
-
-    def small(offset: float) -> Any:
-        draw = [random.normal(offset, 1, (3, 4) if x.ndim >= 2 else (4,) * x.ndim) for x in leaves]
-        return jax.tree.unflatten(structure, [jnp.asarray(x, jnp.float32) for x in draw])
-
+    small = lambda offset: _small(random, tree, offset)
     w, b = small(0.0), small(1.0)
     state_w, state_b = optimizer.init(w), optimizer.init(b)
     other = jnp.zeros((1,))  # before it, so that its place in the tree is another too
@@ -65,6 +71,7 @@ def _check_holds(optimizer: optax.GradientTransformation, tree: Any) -> None:
             gradient = jax.tree.map(lambda g: 100 * g, gradient)
         u, state_w = optimizer.update(gradient, state_w, w)
         v, state_b = optimizer.update(gradient, state_b, b)
+        _check_is_finite(u)
         if state_alone is not None:
             first, state_alone = optimizer.update({"a": other, "w": jax.tree.leaves(gradient)[0]}, state_alone, alone)
             _compare_alone(jax.tree.leaves(u)[0], first["w"])
@@ -85,10 +92,38 @@ def _check_holds(optimizer: optax.GradientTransformation, tree: Any) -> None:
                     "divided by "
                     "a gradient's moments. Use SGD, momentum, Adam or AdamW with decoupled weight decay."
                 )
+            if shrink * np.max(np.abs(difference)) > 1e-5 * size or shrink < -2:
+                raise ValueError(
+                    f"optimizer cannot train Kolen-Pollack's B: a step multiplies W - B^T by {1 + shrink:.6g}, where eq. 14 "
+                    "wants it to shrink. Use a learning rate and a weight decay whose product lies between 0 and 2."
+                )
         seen += moved
         if seen >= 4:
             return
         w, b = optax.apply_updates(w, u), optax.apply_updates(b, v)
+
+
+def _small(random: np.random.Generator, tree: Any, offset: float) -> Any:
+    """Small arrays around ``offset``, in the tree's structure."""
+    draw = lambda x: random.normal(offset, 1, (3, 4) if x.ndim >= 2 else (4,) * x.ndim)
+    return jax.tree.map(lambda x: jnp.asarray(draw(x), jnp.float32), tree)
+
+
+def check_finite(optimizer: optax.GradientTransformation, params: Any) -> None:
+    """ValueError if the optimizer's first update is not finite, tried on small arrays in params' structure."""
+    random = np.random.default_rng(0)
+    with jax.ensure_compile_time_eval():
+        w, gradient = _small(random, params, 0.0), _small(random, params, 0.5)
+        try:
+            update, _ = optimizer.update(gradient, optimizer.init(w), w)
+        except Exception:  # one that is made for arrays of one size cannot be tried on others
+            return
+        _check_is_finite(update)
+
+
+def _check_is_finite(update: Any) -> None:
+    if not all(np.isfinite(u).all() for u in jax.tree.leaves(update)):
+        raise ValueError("optimizer makes updates that are not finite of gradients that are; look at its learning rate")
 
 
 def _try_init(optimizer: optax.GradientTransformation, alone: Any) -> Any:
@@ -121,10 +156,11 @@ def clip_together(max_norm: float) -> optax.GradientTransformation:
     Raises:
       ValueError: ``max_norm`` is not positive.
     """
-    if not max_norm > 0:
-        raise ValueError(f"max_norm must be positive; got {max_norm!r}")
+    checks.positive("max_norm", max_norm)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if not (isinstance(updates, tuple) and len(updates) == 2):
+            raise TypeError(f"updates must be the pair (grads, feedback_signal); got {type(updates).__name__}")
         norm = optax.tree.norm(updates[0])
         scale = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-30))
         return jax.tree.map(lambda u: u * scale.astype(u.dtype), updates), state
@@ -147,15 +183,15 @@ def weight_mirror(learning_rate: Any, decay: Any) -> optax.GradientTransformatio
       followed uphill).
 
     Raises:
-      ValueError: a negative number.
+      ValueError, TypeError: a negative number, or none; from ``update``, a signal that does not match feedback.
     """
-    for name, value in (("learning_rate", learning_rate), ("decay", decay)):
-        if isinstance(value, int | float) and not value >= 0:
-            raise ValueError(f"{name} must not be negative; got {value!r}")
+    checks.scalar("learning_rate", learning_rate)
+    checks.scalar("decay", decay)
 
     def update(signal: Any, state: Any, feedback: Any = None) -> tuple[Any, Any]:
         if feedback is None:
             raise ValueError("the weight mirror's update needs feedback: update(signal, state, feedback)")
+        checks.alike("signal", signal, feedback, "feedback", dtypes=False)
         return jax.tree.map(lambda s, b: (learning_rate * (s - decay * b)).astype(b.dtype), signal, feedback), state
 
     return optax.GradientTransformation(lambda feedback: optax.EmptyState(), update)
@@ -171,8 +207,10 @@ def calibrated_mirror(rule: Rule, rate: Any = None) -> optax.GradientTransformat
       rate: a, by default the rule's own; a leaky average of this rate over mirror steps.
 
     Raises:
-      ValueError: the rule has no mirror mode.
+      ValueError, TypeError: the rule has no mirror mode; ``rate`` is negative, or no number.
     """
     gain = mirror_gain(rule)
+    if rate is not None:
+        checks.scalar("rate", rate)
     rate = rule.mirror.rate if rate is None and rule.mirror is not None else rate
     return weight_mirror(rate / gain, gain)

@@ -1,0 +1,455 @@
+"""Wrong calls of every public function: a library error that names the argument and the way out, and never a NaN."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import wmkp
+import wmkp.nnx
+from wmkp import updates
+from wmkp.interpreter import Direct
+from wmkp.training import batch_sharding, state_sharding
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+KEY, B_KEY = jax.random.key(0), jax.random.key(1)
+NAN, INF = float("nan"), float("inf")
+KP, FA, WM, BP = wmkp.kolen_pollack(), wmkp.feedback_alignment(), wmkp.weight_mirror(num_samples=4), wmkp.backprop()
+DFA, DKP, PFA = wmkp.direct_feedback_alignment(), wmkp.direct_kolen_pollack(), wmkp.product_feedback_alignment()
+IA, SS = wmkp.information_alignment(), wmkp.sign_symmetry()
+SGD = optax.sgd(0.1)
+
+normal = lambda i, *shape: np.random.default_rng(i).normal(size=shape).astype(np.float32)
+PARAMS = {"first": jnp.asarray(normal(0, 3, 6)), "b": jnp.zeros(6), "w": jnp.asarray(normal(1, 6, 2))}
+X = jnp.asarray(normal(2, 4, 3))
+
+
+def fun(params, x):
+    return jnp.mean((jnp.tanh(x @ params["first"] + params["b"]) @ params["w"]) ** 2)
+
+
+def loss_fn(params, model_state, batch, key):
+    return fun(params, batch), (model_state, {})
+
+
+def changed(**leaves):
+    return {**PARAMS, **leaves}
+
+
+def without(tree, name):
+    return {k: v for k, v in tree.items() if k != name}
+
+
+@functools.cache
+def made(rule):
+    return wmkp.init_feedback(B_KEY, rule, fun, PARAMS, X)
+
+
+@functools.cache
+def steps(rule, **options):
+    return wmkp.make_steps(loss_fn, rule, SGD, PARAMS, X, **dict(options))
+
+
+def state(rule=KP, **over):
+    return steps(rule).init(KEY, PARAMS)._replace(**over)
+
+
+def grad(rule, params=PARAMS, feedback=None, *args, fun=fun, **options):
+    return wmkp.value_and_grad(fun, rule, **options)(params, feedback, *(args or (X,)))
+
+
+def init(rule=KP, params=PARAMS, *args, fun=fun, key=B_KEY):
+    return wmkp.init_feedback(key, rule, fun, params, *(args or (X,)))
+
+
+def make(rule=KP, **over):
+    arguments = {"loss_fn": loss_fn, "rule": rule, "optimizer": SGD, "params": PARAMS, "batch": X, **over}
+    return wmkp.make_steps(**arguments)
+
+
+def used_twice():
+    old = state()
+    steps(KP).engaged_step(old, X)
+    return steps(KP).engaged_step(old, X)
+
+
+def returning(out):
+    return lambda params, model_state, batch, key: out(fun(params, batch), model_state)
+
+
+def mirror_with(optimizer):
+    return make(WM, mirror_optimizer=optimizer)
+
+
+custom = lambda **fields: FA._replace(name="mine", **fields)
+old_key = jax.random.PRNGKey(0)
+model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+apply, nnx_params, nnx_state = wmkp.nnx.pure(model)
+the_mesh = jax.make_mesh((2,), ("d",), devices=jax.devices()[:2])
+
+# what was done wrong: (the call, words that the message must hold)
+WRONG = {
+    # --- rules
+    **{
+        f"{f.__name__}(scale={bad!r})": (functools.partial(f, scale=bad), "scale must be a positive number")
+        for f in (
+            wmkp.feedback_alignment, wmkp.sign_symmetry, wmkp.kolen_pollack, wmkp.kolen_pollack_transported,
+            wmkp.product_feedback_alignment, wmkp.direct_feedback_alignment, wmkp.direct_kolen_pollack,
+            wmkp.weight_mirror, functools.wraps(wmkp.alignment)(functools.partial(wmkp.alignment, decay=1)),
+        )
+        for bad in (0, -1.0, NAN, INF, "1", None, True, 1e300, 1e-300, np.ones(2))
+    },
+    **{
+        f"weight_mirror({name}={bad!r})": (functools.partial(wmkp.weight_mirror, **{name: bad}), name)
+        for name, values in {
+            "noise": (None, "pink", 1, ["gaussian"]), "noise_std": (0, -1, NAN, INF, "1", None, 1e200),
+            "num_samples": (0, -3, 1.5, "10", NAN, True), "activation": ("relu", 1), "bias": (None, "none", False),
+            "target_angle": (0, 90, -5, NAN, "6", None, 1e-200), "rate": (0, -0.1, 1.5, NAN, "a", None),
+        }.items()
+        for bad in values
+    },
+    **{
+        f"alignment({name}={bad!r})": (functools.partial(wmkp.alignment, **{"amplitude": 1, name: bad}), name)
+        for name, values in {
+            "amplitude": (-1, NAN, INF, "1", None), "decay": (-1, None), "null": (-1, NAN), "sparse": (-1, "x"),
+            "self_alignment": (-1, []), "on": (None, "both", 1), "rate": (0, -1, NAN, "1", None),
+            "noise": ("white", None), "noise_std": (0, None), "num_samples": (0, 2.5), "normalize": (None, "sum"),
+            "whiten": ("no", None, 1),
+        }.items()
+        for bad in values
+    },
+    "alignment of nothing": (wmkp.alignment, "coefficients", "all zero"),
+    "alignment, whitened noise": (lambda: wmkp.alignment(decay=1, whiten=True), "whiten", "activity"),
+    "a noise that is not used": (lambda: wmkp.alignment(decay=1, on="activity", noise="white"), "noise must be"),
+    "information_alignment": (lambda: wmkp.information_alignment(null=-1), "null must not be negative"),
+    "symmetric_alignment": (lambda: wmkp.symmetric_alignment(decay=NAN), "decay must"),
+    "activation_alignment": (lambda: wmkp.activation_alignment(rate=0), "rate must"),
+    "activity_mirror": (lambda: wmkp.activity_mirror(whiten="yes"), "whiten must be True or False"),
+    "sign_symmetry": (lambda: wmkp.sign_symmetry(["fixed"]), "magnitude must be"),
+    "kolen_pollack": (lambda: wmkp.kolen_pollack(start=None), 'start must be "random" or "mirror"'),
+    **{
+        f"expansion={bad!r}": (functools.partial(wmkp.product_feedback_alignment, bad), "expansion must be")
+        for bad in (0, -1, NAN, INF, "4", None)
+    },
+    # --- which rule
+    **{
+        f"{name}: {what}": (functools.partial(call, bad), *words)
+        for name, call in {
+            "init_feedback": lambda rule: init(rule),
+            "engage": lambda rule: wmkp.engage(fun, rule),
+            "value_and_grad": lambda rule: wmkp.value_and_grad(fun, rule),
+            "mirror_signals": lambda rule: wmkp.mirror_signals(KEY, rule, fun, PARAMS, X),
+            "delta_angles": lambda rule: wmkp.delta_angles(fun, rule, PARAMS, None, X),
+            "make_steps": lambda rule: make(rule),
+        }.items()
+        for what, (bad, *words) in {
+            "a factory that is not called": (wmkp.kolen_pollack, "rule must be", "call it: kolen_pollack()"),
+            "a factory in a mapping": ({".*": wmkp.weight_mirror}, "rule['.*'] must be", "call it: weight_mirror()"),
+            "a name": ("kolen_pollack", "rule must be a wmkp rule such as kolen_pollack()"),
+            "a list": ([KP, FA], "rule must be", "a mapping of path patterns to rules"),
+            "nothing": (None, "rule must be"),
+            "an optimizer": (SGD, "rule must be"),
+            "a pattern that is no string": ({0: KP}, "patterns must be strings", "0"),
+            "a pattern that does not compile": ({"w[": KP}, "'w['", "regular expression", "re.escape"),
+        }.items()
+    },
+    "a pattern that matches nothing": (lambda: init({"haed": BP, ".*": KP}), "'haed' matches no projection", "first, w"),
+    "a projection without a pattern": (lambda: init({"first": BP}), "projection 'w'", 'end with ".*"'),
+    "no pattern": (lambda: init({}), "no pattern of rule", "first"),
+    # --- keys
+    **{
+        f"{name}: key={bad!r}": (functools.partial(call, bad), "key must be one JAX random key", "jax.random.key(0)")
+        for name, call in {
+            "init_feedback": lambda key: init(key=key),
+            "mirror_signals": lambda key: wmkp.mirror_signals(key, WM, fun, PARAMS, X),
+            "steps.init": lambda key: steps(KP).init(key, PARAMS),
+        }.items()
+        for bad in (0, None, "key", 1.5, jnp.zeros(2), jnp.zeros(3, jnp.uint32), jax.random.split(KEY, 2), PARAMS)
+    },
+    # --- functions and what they are called with
+    **{
+        f"{name}: fun={bad!r}": (functools.partial(call, bad), "fun must be a function fun(params, *args)")
+        for name, call in {
+            "init_feedback": lambda f: init(fun=f),
+            "engage": lambda f: wmkp.engage(f, KP),
+            "value_and_grad": lambda f: wmkp.value_and_grad(f, KP),
+            "projections": lambda f: wmkp.projections(f, PARAMS, X),
+            "mirror_signals": lambda f: wmkp.mirror_signals(KEY, WM, f, PARAMS, X),
+            "delta_angles": lambda f: wmkp.delta_angles(f, KP, PARAMS, made(KP), X),
+            "input_covariances": lambda f: wmkp.input_covariances(f, PARAMS, X),
+        }.items()
+        for bad in (None, "loss", KP, PARAMS)
+    },
+    "fun and rule changed places": (lambda: init(fun, PARAMS, X, fun=KP), "rule must be", "fun"),
+    **{
+        f"{name}: {what}": (functools.partial(call, *bad), *words)
+        for name, call in {
+            "init_feedback": lambda p, *a: init(KP, p, *a),
+            "value_and_grad": lambda p, *a: grad(KP, p, made(KP), *a),
+            "backprop": lambda p, *a: grad(BP, p, None, *a),
+            "engage": lambda p, *a: wmkp.engage(fun, KP)(p, made(KP), *a),
+            "engaged backprop": lambda p, *a: wmkp.engage(fun, BP)(p, None, *a),
+            "projections": lambda p, *a: wmkp.projections(fun, p, *a),
+            "delta_angles": lambda p, *a: wmkp.delta_angles(fun, KP, p, made(KP), *a),
+            "input_covariances": lambda p, *a: wmkp.input_covariances(fun, p, *a),
+            "mirror_signals": lambda p, *a: wmkp.mirror_signals(KEY, WM, fun, p, *a),
+        }.items()
+        for what, (bad, *words) in {
+            "integer params": ((changed(w=jnp.ones((6, 2), int)), X), "params['w'] is int", "floating-point"),
+            "complex params": ((changed(w=jnp.ones((6, 2), complex)), X), "params['w'] is complex"),
+            "a number among params": ((changed(b=1.0), X), "params['b'] is float", "floating-point arrays"),
+            "a string among params": ((changed(b="zeros"), X), "params['b'] is str"),
+            "a list in params": ((changed(b=[0.0] * 6), X), "params['b/0'] is float"),
+            "a function for params": ((fun, X), "params[''] is function"),
+            "two leaves of one path": (({**PARAMS, "a": {"b": X}, "a/b": X}, X), "two leaves", "'a/b'"),
+            "None in place of a parameter": ((changed(w=None), X), "fun(params, *args) raised", "params: b: float32[6], first"),
+            "a parameter missing": ((without(PARAMS, "b"), X), "fun(params, *args) raised KeyError: 'b'"),
+            "another shape": ((changed(w=jnp.ones((5, 2))), X), "fun(params, *args) raised", "w: float32[5, 2]"),
+            "no params": (({}, X), "fun(params, *args) raised"),
+            "another batch": ((PARAMS, jnp.ones((4, 7))), "fun(params, *args) raised", "args: (float32[4, 7],)"),
+            "no batch": ((PARAMS, None), "fun(params, *args) raised", "args: (None,)"),
+            "one argument too many": ((PARAMS, X, X), "fun(params, *args) raised TypeError", "positional"),
+        }.items()
+    },
+    "feedback forgotten": (
+        lambda: wmkp.value_and_grad(fun, KP)(PARAMS, X), "raised TypeError", "called with params, feedback, *args"),
+    "data closed over": (lambda: init(KP, fun=lambda p, x: fun(p, X) + x.sum()), "Data must be an argument of fun"),
+    "data as lists": (lambda: init(KP, PARAMS, X.tolist(), fun=lambda p, x: fun(p, jnp.array(x))), "nor a Python number or list"),
+    "no projection": (lambda: init(KP, {"b": jnp.ones(3)}, fun=lambda p, x: (x + p["b"]).sum()), "fun has no projection"),
+    "no params, no projection": (lambda: init(KP, {}, fun=lambda p, x: x.sum()), "fun has no projection"),
+    "fan_in zero": (lambda: init(KP, changed(first=jnp.ones((0, 6))), X[:, :0]), "params['first']", "fan_in or fan_out is zero"),
+    "fan_out zero": (lambda: init(KP, changed(w=jnp.ones((6, 0)))), "params['w']", "fan_in or fan_out is zero"),
+    "no samples in the batch": (lambda: init(KP, PARAMS, X[:0]), "args hold no sample", "at least one"),
+    "no samples, gradient": (lambda: grad(KP, PARAMS, made(KP), X[:0]), "args hold no sample"),
+    "shapes in place of params": (lambda: init(SS, jax.eval_shape(lambda: PARAMS)), "params['w'] is a ShapeDtypeStruct"),
+    "shapes in place of params, gradient": (lambda: grad(KP, jax.eval_shape(lambda: PARAMS), made(KP)), "ShapeDtypeStruct"),
+    # --- losses
+    **{
+        f"{rule.name}: a loss of {what}": (functools.partial(grad, rule, PARAMS, feedback, fun=lambda p, x, o=o: o(fun(p, x))), *words)
+        for rule, feedback in ((KP, made(KP)), (BP, None))
+        for what, (o, *words) in {
+            "a tuple": (lambda l: (l, {}), "real scalar loss", "tuple", "has_aux=True"),
+            "an array": (lambda l: l * jnp.ones(3), "real scalar loss", "float32[3]"),
+            "a complex number": (lambda l: l + 0j, "real scalar loss", "complex64[]"),
+            "an integer": (lambda l: l.astype(int), "real scalar loss", "int32[]"),
+            "nothing": (lambda l: None, "real scalar loss", "NoneType"),
+            "a dict": (lambda l: {"loss": l}, "real scalar loss", "dict"),
+        }.items()
+    },
+    "auxiliary data missing": (lambda: grad(KP, PARAMS, made(KP), has_aux=True), "with has_aux=True fun must return (loss, aux)"),
+    "has_aux is no flag": (lambda: grad(KP, PARAMS, made(KP), has_aux="aux"), "has_aux must be True or False"),
+    "delta angles of no scalar": (
+        lambda: wmkp.delta_angles(lambda p, x: x @ p["first"] @ p["w"], KP, PARAMS, made(KP), X), "real scalar loss"),
+    # --- feedback
+    **{
+        f"{name}: feedback {what}": (functools.partial(call, bad), *words)
+        for name, call in {
+            "value_and_grad": lambda b: grad(KP, PARAMS, b),
+            "engage": lambda b: wmkp.engage(fun, KP)(PARAMS, b, X),
+            "delta_angles": lambda b: wmkp.delta_angles(fun, KP, PARAMS, b, X),
+            "mirror_signals": lambda b: wmkp.mirror_signals(KEY, IA, fun, PARAMS, X, feedback=b),
+            "engaged_step": lambda b: steps(KP).engaged_step(state(feedback=b), X),
+            "mirror_step": lambda b: steps(WM).mirror_step(state(WM, feedback=b)),
+            "matrix_angles": lambda b: wmkp.matrix_angles(PARAMS, b),
+        }.items()
+        for what, (bad, *words) in {
+            "None": (None, "feedback", "init_feedback"),
+            "without a leaf": (without(made(KP), "w"), "feedback must have the structure of params"),
+            "renamed": ({**without(made(KP), "w"), "v": made(KP)["w"]}, "feedback must have the structure of params"),
+            "of another shape": ({**made(KP), "w": jnp.ones((2, 6))}, "feedback['w'] is float32[2, 6]", "float32[6, 2]"),
+            "of another dtype": ({**made(KP), "w": made(KP)["w"].astype(jnp.bfloat16)}, "feedback['w'] is bfloat16[6, 2]"),
+            "of a list": ([None, None, made(KP)["w"]], "feedback must have the structure of params"),
+            "missing": ({**made(KP), "w": None}, "feedback['w'] is None", "init_feedback"),
+            "of a number": ({**made(KP), "w": 1.0}, "feedback['w'] "),
+            "of direct feedback": (made(DFA), "feedback['w'] is Direct", "init_feedback"),
+            "of product feedback": (made(PFA), "feedback['w'] is ProductFeedback", "init_feedback"),
+        }.items()
+        if not (name == "matrix_angles" and what in ("missing", "of direct feedback", "of product feedback"))
+        and not (name == "mirror_signals" and what == "None")
+        and not (name.endswith("_step") and what == "of a number")  # it is an array to a jitted step
+        and not (name == "mirror_step" and what in ("missing", "of direct feedback", "of product feedback"))
+    },
+    **{
+        f"feedback of {b.name} for {rule.name}": (
+            lambda rule=rule, b=b: grad(rule, PARAMS, made(b)), "feedback['w']", f"not a B of {rule.name}", "init_feedback")
+        for rule, b in ((PFA, KP), (DFA, KP), (DKP, PFA), (PFA, DKP), (SS, DFA), (WM, PFA))
+    },
+    "direct feedback of another size": (
+        lambda: grad(DFA, PARAMS, {**made(DFA), "w": Direct(jnp.ones((5, 2)))}), "feedback['w']", "float32[5, 2], not [6, 2]"),
+    "a rule whose B is of another shape": (
+        lambda: grad(custom(backward=lambda w, b: b.T), PARAMS, made(FA)), "feedback['w']", "float32[2, 6], not [6, 2]"),
+    "matrix angles, params and feedback changed places": (
+        lambda: wmkp.matrix_angles(made(KP), PARAMS), "feedback must have the structure of params"),
+    "matrix angles with a mapping": (lambda: wmkp.matrix_angles(PARAMS, made(KP), {".*": KP}), "rule must be"),
+    "matrix angles with another rule": (lambda: wmkp.matrix_angles(PARAMS, made(KP), PFA), "feedback['w']", "product_feedback"),
+    "matrix angles of integers": (lambda: wmkp.matrix_angles(changed(w=np.ones((6, 2), int)), made(KP)), "params['w'] is int"),
+    # --- mirrors
+    **{
+        f"{f.__name__} of {bad!r}": (functools.partial(call, bad), *words)
+        for f, call in (
+            (wmkp.mirror_gain, wmkp.mirror_gain), (wmkp.mirror_angle, lambda r: wmkp.mirror_angle(8, 8, r)),
+            (wmkp.samples_for_angle, lambda r: wmkp.samples_for_angle(6, 8, r)),
+            (updates.calibrated_mirror, updates.calibrated_mirror),
+        )
+        for bad, *words in (
+            (KP, "kolen_pollack has no mirror mode; weight_mirror() has"), (wmkp.weight_mirror, "rule must be", "call it"),
+            (None, "rule must be"), ({".*": WM}, "rule must be a wmkp rule"),
+            (wmkp.weight_mirror(activation=jnp.square), "activation", "mean slope"),
+            (wmkp.weight_mirror(activation=lambda x: x * NAN), "activation", "mean slope"),
+            (wmkp.weight_mirror(activation=jnp.sum), "activation must map an array elementwise"),
+            (wmkp.weight_mirror(activation=lambda x, y: x), "activation raised TypeError"),
+        )
+    },
+    **{
+        f"mirror_angle({n!r}, {m!r})": (lambda n=n, m=m: wmkp.mirror_angle(n, m, WM), name)
+        for n, m, name in (
+            (0, 8, "num_samples"), (-1, 8, "num_samples"), (NAN, 8, "num_samples"), ("8", 8, "num_samples"),
+            (None, 8, "num_samples"), (8, 0, "fan_in"), (8, -2, "fan_in"), (8, 1.5, "fan_in"), (8, None, "fan_in"),
+        )
+    },
+    **{
+        f"samples_for_angle({a!r}, {m!r})": (lambda a=a, m=m: wmkp.samples_for_angle(a, m, WM), name)
+        for a, m, name in (
+            (0, 8, "angle"), (90, 8, "angle"), (-1, 8, "angle"), (NAN, 8, "angle"), ("6", 8, "angle"), (None, 8, "angle"),
+            (6, 0, "fan_in"), (6, -1, "fan_in"), (6, "8", "fan_in"),
+        )
+    },
+    "a mirror of nothing": (lambda: wmkp.mirror_signals(KEY, KP, fun, PARAMS, X), "no rule here has a mirror mode"),
+    "a mirror that needs B": (lambda: wmkp.mirror_signals(KEY, IA, fun, PARAMS, X), "give mirror_signals feedback="),
+    "a custom mirror": (
+        lambda: init(custom(mirror=wmkp.Mirror(num_samples=0))), "num_samples must be an integer of at least 1"),
+    # --- updates
+    **{
+        f"updates.kolen_pollack({bad!r})": (functools.partial(updates.kolen_pollack, bad), "optimizer must be an optax")
+        for bad in (None, "sgd", optax.sgd, 0.1, KP, PARAMS)
+    },
+    "a rate that is not finite": (lambda: updates.kolen_pollack(optax.sgd(NAN)).init(made(KP)), "optimizer", "learning rate"),
+    "a decay that grows": (
+        lambda: updates.kolen_pollack(optax.chain(optax.add_decayed_weights(-0.1), SGD)).init(made(KP)), "optimizer", "W - B^T"),
+    "a decay that overshoots": (
+        lambda: updates.kolen_pollack(optax.chain(optax.add_decayed_weights(30), SGD)).init(made(KP)), "optimizer", "W - B^T"),
+    "gradients in place of signals": (
+        lambda: updates.kolen_pollack(SGD).update(PARAMS, SGD.init(made(KP)), made(KP)), "signal", "'b', 'first' too many"),
+    "signals of another shape": (
+        lambda: updates.kolen_pollack(SGD).update({**made(KP), "w": X}, SGD.init(made(KP)), made(KP)),
+        "signal['w'] is float32[4, 3]", "feedback has float32[6, 2]"),
+    **{
+        f"clip_together({bad!r})": (functools.partial(updates.clip_together, bad), "max_norm must be a positive number")
+        for bad in (0, -1, NAN, INF, "1", None)
+    },
+    "clipping gradients alone": (
+        lambda: updates.clip_together(1.0).update(PARAMS, optax.EmptyState()), "updates must be the pair (grads, feedback_signal)"),
+    **{
+        f"updates.weight_mirror({rate!r}, {decay!r})": (lambda r=rate, d=decay: updates.weight_mirror(r, d), name)
+        for rate, decay, name in (
+            (-0.1, 1, "learning_rate"), (NAN, 1, "learning_rate"), (INF, 1, "learning_rate"), ("0.1", 1, "learning_rate"),
+            (None, 1, "learning_rate"), (np.float32(-1), 1, "learning_rate"), (jnp.float32(NAN), 1, "learning_rate"),
+            (optax.constant_schedule(0.1), 1, "learning_rate"), (0.1, -1, "decay"), (0.1, None, "decay"),
+            (0.1, jnp.ones(2), "decay"),
+        )
+    },
+    "a mirror's update without B": (
+        lambda: updates.weight_mirror(0.1, 1).update(made(KP), optax.EmptyState()), "needs feedback: update(signal, state, feedback)"),
+    "a mirror's update of gradients": (
+        lambda: updates.weight_mirror(0.1, 1).update(PARAMS, optax.EmptyState(), made(KP)), "signal must have the structure of feedback"),
+    **{
+        f"calibrated_mirror(rate={bad!r})": (lambda bad=bad: updates.calibrated_mirror(WM, bad), "rate")
+        for bad in (-0.1, NAN, "0.1", jnp.ones(3))
+    },
+    # --- make_steps
+    **{
+        f"make_steps({name}={bad!r})": (functools.partial(make, **{name: bad}), name)
+        for name, values in {
+            "loss_fn": (None, "loss", KP), "optimizer": (None, optax.sgd, "adam", 0.1), "mirror_optimizer": (optax.sgd, 0.1),
+            "axis_name": (0, True), "mesh": ("d", 8), "fsdp": ("yes", None), "clip_norm": (0, -1, NAN, "1"),
+            "check_finite": ("yes", 1), "rule": (optax.sgd,), "params": (None, {}, changed(w=1.0)),
+        }.items()
+        for bad in values
+    },
+    **{
+        f"loss_fn returns {what}": (lambda o=o: make(loss_fn=returning(o)), "loss_fn must return (loss, (model_state, metrics))")
+        for what, o in {
+            "a loss": lambda l, s: l, "metrics alone": lambda l, s: (l, {}), "three": lambda l, s: (l, s, {}),
+            "a list": lambda l, s: [l, (s, {})], "no dict": lambda l, s: (l, (s, l)),
+        }.items()
+    },
+    "loss_fn returns an array": (lambda: make(loss_fn=returning(lambda l, s: (l[None], (s, {})))), "real scalar loss"),
+    "loss_fn loses the model's state": (
+        lambda: make(loss_fn=returning(lambda l, s: (l, (None, {}))), model_state={"n": X}), "model_state that loss_fn returns", "lacks 'n'"),
+    "loss_fn of two arguments": (lambda: make(loss_fn=fun), "raised TypeError", "positional"),
+    "a mesh and an axis": (lambda: make(mesh=the_mesh, axis_name="d"), "axis_name", "mesh, not both"),
+    "fsdp without a mesh": (lambda: make(fsdp=True), "give mesh"),
+    "a mirror's optimizer with a state": (lambda: mirror_with(optax.adam(0.1)), "mirror_optimizer must keep no state"),
+    "a mirror's optimizer that goes down": (lambda: mirror_with(SGD), "mirror_optimizer must go along the signal"),
+    "a mirror's optimizer of NaN": (lambda: mirror_with(optax.scale(NAN)), "mirror_optimizer must"),
+    "an optimizer of NaN": (lambda: make(FA, optimizer=optax.sgd(NAN)).init(KEY, PARAMS), "optimizer", "learning rate"),
+    "an optimizer under which B cannot be trained": (lambda: make(KP, optimizer=optax.lamb(0.1)).init(KEY, PARAMS), "Kolen-Pollack"),
+    # --- its steps
+    **{
+        f"steps.init(params: {what})": (functools.partial(steps(KP).init, KEY, bad), "params", *words)
+        for what, (bad, *words) in {
+            "missing": (without(PARAMS, "w"), "lacks 'w'"), "more": (changed(v=X), "has 'v' too many"),
+            "another shape": (changed(w=X), "params['w'] is float32[4, 3]", "float32[6, 2]"),
+            "another dtype": (changed(w=PARAMS["w"].astype(jnp.bfloat16)), "params['w'] is bfloat16[6, 2]"),
+            "None": (None, "structure"),
+        }.items()
+    },
+    **{
+        f"mirror_steps={bad!r}": (lambda bad=bad: steps(WM).init(KEY, PARAMS, mirror_steps=bad), "mirror_steps must not be negative")
+        for bad in (-1, 1.5, "3", NAN)
+    },
+    "a mirror period of nothing": (lambda: steps(KP).init(KEY, PARAMS, mirror_steps=1), "mirror_steps", "no rule here has a mirror mode"),
+    "a model state that was not announced": (lambda: steps(KP).init(KEY, PARAMS, {"mean": X}), "model_state", "'mean' too many"),
+    "a state used twice": (used_twice, "is deleted", "Go on from the state that the step returned"),
+    "params in place of a state": (lambda: steps(KP).engaged_step(PARAMS, X), "state must be a TrainState", "steps.init"),
+    "mirror, params in place of a state": (lambda: steps(WM).mirror_step(PARAMS), "state must be a TrainState"),
+    "a batch of another structure": (lambda: steps(KP).engaged_step(state(), {"image": X}), "batch must have the structure"),
+    "a batch of no array": (lambda: steps(KP).engaged_step(state(), "batch"), "batch[''] is str"),
+    "a batch of more axes": (lambda: steps(KP).engaged_step(state(), X[None]), "batch is float32[1, 4, 3]", "float32[4, 3]"),
+    "a batch of another dtype": (lambda: steps(KP).engaged_step(state(), np.ones((4, 3), int)), "batch is int32[4, 3]"),
+    "a batch of other features": (lambda: steps(KP).engaged_step(state(), X[:, :2]), "raised TypeError", "float32[4, 2]"),
+    "a batch of nothing": (lambda: steps(KP).engaged_step(state(), X[:0]), "args hold no sample"),
+    "a state of other params": (lambda: steps(KP).engaged_step(state(params=changed(w=X)), X), "state.params['w']"),
+    "a state of another optimizer": (
+        lambda: steps(KP).engaged_step(state(opt_state=optax.adam(0.1).init(PARAMS)), X), "state.opt_state"),
+    "a state with no key": (lambda: steps(KP).engaged_step(state(key=None), X), "state.key must be one JAX random key"),
+    "an axis that is not there": (lambda: steps(KP, axis_name="d").engaged_step(state(), X), "axis_name='d'", "inside"),
+    "batch_sharding": (lambda: batch_sharding("d"), "mesh must be a jax.sharding.Mesh"),
+    "state_sharding": (lambda: state_sharding(PARAMS, None), "mesh must be a jax.sharding.Mesh"),
+    "state_sharding of strings": (lambda: state_sharding({"w": "x"}, the_mesh), "state must hold arrays"),
+    # --- nnx
+    **{
+        f"nnx.pure({bad!r})": (functools.partial(wmkp.nnx.pure, bad), "model must be an nnx.Module")
+        for bad in (None, nn.Dense(3), PARAMS, nnx.Linear)
+    },
+    "nnx: other params": (lambda: apply(without(nnx_params, "bias"), nnx_state, X), "params", "lacks 'bias'"),
+    "nnx: params of another shape": (lambda: apply({**nnx_params, "kernel": X}, nnx_state, X), "params['kernel'] is float32[4, 3]"),
+    "nnx: another state": (lambda: apply(nnx_params, {"count": X}, X), "state", "'count' too many"),
+    "nnx: a method by name": (lambda: apply(nnx_params, nnx_state, X, method="encode"), "method must be a function"),
+}  # fmt: skip
+
+
+def said_by_the_library(error):
+    """What it says, if the library raised it (the innermost frame is its own)."""
+    assert type(error) in (ValueError, TypeError, wmkp.WeightTransportError), repr(error)
+    frame = error.__traceback__
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    assert frame.tb_frame.f_globals["__name__"].startswith("wmkp."), f"{frame.tb_frame} raised {error!r}"
+    return str(error)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_calls(name):
+    call, *words = WRONG[name]
+    with pytest.raises((ValueError, TypeError)) as error:
+        call()
+    text = said_by_the_library(error.value)
+    for word in words:
+        assert word in text, text

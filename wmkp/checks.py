@@ -1,0 +1,149 @@
+"""Checks of arguments: a wrong call gets one error that names the argument and the way out."""
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def number(name: str, value: Any, must: str, holds: Callable[[Any], bool], kind: Any = numbers.Real) -> None:
+    """ValueError unless ``value`` is a finite number (of this kind) for which ``holds``; ``must`` says it in words."""
+    if isinstance(value, bool | np.bool) or not isinstance(value, kind) or not math.isfinite(value) or not holds(value):
+        raise ValueError(f"{name} must {must}; got {_shown(value)}")
+
+
+def positive(name: str, value: Any, meaning: str = "") -> None:
+    """ValueError unless ``value`` is a positive number that float32 can hold, and the square of it."""
+    number(name, value, f"be a positive number{meaning}, from 1e-15 to 1e15", lambda x: 1e-15 <= x <= 1e15)
+
+
+def count(name: str, value: Any) -> None:
+    """ValueError unless ``value`` is an integer of at least 1."""
+    number(name, value, "be an integer of at least 1", lambda x: x >= 1, numbers.Integral)
+
+
+def scalar(name: str, value: Any) -> None:
+    """ValueError or TypeError unless ``value`` is a number or scalar array, and not negative as far as it is known."""
+    if isinstance(value, jax.Array | np.ndarray) and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating):
+        if isinstance(value, jax.core.Tracer):
+            return
+        value = float(value)
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number or a scalar array; got {_shown(value)}")
+    number(name, value, "not be negative, nor infinite or NaN", lambda x: x >= 0)
+
+
+def one_of(name: str, value: Any, names: tuple[str, ...]) -> None:
+    """ValueError unless ``value`` is one of these words."""
+    if not isinstance(value, str) or value not in names:
+        words = [f'"{n}"' for n in names]
+        raise ValueError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}; got {_shown(value)}")
+
+
+def flag(name: str, value: Any) -> None:
+    """TypeError unless ``value`` is True or False."""
+    if not isinstance(value, bool | np.bool):
+        raise TypeError(f"{name} must be True or False; got {_shown(value)}")
+
+
+def function(name: str, value: Any, signature: str) -> None:
+    """TypeError unless ``value`` can be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be a function {signature}; got {_shown(value)}")
+
+
+def transformation(name: str, value: Any) -> None:
+    """TypeError unless ``value`` has an optax transformation's two functions."""
+    if isinstance(value, type) or not all(callable(getattr(value, f, None)) for f in ("init", "update")):
+        call = f" (call it: {getattr(value, '__name__', 'it')}(...))" if callable(value) else ""
+        raise TypeError(
+            f"{name} must be an optax.GradientTransformation, such as optax.sgd(0.1); got {_shown(value)}{call}"
+        )
+
+
+def key(value: Any, name: str = "key") -> None:
+    """TypeError unless ``value`` is one random key, typed (``jax.random.key``) or old (``jax.random.PRNGKey``)."""
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        one = shape == ()
+    else:
+        one = dtype == jnp.uint32 and shape == jax.eval_shape(lambda: jax.random.PRNGKey(0)).shape
+    if not one:
+        raise TypeError(f"{name} must be one JAX random key, such as jax.random.key(0); got {_shown(value)}")
+
+
+def alike(name: str, value: Any, expected: Any, of: str, *, dtypes: bool = True, shapes: bool = True) -> None:
+    """ValueError unless two pytrees agree in structure, dtypes and shapes (else in numbers of axes)."""
+    tree: Any
+    flat, tree = jax.tree_util.tree_flatten_with_path(value)
+    wanted, wanted_tree = jax.tree_util.tree_flatten_with_path(expected)
+    if tree != wanted_tree:
+        found, want = ({path_name(p): None for p, _ in leaves} for leaves in (flat, wanted))
+        missing, extra = [p for p in want if p not in found], [p for p in found if p not in want]
+        lacks = f" lacks {', '.join(map(repr, missing[:3]))}" if missing else ""
+        has = f" has {', '.join(map(repr, extra[:3]))} too many" if extra else ""
+        what = " and".join(filter(None, (lacks, has))) or f" is {short(tree)} where {short(wanted_tree)} is expected"
+        raise ValueError(f"{name} must have the structure of {of}, but it{what}")
+    for (path, x), (_, y) in zip(flat, wanted, strict=True):
+        x, y = aval(x), aval(y)
+        if x is None or y is None:
+            continue
+        if (x.dtype == y.dtype or not dtypes) and (x.shape == y.shape if shapes else x.ndim == y.ndim):
+            continue
+        where = f"{name}[{path_name(path)!r}]" if path else name
+        raise ValueError(
+            f"{where} is {x.dtype}{list(x.shape)} where {of} has {y.dtype}{list(y.shape)}; "
+            f"{'both must agree' if shapes else 'dtypes and numbers of axes must agree'}"
+        )
+
+
+def aval(x: Any) -> jax.ShapeDtypeStruct | None:
+    """Shape and dtype of an array or a Python number as JAX takes them, None for what is neither."""
+    if hasattr(x, "dtype") and hasattr(x, "shape"):
+        dtype = (
+            x.dtype if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) else jax.dtypes.canonicalize_dtype(x.dtype)
+        )
+        return jax.ShapeDtypeStruct(x.shape, dtype)
+    if isinstance(x, bool | int | float | complex):
+        return jax.ShapeDtypeStruct((), jnp.result_type(x))
+    return None
+
+
+def avals(tree: Any) -> Any:
+    """A pytree's shapes and dtypes, so that its arrays need not be kept."""
+    return jax.tree.map(lambda x: x if aval(x) is None else aval(x), tree)
+
+
+def path_name(path: Any) -> str:
+    """A leaf's path, as it is printed everywhere."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def first_line(error: BaseException) -> str:
+    """An error's class and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def short(text: Any, length: int = 120) -> str:
+    """A text, cut off where it gets too long to read."""
+    text = str(text)
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def shape(x: Any) -> str:
+    """An array as its dtype and shape, another value as its type."""
+    return f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") and hasattr(x, "shape") else type(x).__name__
+
+
+def shapes(tree: Any) -> Any:
+    """A pytree, each leaf as ``shape`` prints it."""
+    return str(jax.tree.map(shape, tree)).replace("'", "")
+
+
+def _shown(x: Any) -> str:
+    """A value as an error prints it."""
+    return f"an array {shape(x)}" if getattr(x, "shape", ()) != () and hasattr(x, "dtype") else short(repr(x))
