@@ -13,7 +13,7 @@ import pytest
 from matplotlib.image import imread
 
 import wmkp
-from wmkp.experiments import cli, data, published, recipes, reproduce
+from wmkp.experiments import cli, data, published, recipes, reproduce, train
 from wmkp.experiments.config import Reproduce
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -212,6 +212,21 @@ def test_a_battery_is_its_runs_and_goes_on_where_it_was(tmp_path, monkeypatch, c
     assert (tmp_path / "summary.csv").read_text().replace(again[1]["seconds"], "").replace(
         again[0]["seconds"], ""
     ) == before
+
+
+def test_memory_is_the_state_and_what_a_step_needs_besides(tmp_path):
+    config = dataclasses.replace(recipes.RECIPES["mlp-digits-kp"], hidden=(16, 16), out=tmp_path)
+    run = train.build(config)
+    state, batch = run.init(), next(run.feed.batches(0))
+    bytes_of = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+    found = reproduce.memory(config)
+    # Rounded up by array, and the key's and the counters' few bytes.
+    assert (
+        0
+        <= found["state"] - bytes_of((state.params, state.feedback, state.opt_state, state.feedback_opt_state))
+        < 20_000
+    )
+    assert bytes_of(batch) < found["state"] and found["step"] > 0
 
 
 def test_a_shortened_run_shortens_its_schedule():

@@ -189,7 +189,10 @@ def _battery(config: Reproduce, out: Path) -> list[dict[str, Any]]:
     """Runs of ``wmkp train``, one after another; a run that is there already goes on, or is done."""
     battery = BATTERIES[config.figure]
     runs = {name: settings(config, name) for name in config.only}
-    _started(config, out, runs={name: dataclasses.asdict(run) for name, run in runs.items()})
+    kept = {
+        name: {k: v for k, v in dataclasses.asdict(run).items() if k not in train.FREE} for name, run in runs.items()
+    }
+    _started(config, out, runs=kept)
     lines = []
     for name, run in runs.items():
         begin = time.perf_counter()

@@ -1,0 +1,144 @@
+"""Takes in what ``wmkp reproduce`` left, and writes RESULTS.md from it: no figure is typed.
+
+``python -m benchmarks.figures runs/akrout-mnist ...`` copies the CSV files, pictures and provenance of these directories
+to ``benchmarks/results/figures``, and then writes RESULTS.md from all that lies there; without a directory it only writes.
+"""
+
+import csv
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import benchmarks
+from wmkp.experiments import published, reproduce
+from wmkp.experiments.recipes import RECIPES
+
+ROOT = Path(__file__).parent.parent
+KEPT = benchmarks.RESULTS / "figures"
+
+# What each figure is, in the order of the page.
+TEXTS = {
+    "akrout-mnist": (
+        "The curves published with the paper's code: MNIST",
+        "784-500-10, the settings of the NumPy code that was published with Akrout et al. (2019), every quirk kept: the data in "
+        "its own order, never shuffled; ten independent sigmoids at the output; a bias learns 128 times more slowly; WM's noise "
+        "uniform in [-0.05, 0.05], its response a sigmoid with the bias kept, and its B growing without decay. Ours is float32, "
+        "the published float64. A delta angle here is the mean over 128 examples of one example's; the published is that of a "
+        "single example, and jumps about.",
+    ),
+    "akrout-cifar10": (
+        "The curves published with the paper's code: CIFAR-10",
+        "3072-1000-10, as above. Our copy of CIFAR-10 has been through JPEG, so that its pixels, and with them every rule's "
+        "accuracy, differ a little from the original's; BP, which nothing else distinguishes from the published run, shows by how "
+        "much: its mean difference over the curve is in the table's last column.",
+    ),
+    "akrout-mended": (
+        "What each quirk changes",
+        "The same MNIST experiment with one thing mended at a time. Shuffling each epoch; weight decay of W and B, on which "
+        "Kolen-Pollack's convergence rests (eq. 14); a B that decays so as to settle at W^T instead of growing; Gaussian noise "
+        "with a linear response; an exact mirror (orthogonal noise), for WM after each step and for KP once, before training.",
+    ),
+    "akrout-resnet20": (
+        "Algorithm comparison and learning the transpose: ResNet-20, CIFAR-10",
+        "The paper's two figures at a small size: test error against epoch, and the matrix and delta angles of every layer against "
+        "epoch. The paper has ImageNet.",
+    ),
+    "akrout-tiny": (
+        "Algorithm comparison and learning the transpose: ResNet-18, Tiny ImageNet-100",
+        "The same with 100 classes of ImageNet at 64x64.",
+    ),
+    "akrout-imagenet": (
+        "The ImageNet recipe",
+        "First steps of the full recipe, and from their throughput on this machine the hours that 90 epochs would take; the memory "
+        "is the compiler's own account of a step: what it is given (W, B, the optimizer's state, a batch) and what it needs besides.",
+    ),
+    "biotorch-lenet": (
+        "BioTorch's table: LeNet on MNIST",
+        "BioTorch's recipe for LeNet, under the rules that it publishes and under KP and WM, which it lacks. SS is its uSF.",
+    ),
+}
+
+
+def take(directory: Path) -> None:
+    """Copies a figure's CSV files, pictures and provenance, the paths of the machine it ran on taken out."""
+    run = json.loads((directory / "run.json").read_text())
+    kept = KEPT / run["figure"]
+    if kept.exists():
+        shutil.rmtree(kept)
+    kept.mkdir(parents=True)
+    words, hidden = [], False
+    for word in run["command"].split():
+        words.append("DIR" if hidden else word)
+        hidden = word in ("--data-dir", "--reference", "--out")
+    run["command"] = " ".join(words)
+    (kept / "run.json").write_text(json.dumps(run, indent=1) + "\n")
+    for path in (*directory.glob("*.csv"), *directory.glob("*.png")):
+        shutil.copy(path, kept)
+
+
+def section(figure: str) -> str:
+    """A figure's part of RESULTS.md."""
+    kept = KEPT / figure
+    run = json.loads((kept / "run.json").read_text())
+    with (kept / "summary.csv").open() as file:
+        summary: list[dict[str, Any]] = [
+            {name: x if name in ("run", "what") else float(x or "nan") for name, x in row.items()}
+            for row in csv.DictReader(file)
+        ]
+    title, text = TEXTS[figure]
+    headings, *lines = reproduce.table(summary)
+    whats = [line["what"] for line in summary]
+    table = [[headings[0], "what", *headings[1:]]] + [
+        [line[0], what, *line[1:]] for line, what in zip(lines, whats, strict=True)
+    ]
+    if figure == "akrout-cifar10":
+        table[0].append("accuracy, mean difference")
+        for row, line in zip(table[1:], summary, strict=True):
+            row.append(f"{line['accuracy_mean_difference']:+.2f}")
+    table.insert(1, ["---", "---", *["---:"] * (len(table[0]) - 2)])
+    machine = run["machine"]
+    parts = [
+        f"## {title}",
+        text,
+        "\n".join("| " + " | ".join(row) + " |" for row in table),
+        f"{reproduce.caption(summary)} {_length(figure, run, summary)}",
+        *(
+            f"![{figure}: {path.stem}](benchmarks/results/figures/{figure}/{path.name})"
+            for path in sorted(kept.glob("*.png"))
+        ),
+        f"`{run['command']}`, commit {run['commit']}, {machine['cpu']} with {machine['cores']} cores ({', '.join(run['devices'])}), "
+        f"jax {run['versions']['jax']}, {run['date'][:10]}. Files: [{figure}](benchmarks/results/figures/{figure}).",
+    ]
+    return "\n\n".join(parts)
+
+
+def _length(figure: str, run: dict[str, Any], summary: list[dict[str, Any]]) -> str:
+    """How much of the whole was run."""
+    if figure in reproduce.CURVES:
+        return f"{run['epochs']} epochs; the published curves have {published.EPOCHS}."
+    settings = next(iter(run["runs"].values()))
+    whole = reproduce.BATTERIES[figure].changes.get("epochs", RECIPES[summary[0]["run"]].epochs)
+    size = f" Images of {settings['image_size']}x{settings['image_size']}." if settings["image_size"] else ""
+    steps = f"{settings['steps']} steps" if settings["steps"] else f"{settings['epochs']:g} epochs"
+    return f"{steps} of batches of {settings['batch_size']}; the whole figure has {whole:g} epochs.{size}"
+
+
+def main() -> None:
+    """Takes in the directories that are named, and writes RESULTS.md."""
+    for name in sys.argv[1:]:
+        take(Path(name))
+    figures = [figure for figure in TEXTS if (KEPT / figure / "summary.csv").exists()]
+    missing = [figure for figure in TEXTS if figure not in figures]
+    head = (
+        "# Results\n\nPublished figures, run anew by `wmkp reproduce`; every number here was put in by `python -m benchmarks.figures` "
+        "from the runs' own CSV files."
+    )
+    if missing:
+        head += f" Not run yet, and so not here: {', '.join(missing)}."
+    (ROOT / "RESULTS.md").write_text("\n\n".join([head, *map(section, figures)]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
