@@ -48,12 +48,19 @@ def _runs(base: str, rules: str) -> tuple[str, ...]:
     return tuple(f"{base}-{rule}" for rule in rules.split())
 
 
-# Long enough for Kolen-Pollack's clock, and without the steps that would stop it early.
-_ALIGNING = {"weight_decay": 5e-4, "schedule": "cosine", "drop_epochs": (), "epochs": 60.0}
+# Long enough for Kolen-Pollack's clock, without the steps that would stop it early; WM with room below 6 degrees.
+_ALIGNING = {
+    "weight_decay": 5e-4,
+    "schedule": "cosine",
+    "drop_epochs": (),
+    "epochs": 60.0,
+    "mirror_every": 4,
+    "mirror_angle": 5.0,
+}
 
 BATTERIES = {
     "akrout-resnet20": Battery(_runs("resnet20-cifar10", "bp wm kp kpm ss fa"), _ALIGNING),
-    "akrout-tiny": Battery(_runs("resnet18-tiny", "bp wm kp kpm ss fa"), {}),
+    "akrout-tiny": Battery(_runs("resnet18-tiny", "bp wm kp kpm ss fa"), _ALIGNING),
     "akrout-imagenet": Battery(
         _runs("resnet18-imagenet", "bp wm kp ss fa") + _runs("resnet50-imagenet", "bp wm kp ss fa"), {}
     ),
