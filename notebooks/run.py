@@ -1,0 +1,79 @@
+"""Runs the notebooks, each in a kernel of its own: their outputs are written into them, or, with --smoke, tests them.
+
+python notebooks/run.py [--smoke] [NOTEBOOK ...]
+"""
+
+import argparse
+import base64
+import io
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+from PIL import Image
+
+# The parameters of a smoke run, what CI does; all that is asserted in a notebook holds at this size too. papermill
+# knows lists, not tuples.
+SMOKE: dict[str, dict[str, object]] = {
+    "1_the_idea": {"num_steps": 60},
+    "2_mirrors": {"fan_in": 64, "fan_out": 64, "repeats": 2, "mirror_steps": 20},
+    "3_kolen_pollack": {"num_steps": 40, "hidden": [16, 16]},
+    "4_five_algorithms": {"epochs": 2, "hidden": [16, 16, 16]},
+    "5_your_own_rule": {"epochs": 2, "hidden": [16, 16]},
+    "6_many_devices": {"num_steps": 3, "hidden": [32, 32]},
+}
+
+
+def run(path: Path, smoke: bool) -> None:
+    """Executes a notebook from its first cell to its last.
+
+    Raises papermill.PapermillExecutionError, with the traceback, where a cell raises.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / path.name
+        parameters = SMOKE[path.stem] if smoke else None
+        papermill.execute_notebook(
+            path, out, parameters, kernel_name="python3", cwd=directory, progress_bar=False, execution_timeout=900,
+            coalesce_streams=True,
+        )  # fmt: skip
+        if not smoke:
+            nbformat.write(tidy(nbformat.read(out, as_version=4)), path)
+
+
+def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook small, and without what changes at every execution: times, versions, papermill's own notes."""
+    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    for number, cell in enumerate(notebook.cells, 1):
+        tags = cell.metadata.get("tags")
+        cell.metadata = {"tags": tags} if tags else {}
+        cell.id = f"cell-{number}"
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = smaller(output.data["image/png"])
+    return notebook
+
+
+def smaller(png: str) -> str:
+    """A figure in 64 colours."""
+    out = io.BytesIO()
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    image.quantize(64, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def main() -> None:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all")
+    parser.add_argument("--smoke", action="store_true", help="at a small size, and write nothing")
+    arguments = parser.parse_args()
+    for path in arguments.notebooks or sorted(Path(__file__).parent.glob("*.ipynb")):
+        begin = time.perf_counter()
+        run(path, arguments.smoke)
+        print(f"{path.name}: {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
