@@ -11,6 +11,8 @@ import pytest
 
 import wmkp
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 KEY = jax.random.key(0)
 LARGEST_ANGLE = 0.05  # degrees
 

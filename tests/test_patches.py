@@ -9,6 +9,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import wmkp
 from wmkp import patches
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 CASES = {
     "same": ((6, 9, 8, 3), (3, 3, 3, 5), "NHWC", "HWIO", {}),
     "strided": ((6, 9, 8, 3), (3, 2, 3, 5), "NHWC", "HWIO", {"window_strides": (2, 3)}),
