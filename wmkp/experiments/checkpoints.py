@@ -1,11 +1,19 @@
 """Checkpoints of a run, kept by Orbax: written in the background, whole or not there, read back bit by bit."""
 
+import contextlib
+import hashlib
+import io
+import json
 import logging
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 import wmkp
 from wmkp.experiments.config import InputError, first_line
@@ -15,7 +23,7 @@ SHOWN = 8  # of the differences between a checkpoint and what was expected
 
 def open_manager(directory: Path, keep: int, read_only: bool = False) -> ocp.CheckpointManager:
     """Orbax's manager of the checkpoints in a directory, which it makes; leftovers of a killed save are cleared away."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax says much
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says much, and errors are raised besides
     options = ocp.CheckpointManagerOptions(
         max_to_keep=None if read_only else keep,
         create=not read_only,
@@ -35,6 +43,7 @@ def save(manager: ocp.CheckpointManager, state: wmkp.TrainState, progress: dict[
     step = int(state.step)
     if step in manager.all_steps():
         return
+    progress = progress | {"sha256": _digest(state, progress)}
     try:
         manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
@@ -67,17 +76,16 @@ def restore(manager: ocp.CheckpointManager, like: Any, step: int | None = None) 
       The state, and what the run knew besides.
 
     Raises:
-      InputError: there is none; it is of another model or rule (what differs, by path); or it cannot be read.
+      InputError: there is none; it is of another model or rule (what differs, by path); it cannot be read; or a bit of
+        it is not what was saved, which the storage layer's own checks may miss.
     """
     step = manager.latest_step() if step is None else step
     if step is None:
         raise InputError(f"{manager.directory} has no checkpoint")
     name = f"{manager.directory}/{step}"
-    try:
+    with _readable(name, manager, step):
         found = manager.item_metadata(step)["state"]
         theirs = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found.tree)}
-    except Exception as error:
-        raise _unreadable(name, manager, step, error) from error
     ours = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
     differences = [f"{path} is not in it" for path in ours if path not in theirs]
     differences += [f"{path} is in it and not expected" for path in theirs if path not in ours]
@@ -90,19 +98,45 @@ def restore(manager: ocp.CheckpointManager, like: Any, step: int | None = None) 
         differences.sort(key=lambda line: (not line.startswith("params/"), line))
         raise InputError(f"{name} is of another model or rule: {'; '.join(differences[:SHOWN])}{more}")
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-    try:
+    with _readable(name, manager, step):
         restored = manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore())
         )
-    except Exception as error:
-        raise _unreadable(name, manager, step, error) from error
-    return restored["state"], restored["progress"]
+        state, progress = restored["state"], dict(restored["progress"])
+        if progress.pop("sha256") != _digest(state, progress):
+            raise ValueError("its SHA-256 is not that of what was saved")
+    return state, progress
 
 
-def _unreadable(name: str, manager: ocp.CheckpointManager, step: int, error: Exception) -> InputError:
-    older = [s for s in manager.all_steps() if s < step]
-    way_out = f"; delete it, and step {max(older)} is the latest" if older else ""
-    return InputError(f"cannot read the checkpoint {name} ({first_line(error)}){way_out}")
+@contextlib.contextmanager
+def _readable(name: str, manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
+    """Any error in reading a checkpoint as an InputError that says what is left."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            try:
+                yield
+            except Exception:
+                time.sleep(
+                    0.2
+                )  # TensorStore's other reads end too, and print that the loop they were read in is closed
+                raise
+    except Exception as error:  # damage shows in any layer: TensorStore, Orbax, JSON, or here
+        older = [s for s in manager.all_steps() if s < step]
+        way_out = f"; delete it, and step {max(older)} is the latest" if older else ""
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"cannot read the checkpoint {name} ({reason}){way_out}") from error
+
+
+def _digest(state: Any, progress: dict[str, Any]) -> str:
+    """SHA-256 of a checkpoint's content, however its arrays are laid out over devices and files."""
+    digest = hashlib.sha256(json.dumps(progress, sort_keys=True).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        x = _data(leaf)
+        if not (x.is_fully_addressable or x.is_fully_replicated):
+            x = multihost_utils.process_allgather(x, tiled=True)
+        digest.update(f"{_path(path)} {_describe(x)}".encode())
+        digest.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _data(x: Any) -> Any:

@@ -2,11 +2,13 @@
 
 import csv
 import io
+import itertools
 import math
 import os
 from pathlib import Path
 from typing import Any
 
+from wmkp.experiments.config import InputError, first_line
 from wmkp.experiments.outputs import write_atomically
 
 
@@ -17,18 +19,30 @@ class Log:
     """
 
     def __init__(self, path: Path, step: int, writer: Any = None, prefix: str = ""):
-        """Opens the file, its rows after ``step`` taken away: they come anew."""
+        """Opens the file, its rows after ``step`` taken away: they come anew.
+
+        Raises:
+          InputError: the file is damaged.
+        """
         self._path, self._writer, self._prefix = path, writer, prefix
-        self.rows = [row for row in read(path) if row["step"] <= step] if path.exists() else []
-        write_atomically({path: _to_text(self.rows).encode()})
+        rows = read(path) if path.exists() else []
+        steps = [row.get("step", math.nan) for row in rows]
+        for number, (before, after) in enumerate(itertools.pairwise([0, *steps]), 2):
+            if not before < after:
+                raise _damaged(path, f"the steps do not rise in line {number}")
+        rows = [row for row in rows if row["step"] <= step]
+        write_atomically({path: _to_text(rows).encode()})
+        self._columns = list(rows[0]) if rows else []
         self._file = path.open("a", newline="")
 
     def write(self, row: dict[str, float]) -> None:
-        """Adds a row, on disk when this returns."""
-        self._file.write(_to_text([row], header=not self.rows))
+        """Adds a row, on disk when this returns. Raises InputError if it has other columns than those before it."""
+        if self._columns and self._columns != list(row):
+            raise _damaged(self._path, "its columns are not this run's")
+        self._file.write(_to_text([row], header=not self._columns))
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.rows.append(row)
+        self._columns = list(row)
         if self._writer is not None:
             for name, value in row.items():
                 if name != "step" and math.isfinite(value):
@@ -40,13 +54,27 @@ class Log:
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """The rows of a CSV file; NaN for an empty cell. A last line that was cut off is left out."""
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    return [
-        {name: float(value) if value else math.nan for name, value in row.items()}
-        for row in csv.DictReader(io.StringIO(whole))
-    ]
+    """The rows of a CSV file; NaN for an empty cell. A last line that was cut off is left out.
+
+    Raises:
+      InputError: the file is damaged.
+    """
+    try:
+        text = path.read_text()
+        header, *lines = [*csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))] or [[]]
+    except (ValueError, csv.Error) as error:
+        raise _damaged(path, first_line(error)) from None
+    rows = []
+    for number, line in enumerate(lines, 2):
+        try:
+            rows.append({n: float(x) if x else math.nan for n, x in zip(header, line, strict=True)})
+        except ValueError as error:
+            raise _damaged(path, f"line {number}: {first_line(error)}") from None
+    return rows
+
+
+def _damaged(path: Path, reason: str) -> InputError:
+    return InputError(f"{path} is damaged ({reason}); mend it, or move it away: no weight depends on it")
 
 
 def _to_text(rows: list[dict[str, float]], header: bool = True) -> str:

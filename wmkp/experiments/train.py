@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import typeguard
 from flax import serialization
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -419,6 +420,8 @@ def claim(config: Train) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"another run is at work in {config.out}; give another --out") from None
+        for left in config.out.glob(".*.partial"):  # by a run that was killed while it wrote
+            left.unlink()
         path = config.out / "config.json"
         if path.exists():
             if not config.resume:
@@ -456,10 +459,15 @@ def read_config(directory: Path) -> Train:
             values[name] = None if values[name] is None else Path(values[name])
         for name in ("hidden", "drop_epochs"):
             values[name] = tuple(values[name])
+        for name, kind in get_type_hints(Train).items():
+            typeguard.check_type(values[name], kind)
         config = Train(**values)
+    except (TypeError, KeyError, typeguard.TypeCheckError) as error:
+        raise InputError(f"{path} is damaged: {type(error).__name__}: {first_line(error)}") from None
+    try:
         config.check()
-    except (TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path} is damaged: {first_line(error)}") from None
+    except InputError as error:
+        raise InputError(f"{path} is damaged: {error}") from None
     return config
 
 

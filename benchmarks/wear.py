@@ -1,0 +1,184 @@
+"""Wear: thirty SIGKILLs at random do not change a bit of a run, and neither kills nor steps leave anything behind.
+
+    python -m benchmarks.wear
+
+One run of ``wmkp train`` goes on undisturbed, its memory, open files and threads looked at after every evaluation.
+Another, with the same settings, is killed and resumed: some kills fall while a process starts or restores, the others
+where a number of steps is reached, and saves and evaluations are so frequent that many fall into one. Exit code 1 if
+the runs differ, if something is left behind or if memory grows.
+"""
+
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import save
+from wmkp.experiments import checkpoints, logs, train
+
+STEPS, KILLS, AT_START = 2000, 30, 8
+SEED = 0
+OPTIONS = (
+    "mlp-digits-wm --hidden 16 16 --batch-size 32 --accumulate 2 --augment --clip-norm 1 --label-smoothing 0.1 "
+    f"--mirror-every 3 --mirror-steps 20 --mirror-angle 20 --steps {STEPS} --log-every 10 --save-every 0.5"
+).split()
+GROWTH = 0.02  # of memory, from the second quarter of the steps to the last
+
+
+def start(out: pathlib.Path, *options: str) -> subprocess.Popen[bytes]:
+    """``wmkp train`` in a session of its own, whatever it starts included."""
+    command = [sys.executable, "-c", "from wmkp.experiments.cli import main; main()", "train", *OPTIONS, *options]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [*command, "--out", str(out)], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+
+
+def last_step(out: pathlib.Path, name: str = "train") -> int:
+    """The last step in a run's log; 0 before there is one."""
+    path = out / f"{name}.csv"
+    lines = path.read_text().split("\n")[1:-1] if path.exists() else []
+    return int(lines[-1].split(",")[0]) if lines else 0
+
+
+def session(leader: int) -> list[int]:
+    """The processes of a session that still run."""
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, its_session = path.read_text().rsplit(")", 1)[1].split()[:4]
+        except OSError:  # it has just ended
+            continue
+        if int(its_session) == leader and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def sample(process: int) -> dict[str, float]:
+    """What a process holds: MB of memory, open files, threads."""
+    where = pathlib.Path(f"/proc/{process}")
+    status = dict(line.split(":", 1) for line in (where / "status").read_text().splitlines())
+    return {
+        "memory_MB": int(status["VmRSS"].split()[0]) / 1e3,
+        "files": len(list((where / "fd").iterdir())),
+        "threads": int(status["Threads"]),
+    }
+
+
+def undisturbed(out: pathlib.Path) -> list[dict[str, float]]:
+    """A run from beginning to end -> a sample after each evaluation but the last."""
+    process = start(out)
+    samples: list[dict[str, float]] = []
+    while process.poll() is None:
+        step = last_step(out, "test")
+        if step < STEPS and step > (samples[-1]["step"] if samples else 0):
+            samples.append({"step": step, **sample(process.pid)})
+        time.sleep(0.005)
+    if process.returncode:
+        sys.exit(f"the undisturbed run ended with exit code {process.returncode}")
+    return samples
+
+
+def killed(out: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """A run that is killed again and again, and then ends -> one dict a kill."""
+    rng = random.Random(SEED)
+    steps = sorted(rng.uniform(0, 0.9 * STEPS) for _ in range(KILLS - AT_START))
+    early = set(rng.sample(range(1, KILLS), AT_START))  # the first life tells how long a start takes
+    startup = 0.0
+    for number in range(KILLS):
+        before, begin = last_step(out), time.perf_counter()
+        process = start(out, "--resume")
+        if number in early:
+            time.sleep(rng.uniform(0, startup))
+        else:
+            target = max(steps.pop(0), before + 1)
+            while process.poll() is None and last_step(out) < target:
+                time.sleep(0.002)
+            startup = time.perf_counter() - begin
+            time.sleep(rng.uniform(0, 0.05))
+        ended = process.poll() is not None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        time.sleep(0.1)
+        yield {
+            "at": "start" if number in early else "step",
+            "step": last_step(out),
+            "ended_before": ended,
+            "left_running": len(session(process.pid)),
+        }
+    process = start(out, "--resume")
+    if process.wait():
+        sys.exit(f"the resumed run ended with exit code {process.returncode}")
+
+
+def arrays(out: pathlib.Path) -> list[np.ndarray]:
+    """All that the last checkpoint has of training's state."""
+    config = train.read_config(out)
+    manager = checkpoints.open_manager(out / "checkpoints", config.keep, read_only=True)
+    state, progress = checkpoints.restore(manager, train.like(config, train.build(config)))
+    manager.close()
+    assert progress["step"] == STEPS
+    return [np.asarray(x) for x in jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))]
+
+
+def rows(out: pathlib.Path, name: str) -> list[dict[str, float]]:
+    """A log's rows, without the one column that is of time."""
+    return [
+        {k: v for k, v in row.items() if k != "examples_per_second" and v == v}
+        for row in logs.read(out / f"{name}.csv")
+    ]
+
+
+def files(out: pathlib.Path) -> int:
+    """How many files a run has left, TensorBoard's apart, of which each life begins one."""
+    return sum(path.is_file() and "tensorboard" not in path.parts for path in out.rglob("*"))
+
+
+def main() -> None:
+    """Prints and saves what was found."""
+    with tempfile.TemporaryDirectory() as scratch:
+        one, other = pathlib.Path(scratch) / "undisturbed", pathlib.Path(scratch) / "killed"
+        samples = undisturbed(one)
+        kills = []
+        for kill in killed(other):
+            kills.append(kill)
+            print(f"kill {len(kills)}, {kill['at']}: step {kill['step']}", flush=True)
+        mine, theirs = arrays(one), arrays(other)
+        same = [a.dtype == b.dtype and a.tobytes() == b.tobytes() for a, b in zip(mine, theirs, strict=True)]
+        logs_same = all(rows(one, name) == rows(other, name) for name in ("train", "test"))
+        left = {"undisturbed": files(one), "killed": files(other)}
+
+    def quarter(name: str, number: int) -> list[float]:
+        return [s[name] for s in samples if STEPS * (number - 1) / 4 <= s["step"] < STEPS * number / 4]
+
+    growth = float(np.mean(quarter("memory_MB", 4)) / np.mean(quarter("memory_MB", 2)) - 1)
+    most = {name: [max(quarter(name, n)) for n in (2, 4)] for name in ("files", "threads")}
+    conditions = {
+        f"{len(same)} arrays equal to the bit": all(same),
+        "logs equal": logs_same,
+        f"killed {KILLS} times before its end": not any(kill["ended_before"] for kill in kills),
+        "no process left": not any(kill["left_running"] for kill in kills),
+        "as many files": left["undisturbed"] == left["killed"],
+        f"memory grows by at most {GROWTH:.0%} from the second quarter to the last": growth <= GROWTH,
+        "no more open files": most["files"][1] <= most["files"][0],
+        "no more threads": most["threads"][1] <= most["threads"][0],
+    }
+    print(f"memory {growth:+.2%}; files left {left}; open files and threads at most {most}")
+    for condition, holds in conditions.items():
+        print(f"{'yes' if holds else 'NO '}  {condition}")
+    result = {"conditions": conditions, "memory_growth": growth, "files_left": left, "kills": kills, "samples": samples}
+    print(f"Written: {save('wear', result)}")
+    sys.exit(not all(conditions.values()))
+
+
+if __name__ == "__main__":
+    main()
