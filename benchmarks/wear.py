@@ -35,9 +35,13 @@ GROWTH = 0.02  # of memory, from the second quarter of the steps to the last
 
 
 def start(out: pathlib.Path, *options: str) -> subprocess.Popen[bytes]:
-    """``wmkp train`` in a session of its own, whatever it starts included."""
+    """``wmkp train`` in a session of its own, whatever it starts included; all compile once, into one cache."""
     command = [sys.executable, "-c", "from wmkp.experiments.cli import main; main()", "train", *OPTIONS, *options]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(out.parent / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **cache}
     return subprocess.Popen(
         [*command, "--out", str(out)], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
     )
@@ -91,7 +95,6 @@ def undisturbed(out: pathlib.Path) -> list[dict[str, float]]:
 def killed(out: pathlib.Path) -> Iterator[dict[str, Any]]:
     """A run that is killed again and again, and then ends -> one dict a kill."""
     rng = random.Random(SEED)
-    steps = sorted(rng.uniform(0, 0.9 * STEPS) for _ in range(KILLS - AT_START))
     early = set(rng.sample(range(1, KILLS), AT_START))  # the first life tells how long a start takes
     startup = 0.0
     for number in range(KILLS):
@@ -100,8 +103,9 @@ def killed(out: pathlib.Path) -> Iterator[dict[str, Any]]:
         if number in early:
             time.sleep(rng.uniform(0, startup))
         else:
-            target = max(steps.pop(0), before + 1)
-            while process.poll() is None and last_step(out) < target:
+            left = sum(later not in early for later in range(number, KILLS))
+            target = before + rng.uniform(0, 2 * (0.9 * STEPS - before) / left)
+            while process.poll() is None and last_step(out) <= target:
                 time.sleep(0.002)
             startup = time.perf_counter() - begin
             time.sleep(rng.uniform(0, 0.05))

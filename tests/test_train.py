@@ -3,7 +3,11 @@
 import csv
 import dataclasses
 import json
+import os
+import pickle
+import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,7 +61,10 @@ def run(out, **changes):
 def end_state(config):
     """The last checkpoint's arrays, by path."""
     manager = checkpoints.open_manager(config.out / "checkpoints", config.keep, read_only=True)
-    state, _ = checkpoints.restore(manager, train.like(config, train.build(config)))
+    return by_path(checkpoints.restore(manager, train.like(config, train.build(config)))[0])
+
+
+def by_path(state):
     state = state._replace(key=jax.random.key_data(state.key))
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
@@ -229,8 +236,8 @@ def test_a_checkpoint_of_another_model_or_rule_is_refused_by_path(finished):
         restore(rule="kp")
 
 
-def test_damaged_checkpoint_is_named_and_the_older_one_still_good(finished, tmp_path):
-    subprocess.run(["cp", "-r", str(finished.out), str(tmp_path / "run")], check=True)
+def test_damaged_checkpoint_is_named_and_the_older_one_still_good(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished.out, tmp_path / "run")
     config = dataclasses.replace(finished, out=tmp_path / "run", resume=True)
     newest = config.out / "checkpoints" / "111" / "state"
     for path in newest.rglob("*"):
@@ -238,9 +245,145 @@ def test_damaged_checkpoint_is_named_and_the_older_one_still_good(finished, tmp_
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(InputError, match=r"cannot read the checkpoint .*111.*delete it, and step 105 is the latest"):
         train.train(config)
+    monkeypatch.setattr(sys, "argv", ["wmkp", "eval", str(config.out), "--step", "105"])
+    cli.main()
+    assert "step 105: test loss" in capsys.readouterr().out
     _remove(newest.parent)
     train.train(config)
     assert_same_bits(end_state(config), end_state(finished))
+
+
+class Trap:
+    """What makes a directory when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def damages(content, trap, flips, seed):
+    """A file's content with one bit turned, several times; cut in half; and a pickle in its place."""
+    rng = random.Random(seed)
+    for _ in range(flips):
+        turned = bytearray(content)
+        turned[rng.randrange(len(turned))] ^= 1 << rng.randrange(8)
+        yield bytes(turned)
+    yield content[: len(content) // 2]
+    yield pickle.dumps(Trap(trap))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # pytest's hook sees what is not printed
+def test_any_file_of_a_checkpoint_may_be_damaged(finished, tmp_path, capsys):
+    """One line that names the step and says what is left, or the very bits that were saved; and no code is run."""
+    shutil.copytree(finished.out / "checkpoints", tmp_path / "checkpoints")
+    like = train.like(finished, train.build(finished))
+    expected, good_progress = restore_from(tmp_path, like)
+    refused = 0
+    files = sorted(path for path in (tmp_path / "checkpoints" / "111").rglob("*") if path.is_file())
+    assert len(files) > 10
+    for seed, path in enumerate(files):
+        content = path.read_bytes()
+        for damaged in damages(content, tmp_path / "trap", 2, seed):
+            path.write_bytes(damaged)
+            try:
+                found, progress = restore_from(tmp_path, like)
+            except InputError as error:
+                refused += 1
+                assert "checkpoints/111" in str(error) and "\n" not in str(error)
+                assert "delete it, and step 105 is the latest" in str(error)
+            else:
+                assert_same_bits(found, expected)
+                assert progress == good_progress
+        path.write_bytes(content)
+    assert refused > len(files)
+    assert not (tmp_path / "trap").exists() and not capsys.readouterr().err
+    assert_same_bits(restore_from(tmp_path, like)[0], expected)
+
+
+def restore_from(out, like):
+    manager = checkpoints.open_manager(out / "checkpoints", 2, read_only=True)
+    state, progress = checkpoints.restore(manager, like)
+    manager.close()
+    return by_path(state), progress
+
+
+@pytest.mark.parametrize("where", ["params", "feedback", "opt_state", "key", "progress"])
+def test_one_wrong_bit_is_noticed(where, finished, tmp_path, monkeypatch):
+    """Whatever the storage layer lets pass: each part of a checkpoint is in its SHA-256."""
+    built = train.build(finished)
+    like, state, progress = train.like(finished, built), built.init(), {"step": 0, "loss": 0.1}
+    if where == "progress":
+        other = state, {**progress, "loss": 0.10000000000000002}
+    elif where == "key":
+        other = state._replace(key=jax.random.key(1)), progress
+    else:
+        leaves, tree = jax.tree.flatten(getattr(state, where))
+        turned = np.array(leaves[-1])
+        turned.reshape(-1).view(np.uint8)[0] ^= 1
+        other = state._replace(**{where: tree.unflatten([*leaves[:-1], jax.device_put(turned)])}), progress
+    digest = checkpoints._digest
+    manager = checkpoints.open_manager(tmp_path / "checkpoints", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_digest", lambda *_: digest(*other))
+        checkpoints.save(manager, state, progress)
+        checkpoints.finish(manager)
+    with pytest.raises(InputError, match="checkpoints/0 .*its SHA-256 is not that of what was saved"):
+        checkpoints.restore(manager, like)
+
+
+def test_damaged_configs_and_logs(finished, tmp_path):
+    """One line that names the file, or the run's directory; or what is read differs in nothing that is learned."""
+    config = dataclasses.replace(finished, out=tmp_path, resume=True)
+
+    def claim():
+        with train.claim(config):
+            found = train.read_config(tmp_path)
+            return {k: v for k, v in vars(found).items() if k not in train.FREE}
+
+    def opened(name):
+        logs.Log(tmp_path / name, 111).close()
+
+    for name, load in (
+        ("config.json", claim),
+        ("train.csv", lambda: opened("train.csv")),
+        ("test.csv", lambda: opened("test.csv")),
+    ):
+        content = (finished.out / name).read_bytes()
+        (tmp_path / name).write_bytes(content)
+        expected, refused = load(), 0
+        for damaged in damages(content, tmp_path / "trap", 100, 0):
+            (tmp_path / name).write_bytes(damaged)
+            try:
+                assert load() == expected
+            except InputError as error:
+                refused += 1
+                assert "\n" not in str(error)
+                assert str(tmp_path / name) in str(error) or f"{tmp_path} was started with other settings" in str(error)
+        assert refused > 20
+        (tmp_path / name).write_bytes(content)
+    assert not (tmp_path / "trap").exists()
+    with pytest.raises(InputError, match=r"train.csv is damaged \(its columns are not this run's\)"):
+        logs.Log(tmp_path / "train.csv", 111).write({"step": 112, "x": 1.0})
+
+
+def test_loading_a_run_unpickles_nothing(finished):
+    seen, watching = [], True
+    sys.addaudithook(lambda event, args: seen.append(args) if watching and event == "pickle.find_class" else None)
+    end_state(train.read_config(finished.out))
+    logs.read(finished.out / "test.csv")
+    assert not seen
+    pickle.loads(pickle.dumps(Path))
+    assert seen, "the hook must see it"
+    watching = False
+
+
+def test_what_a_killed_write_left_is_cleared_away(tmp_path):
+    left = tmp_path / ".config.json.1.partial"
+    left.write_text("{")
+    with train.claim(dataclasses.replace(SMALL, out=tmp_path)):
+        assert not left.exists()
 
 
 def test_disk_full_while_saving_keeps_the_older_checkpoint(tmp_path):
