@@ -142,9 +142,10 @@ def rows(out: pathlib.Path, name: str) -> list[dict[str, float]]:
     ]
 
 
-def files(out: pathlib.Path) -> int:
-    """How many files a run has left, TensorBoard's apart, of which each life begins one."""
-    return sum(path.is_file() and "tensorboard" not in path.parts for path in out.rglob("*"))
+def files(out: pathlib.Path) -> list[str]:
+    """What a run has left; not TensorBoard's files, of which each life begins one, nor how its arrays are stored."""
+    paths = [path.relative_to(out) for path in out.rglob("*") if path.is_file()]
+    return sorted(str(path) for path in paths if not {"tensorboard", "state"} & set(path.parts))
 
 
 def main() -> None:
@@ -171,15 +172,21 @@ def main() -> None:
         "logs equal": logs_same,
         f"killed {KILLS} times before its end": not any(kill["ended_before"] for kill in kills),
         "no process left": not any(kill["left_running"] for kill in kills),
-        "as many files": left["undisturbed"] == left["killed"],
+        "no file left besides those of an undisturbed run": left["undisturbed"] == left["killed"],
         f"memory grows by at most {GROWTH:.0%} from the second quarter to the last": growth <= GROWTH,
         "no more open files": most["files"][1] <= most["files"][0],
         "no more threads": most["threads"][1] <= most["threads"][0],
     }
-    print(f"memory {growth:+.2%}; files left {left}; open files and threads at most {most}")
+    print(f"memory {growth:+.2%}; open files and threads at most {most}")
     for condition, holds in conditions.items():
         print(f"{'yes' if holds else 'NO '}  {condition}")
-    result = {"conditions": conditions, "memory_growth": growth, "files_left": left, "kills": kills, "samples": samples}
+    result = {
+        "conditions": conditions,
+        "memory_growth": growth,
+        "files_left": left["killed"],
+        "kills": kills,
+        "samples": samples,
+    }
     print(f"Written: {save('wear', result)}")
     sys.exit(not all(conditions.values()))
 
