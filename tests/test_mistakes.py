@@ -1,6 +1,7 @@
 """Wrong calls of every public function: a library error that names the argument and the way out, and never a NaN."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import strategies as st
 
 import wmkp
 import wmkp.nnx
@@ -453,3 +456,166 @@ def test_wrong_calls(name):
     text = said_by_the_library(error.value)
     for word in words:
         assert word in text, text
+
+
+# --- valid calls with something changed -------------------------------------------------------------------------------
+
+FEEDBACK = made(KP)
+CALLS = {
+    "init_feedback": (wmkp.init_feedback, {"key": B_KEY, "rule": KP, "fun": fun, "params": PARAMS, "args": X}),
+    "value_and_grad": (
+        lambda fun, rule, params, feedback, args: wmkp.value_and_grad(fun, rule)(params, feedback, args),
+        {"fun": fun, "rule": KP, "params": PARAMS, "feedback": FEEDBACK, "args": X}),
+    "engage": (
+        lambda fun, rule, params, feedback, args: wmkp.engage(fun, rule)(params, feedback, args),
+        {"fun": fun, "rule": FA, "params": PARAMS, "feedback": FEEDBACK, "args": X}),
+    "projections": (wmkp.projections, {"fun": fun, "params": PARAMS, "args": X}),
+    "mirror_signals": (wmkp.mirror_signals, {"key": KEY, "rule": WM, "fun": fun, "params": PARAMS, "args": X}),
+    "matrix_angles": (wmkp.matrix_angles, {"params": PARAMS, "feedback": FEEDBACK, "rule": KP}),
+    "delta_angles": (wmkp.delta_angles, {"fun": fun, "rule": KP, "params": PARAMS, "feedback": FEEDBACK, "args": X}),
+    "input_covariances": (wmkp.input_covariances, {"fun": fun, "params": PARAMS, "args": X}),
+    "mirror_gain": (wmkp.mirror_gain, {"rule": WM}),
+    "mirror_angle": (wmkp.mirror_angle, {"num_samples": 8, "fan_in": 4, "rule": WM}),
+    "samples_for_angle": (wmkp.samples_for_angle, {"angle": 6.0, "fan_in": 4, "rule": WM}),
+    "make_steps": (
+        lambda loss_fn, rule, optimizer, params, batch: wmkp.make_steps(loss_fn, rule, optimizer, params, batch).init(KEY, PARAMS),
+        {"loss_fn": loss_fn, "rule": FA, "optimizer": SGD, "params": PARAMS, "batch": X}),
+    "kolen_pollack": (wmkp.kolen_pollack, {"scale": 1.0}),
+    "sign_symmetry": (wmkp.sign_symmetry, {"magnitude": "fixed", "scale": 1.0}),
+    "product_feedback_alignment": (wmkp.product_feedback_alignment, {"expansion": 2.0, "scale": 1.0}),
+    "weight_mirror": (
+        lambda **options: wmkp.weight_mirror(**options),
+        {"noise": "uniform", "noise_std": 1.0, "num_samples": 3, "bias": "kept", "target_angle": 6.0, "rate": 0.1, "scale": 1.0}),
+    "alignment": (
+        lambda **options: wmkp.alignment(**options),
+        {"amplitude": 1.0, "decay": 1.0, "null": 0.5, "sparse": 0.0, "on": "noise", "rate": 0.1, "noise": "gaussian"}),
+    "updates.weight_mirror": (updates.weight_mirror, {"learning_rate": 0.1, "decay": 1.0}),
+    "updates.calibrated_mirror": (updates.calibrated_mirror, {"rule": WM, "rate": 0.1}),
+    "updates.clip_together": (updates.clip_together, {"max_norm": 1.0}),
+    "updates.kolen_pollack": (updates.kolen_pollack, {"optimizer": SGD}),
+}  # fmt: skip
+BAD = (None, "text", -1, 0, NAN, INF, -INF, 10**30, [], {}, (), True, 3.5, b"", jnp.ones(3), np.ones((4, 3), int), object(),
+       KEY, jax.random.split(KEY), KP, WM, wmkp.backprop, SGD, {"w": KP}, {".*": None}, fun, lambda: None)  # fmt: skip
+
+
+@st.composite
+def changed_tree(draw, tree):
+    """A tree with a leaf dropped, renamed, reshaped, retyped, or more than it should have."""
+    name = draw(st.sampled_from(sorted(tree)))
+    leaf = jnp.ones((6, 2)) if tree[name] is None else tree[name]
+    how = draw(
+        st.sampled_from(
+            ["drop", "rename", "transpose", "longer", "empty", "cast", "none", "list", "string", "more", "number"]
+        )
+    )
+    rest = without(tree, name)
+    return {
+        "drop": rest, "rename": {**rest, name + "_": leaf}, "transpose": {**rest, name: leaf.T}, "none": {**rest, name: None},
+        "longer": {**rest, name: jnp.concatenate([leaf, leaf])}, "empty": {**rest, name: leaf[:0]}, "string": {**rest, name: "w"},
+        "cast": {**rest, name: leaf.astype(draw(st.sampled_from([int, bool, complex, jnp.bfloat16])))},
+        "list": {**rest, name: leaf.tolist()}, "more": {**tree, "extra": leaf}, "number": {**rest, name: 1.0},
+    }[how]  # fmt: skip
+
+
+@st.composite
+def wrong_calls(draw):
+    """(the call's name, its arguments, the names of those that were changed)."""
+    call = draw(st.sampled_from(sorted(CALLS)))
+    arguments = CALLS[call][1]
+    name, other = draw(st.sampled_from(sorted(arguments))), draw(st.sampled_from(sorted(arguments)))
+    if name != other and draw(st.booleans()):
+        return call, {**arguments, name: arguments[other], other: arguments[name]}, (name, other)
+    if isinstance(arguments[name], dict) and draw(st.booleans()):
+        return call, {**arguments, name: draw(changed_tree(arguments[name]))}, (name,)
+    return call, {**arguments, name: draw(st.sampled_from(BAD))}, (name,)
+
+
+@settings(deadline=None, derandomize=True, max_examples=120, phases=[Phase.explicit, Phase.generate],
+          suppress_health_check=list(HealthCheck))  # fmt: skip
+@given(wrong_calls())
+def test_any_change_of_a_valid_call_is_right_or_an_error_that_names_the_argument(changed_call):
+    call, arguments, names = changed_call
+    function, valid = CALLS[call]
+    note(f"{call}: {names} changed, {arguments}")
+    try:
+        # ``fun``'s own arguments come by position.
+        if "args" in valid and call in (
+            "init_feedback",
+            "projections",
+            "mirror_signals",
+            "delta_angles",
+            "input_covariances",
+        ):
+            result = function(*arguments.values())
+        else:
+            result = function(**arguments)
+    except Exception as error:
+        text = said_by_the_library(error)
+        # What ``fun`` itself raises comes with all that it was called with.
+        assert "raised" in text or any(re.search(rf"\b{name}\b", text) for name in names), text
+        return
+    for leaf in jax.tree.leaves(result):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact):
+            assert jnp.isfinite(leaf).all()
+        assert not isinstance(leaf, float) or np.isfinite(leaf)
+
+
+# --- random keys ------------------------------------------------------------------------------------------------------
+
+
+def test_weights_drawn_from_the_key_of_feedback():
+    """split(key)[i] is fold_in(key, i): a B of the same key would be W over again, which no array may be in silence."""
+    first, w = (jax.random.normal(k, s) for k, s in zip(jax.random.split(KEY), ((3, 16), (16, 4)), strict=True))
+    params = {"a": first, "w": w}
+    loss = lambda p, x: jnp.sum(jnp.tanh(x @ p["a"]) @ p["w"])
+    step = lambda p, state, x, key: (loss(p, x), (state, {}))
+    train_key = next(k for k in map(jax.random.key, range(9)))
+    for rule in (KP, FA, WM, IA, wmkp.kolen_pollack_transported()):
+        with pytest.raises(ValueError, match=r"key gives params\['w'\].*W was drawn from this key too.*fold_in"):
+            wmkp.init_feedback(KEY, rule, loss, params, X)
+    truncated = {"a": first, "w": jax.nn.initializers.lecun_normal()(jax.random.split(KEY)[1], (16, 4))}
+    uniform = {"a": first, "w": jax.random.uniform(jax.random.split(KEY)[1], (16, 4), minval=-1)}
+    for drawn in (truncated, uniform, jax.tree.map(np.asarray, params)):
+        with pytest.raises(ValueError, match="W was drawn from this key too"):
+            wmkp.init_feedback(KEY, KP, loss, drawn, X)
+    wmkp.init_feedback(jax.random.fold_in(KEY, 1), KP, loss, params, X)
+    init_key = jax.random.split(train_key, 3)[1]  # what steps.init makes of its key
+    w = jax.random.normal(jax.random.fold_in(init_key, 1), (16, 4))
+    steps = wmkp.make_steps(step, KP, SGD, params, X)
+    with pytest.raises(ValueError, match="W was drawn from this key too"):
+        steps.init(train_key, {"a": first, "w": w})
+
+
+def test_old_keys_do_as_typed_ones_do():
+    a, b = (init(key=key)["w"] for key in (jax.random.key(7), jax.random.PRNGKey(7)))
+    np.testing.assert_array_equal(a, b)
+    a, b = (wmkp.mirror_signals(key, WM, fun, PARAMS, X)["w"] for key in (jax.random.key(7), jax.random.PRNGKey(7)))
+    np.testing.assert_array_equal(a, b)
+    state = steps(KP).init(old_key, PARAMS)
+    steps(KP).engaged_step(state, X)
+
+
+def test_no_key_is_used_twice():
+    """By JAX's own checker: B, mirror mode's noise, the starts of every rule and both steps."""
+    with jax.debug_key_reuse(True):
+        for rule in (wmkp.kolen_pollack(start="mirror"), PFA, DFA, wmkp.sign_symmetry("batch"), IA,
+                     wmkp.weight_mirror("orthogonal+antithetic", num_samples=9)):  # fmt: skip
+            wmkp.init_feedback(jax.random.key(3), rule, fun, PARAMS, X)
+            fresh = wmkp.make_steps(loss_fn, rule, SGD, PARAMS, X)
+            state = fresh.init(jax.random.key(4), PARAMS)
+            state, _ = fresh.engaged_step(state, X)
+            state, _ = fresh.mirror_step(state)
+            fresh.engaged_step(state, X)
+        with pytest.raises(jax.errors.KeyReuseError):
+            key = jax.random.key(5)
+            jax.random.normal(key) + jax.random.normal(key)
+
+
+def test_numpy_params_in_double_precision():
+    """NumPy's float64 is JAX's float32: feedback matches, and gradients are as for the converted."""
+    double = jax.tree.map(lambda x: np.asarray(x, np.float64), PARAMS)
+    feedback = wmkp.init_feedback(B_KEY, KP, fun, double, np.asarray(X, np.float64))
+    _, (grads, _) = grad(KP, double, feedback)
+    _, (expected, _) = grad(KP, PARAMS, made(KP))
+    for name in PARAMS:
+        np.testing.assert_allclose(grads[name], expected[name], rtol=1e-5, atol=1e-7)

@@ -19,14 +19,14 @@ BILINEAR = frozenset({"dot_general", "conv_general_dilated"})
 
 # Linear in their first operand, which they only lay out anew: one element out is one element in.
 LAYOUT = frozenset(
-    "convert_element_type reshape transpose squeeze expand_dims broadcast_in_dim slice split rev copy copy_p "
+    "convert_element_type reshape transpose squeeze expand_dims broadcast_in_dim tile slice split unstack rev copy copy_p "
     "reduce_precision "
     "stop_gradient optimization_barrier sharding_constraint reshard mesh_cast layout_constraint pvary pcast "
     "name pbroadcast".split()
 )
 # Multi-operand primitives that only lay out, select or index; elementwise ones that are linear or affine in a weight.
 INDEXED = frozenset({"gather", "dynamic_slice"})
-JOINED = frozenset({"concatenate", "pad", "select_n"})
+JOINED = frozenset({"concatenate", "stack", "pad", "select_n"})
 AFFINE = frozenset({"add", "sub", "add_any"})
 
 # Elementwise or structural primitives in which a parameter beside an activation stays local to its own neuron.

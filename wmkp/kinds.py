@@ -296,7 +296,7 @@ def _follows(name: str, kinds: Sequence[Kind]) -> bool:
     if any(k.obstacle for k in kinds):
         return False
     weights = [i for i, k in enumerate(kinds) if k.weight]
-    if name in compat.LAYOUT or name in compat.AFFINE or name == "concatenate" or name == "neg":
+    if name in compat.LAYOUT or name in compat.AFFINE or name in {"concatenate", "stack", "neg"}:
         return True
     if name in compat.INDEXED or name == "pad" or name == "div":
         return weights == [0]
@@ -334,12 +334,12 @@ def _weight_kind(eqn: Any, kinds: Sequence[Kind]) -> Kind:
             return _activation(kinds)
         if not indexed and not _is_matrix(varying):
             return _activation(kinds)._replace(gain=(union.params, varying) if name == "mul" else None)
-        gain = (union.params, varying) if name == "mul" else None
+        gain = (union.params, varying) if name == "mul" or any(k.gain for k in kinds) else None
         return union._replace(varying=varying, gain=gain, unmirrored="data")
     if not follows:
         return union._replace(obstacle=union.obstacle or name, varying=varying)
-    plain = union.plain and name not in {"mul", "div", "neg", "broadcast_in_dim"}
-    if name == "broadcast_in_dim":
+    plain = union.plain and name not in {"mul", "div", "neg", "broadcast_in_dim", "tile"}
+    if name in {"broadcast_in_dim", "tile"}:
         plain = union.plain and math.prod(out.shape) == math.prod(eqn.invars[0].aval.shape)
     unmirrored = union.unmirrored or (name if name in compat.AFFINE else None)
     return union._replace(varying=varying, plain=plain, unmirrored=unmirrored)
@@ -409,8 +409,11 @@ class Analyser:
             return self.opaque(eqn, bind, kinds, lengths)
         if not weights:
             out = _activation(kinds)
-            if name in compat.LAYOUT and eqn.outvars[0].aval.shape == eqn.invars[0].aval.shape:
-                out = out._replace(gain=kinds[0].gain, product=kinds[0].product)
+            if name in compat.LAYOUT:
+                if kinds[0].gain:
+                    out = out._replace(gain=(kinds[0].gain[0], _layout_varying(eqn, kinds[0].gain[1])))
+                if eqn.outvars[0].aval.shape == eqn.invars[0].aval.shape and name not in {"transpose", "rev"}:
+                    out = out._replace(product=kinds[0].product)
             if name == "stop_gradient" or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
                 out = Kind(data=True)
             return Step(eqn, "bind", bind), [out] * count
