@@ -21,7 +21,7 @@ copyright = "the authors of wmkp; Apache-2.0"
 version = release = wmkp.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-myst_enable_extensions = ["dollarmath", "deflist", "fieldlist"]
+myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
 autodoc_typehints = "none"  # the docstrings say what each argument is
 autodoc_member_order = "bysource"
@@ -44,7 +44,7 @@ html_theme_options = {"navigation_with_keys": True}
 
 def _mathml(translator: Any, node: Any, display: bool) -> None:
     try:
-        html = tex2mathml(node.astext(), as_block=display)
+        html = tex2mathml(node.astext(), as_block=display).replace("<mo>'</mo>", "<mo>′</mo>")
     except MathError as error:
         logging.getLogger(__name__).warning("%s in the formula %s", error, node.astext(), location=node)
         html = ""

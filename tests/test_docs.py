@@ -82,11 +82,7 @@ def test_every_public_name_has_its_entry():
             entries.add(f"{module}.{directive[2]}")
     names = {f"wmkp.{name}" for name in wmkp.__all__} - {"wmkp.updates"}
     for module in (wmkp.updates, wmkp.nnx):
-        names |= {
-            f"{module.__name__}.{name}"
-            for name, x in vars(module).items()
-            if inspect.isfunction(x) and x.__module__ == module.__name__ and not name.startswith("_")
-        }
+        names |= {f"{module.__name__}.{name}" for name in module.__all__}
     names |= {f"wmkp.training.{name}" for name in ("batch_sharding", "state_sharding")}
     assert entries == names
 
@@ -94,9 +90,8 @@ def test_every_public_name_has_its_entry():
 def public():
     """Every public function and class, and the module to look it up in."""
     for module in (wmkp, wmkp.updates, wmkp.nnx):
-        for name, x in vars(module).items():
-            mine = name in wmkp.__all__ if module is wmkp else getattr(x, "__module__", "") == module.__name__
-            if mine and not name.startswith("_") and callable(x):
+        for name in module.__all__:
+            if callable(x := getattr(module, name)):
                 yield f"{module.__name__}.{name}", x
 
 
@@ -190,3 +185,58 @@ def test_flags_in_prose_exist():
     for page in PAGES:
         said = set(re.findall(r"`[^`\n]*?(--[a-z-]+)", page.read_text()))
         assert said <= known, page.name
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+def text_of(node):
+    """A string in the code, … in place of what is filled in; None for other code."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(text_of(part) or "…" for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return (text_of(node.left) or "…") + (text_of(node.right) or "…")
+    return None
+
+
+def strings():
+    """(file, whether it is the message of an error that the library makes, string)."""
+    for file in sorted((ROOT / "wmkp").rglob("*.py")):
+        tree = ast.parse(file.read_text())
+        errors = {
+            n.args[0]
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Call) and n.args and isinstance(n.func, ast.Name) and n.func.id.endswith("Error")
+        }
+        for node in ast.walk(tree):
+            if text := text_of(node):
+                yield file, node in errors and file.parent.name == "wmkp", text
+
+
+def quotes():
+    return re.findall(r"^`([^`\n]+)`\n: ", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+
+
+def pattern(quote):
+    return re.compile(".*".join(map(re.escape, quote.split("…"))), re.DOTALL)
+
+
+def test_quoted_messages_stand_in_the_code():
+    found = [text for _, _, text in strings()]
+    assert len(quotes()) > 60
+    missing = [quote for quote in quotes() if not any(pattern(quote).search(text) for text in found)]
+    assert not missing
+
+
+def test_every_message_of_the_library_is_explained():
+    """All but those that say which value an argument must have."""
+    plain = re.compile(r"must (be|have|lie|not be)\b[^.]*; got …$|; got …$")
+    explained = [pattern(quote) for quote in quotes()]
+    missing = [
+        f"{file.name}: {text}"
+        for file, error, text in strings()
+        if error and not plain.search(text) and not any(p.search(text) for p in explained)
+    ]
+    assert not missing

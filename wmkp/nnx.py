@@ -8,6 +8,8 @@ from flax import nnx
 
 from wmkp import checks
 
+__all__ = ["pure"]
+
 
 def pure(model: nnx.Module) -> tuple[Callable[..., Any], Any, Any]:
     """Splits an NNX model into a pure function, its parameters and the rest of its state.

@@ -11,6 +11,8 @@ from wmkp import checks
 from wmkp.mirror import mirror_gain
 from wmkp.rules import Rule
 
+__all__ = ["calibrated_mirror", "clip_together", "kolen_pollack", "weight_mirror"]
+
 
 def kolen_pollack(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """The optimizer of W, made fit for B: under it W - B^T shrinks by (1 - eta lambda) a step (eq. 14).
@@ -155,6 +157,7 @@ def clip_together(max_norm: float) -> optax.GradientTransformation:
 
     Raises:
       ValueError: ``max_norm`` is not positive.
+      TypeError: from ``update``, what it is given is no pair.
     """
     checks.positive("max_norm", max_norm)
 
