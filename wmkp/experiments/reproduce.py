@@ -256,11 +256,11 @@ def _cell(x: Any, form: str) -> Any:
 # The printed table's columns: heading, and how a line fills it.
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "run": lambda line: line["run"],
-    "epoch": lambda line: f"{line['epoch']:g}",
-    "test accuracy %": lambda line: _held_against(line, "accuracy"),
+    "epoch": lambda line: f"{line['epoch']:.4g}",
+    "accuracy %": lambda line: _held_against(line, "accuracy"),
     "matrix angle": lambda line: _held_against(line, "matrix_angle"),
     "delta angle": lambda line: _held_against(line, "delta_angle"),
-    "test error %": lambda line: _numbers(line, "test_error", "test_error_published"),
+    "error %": lambda line: _numbers(line, "test_error", "test_error_published"),
     "matrix angle, mean, worst": lambda line: _numbers(line, "matrix_mean", "matrix_worst"),
     "delta angle, mean, worst": lambda line: _numbers(line, "delta_mean", "delta_worst"),
     "examples/s": lambda line: _numbers(line, "examples_per_second"),
@@ -287,7 +287,7 @@ def caption(summary: Sequence[dict[str, Any]]) -> str:
     """What the table's numbers are."""
     if "accuracy_published" in summary[0]:
         return "Ours, the published, and the largest difference over the curve. Angles in degrees."
-    return "Test error: ours, and the published where there is one. Angles: degrees, over the layers, at the end."
+    return "Error: on the test set, ours, and the published where there is one. Angles: degrees, over the layers, at the end."
 
 
 def _print(config: Reproduce, summary: list[dict[str, Any]]) -> None:
