@@ -1,7 +1,8 @@
 """What depends on a JAX release: how a jaxpr is opened and made, a scan split, an equation bound again."""
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
@@ -22,11 +23,13 @@ LAYOUT = frozenset(
     "convert_element_type reshape transpose squeeze expand_dims broadcast_in_dim tile slice split unstack rev copy copy_p "
     "reduce_precision "
     "stop_gradient optimization_barrier sharding_constraint reshard mesh_cast layout_constraint pvary pcast "
-    "name pbroadcast".split()
+    "name pbroadcast all_gather all_gather_invariant all_gather_reduced all_to_all ppermute".split()
 )
 # Multi-operand primitives that only lay out, select or index; elementwise ones that are linear or affine in a weight.
 INDEXED = frozenset({"gather", "dynamic_slice"})
 JOINED = frozenset({"concatenate", "stack", "pad", "select_n"})
+# Write their updates over a part of their first operand.
+WRITTEN = frozenset({"scatter", "dynamic_update_slice"})
 AFFINE = frozenset({"add", "sub", "add_any"})
 
 # Elementwise or structural primitives in which a parameter beside an activation stays local to its own neuron.
@@ -34,10 +37,11 @@ LOCAL = (
     LAYOUT
     | INDEXED
     | JOINED
+    | WRITTEN
     | AFFINE
     | frozenset(
-        "mul div max min pow atan2 rem nextafter clamp eq ne lt le gt ge and or xor sort dynamic_update_slice "
-        "scatter scatter-add scatter_add scatter-mul scatter_mul scatter-min scatter_min scatter-max scatter_max "
+        "mul div max min pow atan2 rem nextafter clamp eq ne lt le gt ge and or xor sort "
+        "scatter-add scatter_add scatter-sub scatter_sub scatter-mul scatter_mul scatter-min scatter_min scatter-max scatter_max "
         "igamma igammac debug_callback debug_print psum psum_invariant psum2 pmax pmin".split()
     )
 )
@@ -55,6 +59,53 @@ def scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()
     return len(consts), len(carry)
+
+
+def updates_operand(name: str) -> int:
+    """Which operand of a ``WRITTEN`` primitive holds what is written."""
+    return 2 if name == "scatter" else 1
+
+
+class Sharding(NamedTuple):
+    """How a shard_map divides its operands and results among devices.
+
+    Attributes:
+      in_specs, out_specs: a PartitionSpec for each.
+      axes: the mesh's axes that are manual inside.
+      devices: over how many devices these axes go.
+    """
+
+    in_specs: tuple[Any, ...]
+    out_specs: tuple[Any, ...]
+    axes: tuple[str, ...]
+    devices: int
+    mesh: Any
+    check_vma: bool
+
+    def map(self, fun: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """``fun`` on each device of the same mesh."""
+        return jax.shard_map(
+            fun,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names=set(self.axes),
+            check_vma=self.check_vma,
+        )
+
+    def alike(self, x: jax.Array, y: Any) -> jax.Array:
+        """``x``, each device's own, as its sum over those axes along which ``y`` (an aval) is the same everywhere."""
+        same = tuple(a for a in self.axes if self.check_vma and a not in y.manual_axis_type.varying)
+        return jax.lax.psum(x, same) if same else x
+
+
+def sharding(params: dict[str, Any]) -> Sharding:
+    """Of the parameters of a ``shard_map`` equation."""
+    mesh = params["mesh"]
+    manual = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
+    axes = tuple(a for a in mesh.axis_names if a in manual)
+    devices = math.prod(mesh.shape[a] for a in axes)
+    return Sharding(params["in_specs"], params["out_specs"], axes, devices, mesh, params["check_vma"])
 
 
 def inner_jaxpr(eqn: Any) -> Any:

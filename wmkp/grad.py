@@ -184,8 +184,13 @@ def engage(fun: Callable[..., Any], rule: RuleOrRules) -> Callable[..., Any]:
       (in reverse mode, with respect to params and feedback), jitted, vmapped and scanned. Without an outer ``jax.jit``
       it walks ``fun`` at every call.
 
+      Its gradient G(W, B) can be differentiated again, in either mode (``jax.jvp(jax.grad(engaged), ...)``), as any
+      function of W and B: with B held fixed the derivative dG/dW is no Hessian, nor symmetric, since G is the gradient of
+      no function; with B = W moving together it is the loss's Hessian. A B that does not learn in engaged mode counts as
+      fixed. Forward mode alone is refused.
+
     Raises:
-      TypeError: ``rule`` is no rule, ``fun`` no function.
+      TypeError: ``rule`` is no rule, ``fun`` no function; forward-mode differentiation of the engaged function itself.
       ValueError, TypeError, WeightTransportError: when called; as ``init_feedback``, or feedback that does not match.
     """
 
@@ -201,7 +206,16 @@ def engage(fun: Callable[..., Any], rule: RuleOrRules) -> Callable[..., Any]:
         rules = resolve(rule, analysis)
         leaves = jax.tree.leaves(params)
         carriers = companions(analysis, rules, leaves, feedback_leaves(params, feedback))
-        return evaluate(analysis, rules, leaves, carriers, args, {})
+        try:
+            return evaluate(analysis, rules, leaves, carriers, args, {})
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            raise TypeError(
+                "an engaged function has no forward mode (jax.jvp, jax.jacfwd): B says how errors go back, not how "
+                "changes go forward. Take its gradient by reverse mode; that can be differentiated in either mode, for "
+                "instance jax.jvp(jax.grad(engaged), ...)."
+            ) from error
 
     return engaged
 
@@ -268,12 +282,11 @@ def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = F
             and not (rules[path].local or rules[path].direct)
         }
 
-        def loss(leaves: list[Any], entries: list[Any]) -> Any:
-            carriers = companions(analysis, rules, leaves, entries)
-            carriers = [
-                jax.lax.stop_gradient(c) if i in same and leaves[i] is not c else c for i, c in enumerate(carriers)
-            ]
-            return evaluate(analysis, rules, leaves, carriers, args, {})
+        def loss(ours: list[Any], theirs: list[Any]) -> Any:
+            # From outside of this derivative, what it makes of B can be differentiated (a Hessian-vector product).
+            ws = [w if i in same else own for i, (w, own) in enumerate(zip(leaves, ours, strict=True))]
+            bs = [b if i in same else own for i, (b, own) in enumerate(zip(entries, theirs, strict=True))]
+            return evaluate(analysis, rules, ours, companions(analysis, rules, ws, bs), args, {})
 
         value, (grads, signal) = jax.value_and_grad(check_loss(loss, has_aux), argnums=(0, 1), has_aux=has_aux)(
             leaves, entries

@@ -21,7 +21,7 @@ class Handler:
 
     Attributes:
       on_product: ``(product, x, w, b, tap) -> y``, called for each product of a weight with an activation.
-      taps: an array for some products, with a leading axis for each scan around it; the others get ``None``.
+      taps: an array for some products, with a leading axis for each scan (and for the devices of a shard_map) around it; the others get ``None``.
       channel: an array that goes from each product to the next, through every loop and branch (or None): its cotangent
         travels from the last product straight to all before it.
     """
@@ -75,6 +75,8 @@ def _evaluate(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
         return _scan(step, operands, handler)
     if step.action == "cond":
         return _cond(step, operands, handler)
+    if step.action == "shard_map":
+        return _shard_map(step, operands, handler)
     assert step.bind is not None
     outs = step.bind(*values)
     if step.action == "bind" or all(b is a for a, b in operands):
@@ -92,7 +94,16 @@ def _evaluate(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
 def _companion(pair: Pair) -> Any:
     """What stands for a value among feedback arrays: a weight's own B, or the value, to which no error goes twice."""
     a, b = pair
-    return jax.lax.stop_gradient(a) if b is a and jnp.issubdtype(jnp.result_type(a), jnp.floating) else b
+    return _held(a) if b is a and jnp.issubdtype(jnp.result_type(a), jnp.floating) else b
+
+
+@jax.custom_vjp
+def _held(x: Any) -> Any:
+    """``x``, to which no error goes back. Unlike behind stop_gradient, the gradient may itself be differentiated by it."""
+    return x
+
+
+_held.defvjp(lambda x: (x, None), lambda _, error: (None,))
 
 
 class _Packed:
@@ -129,6 +140,24 @@ def _remat(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
     remat = jax.checkpoint(body, **options)
     flat, handler.channel = remat(_Packed.flatten(operands), [handler.taps[p] for p in mine], handler.channel)
     return outs.unflatten(flat)
+
+
+def _shard_map(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
+    if handler.channel is not None:
+        raise ValueError("direct feedback cannot pass a shard_map in the model; give shard_map the whole step instead")
+    plan, sharding = step.plans[0], compat.sharding(step.eqn.params)
+    packed = _Packed(operands)
+    modes = zip(sharding.in_specs, packed.modes, strict=True)
+    specs = [spec for spec, mode in modes for _ in range(1 + (mode == "own"))]  # a companion lies as its value does
+    mine = [p for p in plan.products() if p in handler.taps]
+
+    def body(arrays: list[Any], taps: list[Any]) -> list[Any]:
+        own = {p: sharding.alike(tap[0], p.output_aval) for p, tap in zip(mine, taps, strict=True)}
+        return [a for a, _ in run(plan, packed.unflatten(arrays), Handler(handler.on_product, own, None))]
+
+    spread = jax.sharding.PartitionSpec(sharding.axes)
+    mapped = sharding.map(body, (specs, [spread] * len(mine)), list(sharding.out_specs))
+    return [(y, y) for y in mapped(_Packed.flatten(operands), [handler.taps[p] for p in mine])]
 
 
 def _as_kind(pair: Pair, kind: Kind) -> Pair:

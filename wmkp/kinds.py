@@ -73,7 +73,7 @@ class Product:
         self.weight_aval = eqn.invars[weight].aval
         self.input_avals = [v.aval for i, v in enumerate(eqn.invars) if i != weight]
         self.output_aval = eqn.outvars[0].aval
-        self.lengths = lengths  # of the scans around it, outermost first
+        self.lengths = lengths  # of the scans around it, outermost first (and of a shard_map, how many devices)
         # Whether a CPU takes its weight's gradient by patches.
         self.by_patches = (
             self.primitive == "conv_general_dilated"
@@ -177,7 +177,7 @@ class Product:
 
 
 class Step(NamedTuple):
-    """One equation, and what to do with it: "bind", "follow", "product", "inline", "remat", "scan" or "cond"."""
+    """One equation, and what to do: "bind", "follow", "product", "inline", "remat", "scan", "cond" or "shard_map"."""
 
     eqn: Any
     action: str
@@ -298,6 +298,8 @@ def _follows(name: str, kinds: Sequence[Kind]) -> bool:
     weights = [i for i, k in enumerate(kinds) if k.weight]
     if name in compat.LAYOUT or name in compat.AFFINE or name in {"concatenate", "stack", "neg"}:
         return True
+    if name in compat.WRITTEN:
+        return set(weights) <= {0, compat.updates_operand(name)}
     if name in compat.INDEXED or name == "pad" or name == "div":
         return weights == [0]
     if name == "select_n":
@@ -338,7 +340,7 @@ def _weight_kind(eqn: Any, kinds: Sequence[Kind]) -> Kind:
         return union._replace(varying=varying, gain=gain, unmirrored="data")
     if not follows:
         return union._replace(obstacle=union.obstacle or name, varying=varying)
-    plain = union.plain and name not in {"mul", "div", "neg", "broadcast_in_dim", "tile"}
+    plain = union.plain and name not in {"mul", "div", "neg", "broadcast_in_dim", "tile", *compat.WRITTEN}
     if name in {"broadcast_in_dim", "tile"}:
         plain = union.plain and math.prod(out.shape) == math.prod(eqn.invars[0].aval.shape)
     unmirrored = union.unmirrored or (name if name in compat.AFFINE else None)
@@ -395,6 +397,8 @@ class Analyser:
             return self.scan(eqn, kinds, lengths)
         if name == "cond":
             return self.cond(eqn, kinds, lengths)
+        if name == "shard_map":
+            return self.shard_map(eqn, kinds, lengths)
         if name in compat.BILINEAR:
             return self.bilinear(eqn, bind, kinds, lengths)
         weights = [k for k in kinds if k.weight]
@@ -507,6 +511,16 @@ class Analyser:
             outs = [_activation(kinds)] * count
         product = Product(eqn, bind, weights[0], kinds, name, lengths)
         return step._replace(product=product), outs
+
+    def shard_map(self, eqn: Any, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
+        """Each device's part of a weight has its part of B; what mirror mode would need is the whole."""
+        inner = [
+            k._replace(gain=None, product=None, unmirrored=(k.unmirrored or "shard_map") if k.weight else None)
+            for k in kinds
+        ]
+        plan = self.plan(compat.inner_jaxpr(eqn), inner, (*lengths, compat.sharding(eqn.params).devices))
+        outs = [k._replace(obstacle=k.obstacle or "shard_map") if k.weight else k for k in plan.outputs]
+        return Step(eqn, "shard_map", None, (plan,)), [k._replace(gain=None, product=None) for k in outs]
 
     def cond(self, eqn: Any, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
         plans = tuple(self.plan(branch, kinds[1:], lengths) for branch in eqn.params["branches"])

@@ -98,7 +98,8 @@ class Analysis(NamedTuple):
         error = self.last()
         if error.lengths:
             raise ValueError(
-                "direct feedback needs the last projection outside of any lax.scan, so that its output has one error"
+                "direct feedback needs the last projection outside of any lax.scan or shard_map, so that its output has one "
+                "error"
             )
         for product in products:
             x, e = product.input_avals[0].shape, error.output_aval.shape

@@ -1,0 +1,196 @@
+"""What every model must pass, whatever it is made of: B = W against jax.grad, then ten steps under KP and under WM.
+
+Nearly all of the time goes into compiling, so that a model compiles three programs only: backprop's gradient, the engaged
+one (which KP and WM have in common: the error goes back through B), and mirror mode. All else is NumPy's: the W and B to
+start from, in the shapes that the model and wmkp say, and the updates.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import wmkp
+
+KEY = jax.random.key(0, impl="unsafe_rbg")
+STEPS = 10
+MIRROR = wmkp.weight_mirror(noise="rademacher", num_samples=64, rate=0.3)
+
+
+class Model(NamedTuple):
+    """A model as a loss: ``fun(params, *args) -> scalar``."""
+
+    fun: Callable[..., Any]
+    params: Any
+    args: tuple[Any, ...]
+
+
+class Case(NamedTuple):
+    """What is expected of a model.
+
+    Attributes:
+      make: builds the model.
+      local: a pattern of the parameters that are no projection though they have two axes and more (biases of heads).
+      first: a pattern of the projections that no error must pass, so that they have no B.
+      refused: {path: primitive} of the parameters that B cannot follow: an error, and ``backprop()`` the way out.
+      unmirrored: a pattern of the projections that noise alone cannot reach: an error in mirror mode, KP the way out.
+      bound: of a gradient's difference from jax.grad's, over its largest entry (or a tenth of the largest of all).
+    """
+
+    make: Callable[[], Model]
+    local: str = "bias|scale|offset|/b$"
+    first: str = "$^"
+    refused: Mapping[str, str] = MappingProxyType({})
+    unmirrored: str = "$^"
+    bound: float = 2e-6
+
+
+def parametrize(cases: dict[str, Case]) -> Any:
+    return pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in cases.items()])
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def paths_of(tree: Any) -> dict[str, Any]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def drawn(shapes: Any, seed: int = 0) -> Any:
+    """Arrays of these shapes: matrices of LeCun's variance, all else about one; keys and integers as they must be."""
+    rng = np.random.default_rng(seed)
+
+    def draw(x: Any) -> Any:
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jnp.broadcast_to(KEY, x.shape)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return jnp.zeros(x.shape, x.dtype)
+        value = rng.normal(size=x.shape)
+        value = value / np.sqrt(np.prod(x.shape[:-1])) if len(x.shape) >= 2 else 1 + 0.1 * value
+        return jnp.asarray(value, x.dtype)
+
+    return jax.tree.map(draw, shapes)
+
+
+def through_gain(apply: Callable[..., Any], params: Any, x: Any, *args: Any) -> Model:
+    """``apply(params, x, *args) -> array`` as a loss; x is scaled by a parameter, so that each projection needs a B."""
+
+    def fun(params: Any, x: jax.Array, *args: Any) -> jax.Array:
+        out = apply(params["model"], jnp.tanh(x * params["gain"]), *args)
+        target = jnp.sin(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+        return jnp.mean((out.astype(jnp.float32) - target) ** 2)
+
+    return Model(fun, {"model": params, "gain": jnp.ones(x.shape[-1])}, (x, *args))
+
+
+def mirrored(params: Any, feedback: Any) -> Any:
+    """B = W wherever there is a B."""
+    leaves, tree = jax.tree.flatten(params)
+    return tree.unflatten([None if b is None else w for w, b in zip(leaves, tree.flatten_up_to(feedback), strict=True)])
+
+
+def assert_gradients_close(ours: Any, theirs: Any, bound: float) -> None:
+    ours, theirs = paths_of(ours), paths_of(theirs)
+    assert ours.keys() == theirs.keys()
+    # A bias before a normalization has no gradient but the rounding of large terms: hence the largest of all.
+    largest = max(np.max(np.abs(np.asarray(g, np.float64)), initial=0) for g in theirs.values())
+    for path, expected in theirs.items():
+        expected = np.asarray(expected, np.float64)
+        scale = max(np.max(np.abs(expected), initial=0), 0.1 * largest)
+        np.testing.assert_allclose(
+            np.asarray(ours[path], np.float64), expected, rtol=0, atol=bound * scale, err_msg=path
+        )
+
+
+def angles(params: Any, feedback: Any) -> dict[str, float]:
+    """Degrees between W and B, by path, in NumPy."""
+    ws = {path: np.asarray(w, np.float64).ravel() for path, w in paths_of(params).items()}
+    bs = {path: np.asarray(b, np.float64).ravel() for path, b in paths_of(feedback).items()}
+    cosine = {path: ws[path] @ b / np.linalg.norm(ws[path]) / np.linalg.norm(b) for path, b in bs.items()}
+    return {path: float(np.degrees(np.arccos(np.clip(c, -1, 1)))) for path, c in cosine.items()}
+
+
+def check(case: Case) -> None:
+    """Everything that is asserted of a model."""
+    fun, params, args = case.make()
+    found = wmkp.projections(fun, params, *args)
+    obstacles = {path: p.obstacle for path, p in found.items() if p.obstacle}
+    assert obstacles.keys() == case.refused.keys(), obstacles
+    for path, primitive in case.refused.items():
+        assert re.search(primitive, obstacles[path]), obstacles[path]
+    matrices = {path for path, w in paths_of(params).items() if w.ndim >= 2 and not re.search(case.local, path)}
+    assert matrices - obstacles.keys() == found.keys() - obstacles.keys(), "each matrix is a projection"
+    with_feedback = {p for p in matrices - obstacles.keys() if not re.search(case.first, p)}
+
+    way_out = {f"^{re.escape(path)}$": wmkp.backprop() for path in case.refused}
+    if case.refused:
+        with pytest.raises(wmkp.WeightTransportError) as error:
+            wmkp.init_feedback(KEY, wmkp.kolen_pollack(), fun, params, *args)
+        assert any(
+            f"params[{path!r}]" in str(error.value) and obstacles[path] in str(error.value) for path in obstacles
+        )
+    rule = {**way_out, ".*": wmkp.kolen_pollack()}
+    shapes = jax.eval_shape(lambda: wmkp.init_feedback(KEY, rule, fun, params, *args))
+    assert paths_of(shapes).keys() == with_feedback
+    feedback = drawn(shapes, seed=1)
+
+    step = jax.jit(wmkp.value_and_grad(fun, rule))
+    loss, (grads, _) = step(params, mirrored(params, feedback), *args)
+    expected, expected_grads = jax.jit(jax.value_and_grad(fun))(params, *args)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert_gradients_close(grads, expected_grads, case.bound)
+
+    before, losses, (w, b) = angles(params, feedback), [], (params, feedback)
+    for t in range(STEPS):
+        loss, (others, signal) = step(w, b, *args)
+        if t == 0 and with_feedback:
+            pairs = zip(*map(jax.tree.leaves, (grads, others)), strict=True)
+            assert not all(np.allclose(x, y, rtol=1e-3) for x, y in pairs), "the error must go through B"
+        w, b = jax.tree.map(kolen_pollack, w, others), jax.tree.map(kolen_pollack, b, signal)
+        losses.append(loss)
+    assert np.isfinite(losses).all()
+    angles_fall(before, angles(w, b))
+
+    rule = {**way_out, ".*": MIRROR}
+    if case.unmirrored != "$^":
+        with pytest.raises(wmkp.WeightTransportError, match="mirror mode cannot reach"):
+            wmkp.mirror_signals(KEY, rule, fun, params, *args)
+        rule = {**way_out, case.unmirrored: wmkp.kolen_pollack(), ".*": MIRROR}
+    if any(not re.search(case.unmirrored, path) for path in with_feedback):
+        mirror = jax.jit(lambda key, params: wmkp.mirror_signals(key, rule, fun, params, *args))
+        losses, keys, (w, b) = [], jax.random.split(KEY, STEPS), (params, feedback)
+        for t in range(STEPS):
+            loss, (others, _) = step(w, b, *args)
+            w = jax.tree.map(gradient_descent, w, others)
+            b = jax.tree.map(weight_mirror, b, mirror(keys[t], w))
+            losses.append(loss)
+        assert np.isfinite(losses).all()
+        after = angles(w, b)
+        angles_fall(*({p: a for p, a in x.items() if not re.search(case.unmirrored, p)} for x in (before, after)))
+
+
+def angles_fall(before: dict[str, float], after: dict[str, float]) -> None:
+    assert before.keys() == after.keys()
+    stays = {path: (before[path], after[path]) for path in before if not after[path] < before[path] - 1}
+    assert not stays, "angles must fall, by more than a degree"
+
+
+def kolen_pollack(w: Any, signal: Any) -> Any:
+    """W's and B's change: by the signal's sign, with decay. Elementwise, so that W - B^T shrinks to four fifths (eq. 14)."""
+    return (0.8 * np.asarray(w, np.float32) - 0.05 * np.sign(np.asarray(signal, np.float32))).astype(w.dtype)
+
+
+def weight_mirror(b: Any, signal: Any) -> Any:
+    """B's change in mirror mode (eq. 7): a leaky average of noise of unit variance and its linear response."""
+    return (0.7 * np.asarray(b, np.float32) + 0.3 * np.asarray(signal, np.float32)).astype(b.dtype)
+
+
+def gradient_descent(w: Any, gradient: Any) -> Any:
+    return (np.asarray(w, np.float32) - 0.05 * np.asarray(gradient, np.float32)).astype(w.dtype)

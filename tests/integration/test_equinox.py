@@ -1,0 +1,144 @@
+"""Equinox: modules are pytrees, of which the floating-point arrays are the parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from harness import KEY, Case, Model, check, drawn, normal, parametrize, through_gain
+
+import wmkp
+
+eqx = pytest.importorskip("equinox", reason="pip install -e '.[integration]'")
+nn = eqx.nn
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def split(shapes: Any) -> tuple[Any, Any]:
+    """A module's floating-point arrays, drawn, and all else."""
+    params, static = eqx.partition(shapes, lambda x: hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating))
+    return drawn(params), jax.tree.map(lambda x: drawn(x) if hasattr(x, "dtype") else x, static)
+
+
+def module(build: Callable[[Any], Any], *shape: int, call: Any = None, **options: Any) -> Case:
+    """A case of a module, which takes one sample, on a batch of this shape."""
+
+    def make() -> Model:
+        params, static = split(eqx.filter_eval_shape(build, KEY))
+        run = call or (lambda model, x: jax.vmap(model)(x))
+        apply = lambda params, x: run(eqx.combine(params, static), x)
+        return through_gain(apply, params, normal(*shape, seed=1))
+
+    return Case(make, **options)
+
+
+def stateful(build: Callable[[Any], Any], *shape: int, **options: Any) -> Case:
+    """The same of a module with a state (BatchNorm's statistics, a spectral norm's vectors), which goes in as data."""
+
+    def make() -> Model:
+        model, state = eqx.filter_eval_shape(eqx.nn.make_with_state(build), KEY)
+        params, static = split(model)
+
+        def apply(params: Any, x: Any, state: Any) -> Any:
+            batched = jax.vmap(eqx.combine(params, static), axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+            return batched(x, state)[0]
+
+        return through_gain(apply, params, normal(*shape, seed=1), drawn(state))
+
+    return Case(make, **options)
+
+
+class RNN(eqx.Module):
+    cell: Any
+    head: Any
+
+    def __init__(self, cell, key):
+        self.cell, self.head = cell(4, 6, key=key), nn.Linear(6, 3, key=key)
+
+    def __call__(self, x):
+        zero = jnp.zeros(6)
+        init = (zero, zero) if isinstance(self.cell, nn.LSTMCell) else zero
+        last, _ = jax.lax.scan(lambda carry, x: (self.cell(x, carry), None), init, x)
+        return self.head(jax.tree.leaves(last)[0])
+
+
+class Layers(eqx.Module):
+    """Layers stacked by filter_vmap and run by scan and filter_checkpoint, as Equinox's tips have it."""
+
+    layers: Any
+
+    def __init__(self, key):
+        self.layers = eqx.filter_vmap(lambda key: nn.MLP(6, 6, 8, 1, key=key))(jax.random.split(key, 3))
+
+    def __call__(self, x):
+        arrays, static = eqx.partition(self.layers, eqx.is_array)
+        step = eqx.filter_checkpoint(lambda x, layer: x + eqx.combine(layer, static)(x))
+        return jax.lax.scan(lambda x, layer: (step(x, layer), None), x, arrays)[0]
+
+
+class Tied(eqx.Module):
+    """An embedding and its transpose, by nn.Shared."""
+
+    shared: Any
+
+    def __init__(self, key):
+        embedding, linear = nn.Embedding(7, 6, key=key), nn.Linear(6, 7, key=key)
+        self.shared = nn.Shared((embedding, linear), lambda pair: pair[1].weight, lambda pair: pair[0].weight)
+
+    def __call__(self, x):
+        embedding, linear = self.shared()
+        return jax.vmap(linear)(jnp.tanh(jax.vmap(embedding)(jnp.arange(len(x)) % 7) + x))
+
+
+class Normalizations(eqx.Module):
+    layers: Any
+
+    def __init__(self, key):
+        self.layers = nn.Sequential(
+            [nn.Conv2d(3, 4, 3, key=key), nn.BatchNorm(4, "batch", mode="batch"), nn.Lambda(jax.nn.relu), nn.GroupNorm(2, 4),
+             nn.Conv2d(4, 4, 2, key=key), nn.LayerNorm((4, 3, 3)), nn.MaxPool2d(3), nn.Lambda(jnp.ravel),
+             nn.Linear(4, 3, key=key), nn.RMSNorm(3)]
+        )  # fmt: skip
+
+    def __call__(self, x, state):
+        return self.layers(x, state)
+
+
+attention = lambda model, x: jax.vmap(model)(x, x, x)
+
+CASES = {
+    "Linear": module(lambda key: nn.Linear(6, 5, key=key), 4, 6),
+    "MLP": module(lambda key: nn.MLP(6, 3, 8, 2, key=key), 4, 6),
+    "Conv1d": module(lambda key: nn.Conv1d(4, 5, 3, key=key), 2, 4, 8),
+    "Conv2d": module(lambda key: nn.Conv2d(4, 6, 3, groups=2, padding="SAME", key=key), 2, 4, 6, 6),
+    "Conv3d": module(lambda key: nn.Conv3d(3, 3, 2, dilation=2, key=key), 2, 3, 4, 4, 4),
+    "ConvTranspose2d": module(lambda key: nn.ConvTranspose2d(3, 5, 3, 2, key=key), 2, 3, 4, 4),
+    "GRUCell": module(lambda key: RNN(nn.GRUCell, key), 2, 5, 4),
+    "LSTMCell": module(lambda key: RNN(nn.LSTMCell, key), 2, 5, 4),
+    "MultiheadAttention": module(lambda key: nn.MultiheadAttention(2, 6, key=key), 2, 4, 6, call=attention),
+    "layers under filter_vmap, scan and filter_checkpoint": module(Layers, 4, 6),
+    "Shared": module(Tied, 2, 5, 6),
+    "WeightNorm": module(
+        lambda key: nn.WeightNorm(nn.Linear(6, 5, key=key)),
+        4,
+        6,
+        refused={"model/layer/weight": "mul", "model/g": "mul"},
+    ),
+    "SpectralNorm": stateful(
+        lambda key: nn.SpectralNorm(nn.Linear(6, 5, key=key), "weight", key=key), 4, 6, unmirrored="."
+    ),
+    "normalizations": stateful(Normalizations, 4, 3, 6, 6, local="bias|layers/5"),
+}
+
+
+@parametrize(CASES)
+def test_equinox(case):
+    check(case)
+
+
+def test_a_whole_module_as_params_is_an_error_that_names_what_is_no_array():
+    model = nn.MLP(6, 3, 8, 2, key=KEY)
+    with pytest.raises(TypeError, match=r"params\['activation'\].*parameters must be real floating-point arrays"):
+        wmkp.projections(lambda model, x: jax.vmap(model)(x).sum(), model, normal(4, 6))

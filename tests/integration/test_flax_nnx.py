@@ -1,0 +1,136 @@
+"""Flax NNX: every layer that holds a kernel, and the transformations of modules."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from harness import KEY, Case, Model, check, drawn, normal, parametrize, through_gain
+
+import wmkp.nnx
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def module(
+    build: Callable[[nnx.Rngs], Any], *shape: int, kwargs: Any = None, concrete: bool = False, **options: Any
+) -> Case:
+    """A case of a module on an input of this shape; what it holds beside its parameters goes in as data."""
+
+    def make() -> Model:
+        create = lambda: build(nnx.Rngs(KEY))
+        model = create() if concrete else nnx.eval_shape(create)
+        apply, params, state = wmkp.nnx.pure(model)
+        run = lambda params, x, state: jax.tree.leaves(apply(params, state, x, **(kwargs or {}))[0])[-1]
+        return through_gain(run, drawn(params), normal(*shape, seed=1), drawn(state))
+
+    return Case(make, **options)
+
+
+class Attend(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(7, 6, rngs=rngs)
+        self.dense = nnx.Linear(6, 6, rngs=rngs)
+
+    def __call__(self, x):
+        tokens = jnp.arange(x.shape[0] * x.shape[1]).reshape(x.shape[:2]) % 7
+        return self.embed.attend(self.dense(self.embed(tokens) + x))
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.LayerNorm(6, rngs=rngs)
+        self.up, self.down = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 6, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(nnx.relu(self.up(self.norm(x))))
+
+
+class Scanned(nnx.Module):
+    """Layers made by nnx.vmap, run by nnx.scan."""
+
+    def __init__(self, rngs):
+        self.layers = nnx.vmap(Block, in_axes=(nnx.StateAxes({nnx.RngState: 0, ...: None}),), out_axes=0)(
+            rngs.fork(split=3)
+        )
+
+    def __call__(self, x):
+        return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+
+
+class Remat(nnx.Module):
+    def __init__(self, rngs):
+        self.blocks = nnx.List([Block(rngs), Block(rngs)])
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = nnx.remat(lambda block, x: block(x))(block, x)
+        return x
+
+
+class Vmapped(nnx.Module):
+    """A model for each slice of the input, and one that all slices share."""
+
+    def __init__(self, rngs):
+        make = nnx.vmap(
+            lambda rngs: nnx.Linear(6, 6, rngs=rngs), in_axes=(nnx.StateAxes({nnx.RngState: 0, ...: None}),)
+        )
+        self.own, self.shared = make(rngs.fork(split=3)), nnx.Linear(6, 5, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.tanh(nnx.vmap(lambda m, x: m(x))(self.own, x))
+        return nnx.vmap(lambda m, x: m(x), in_axes=(None, 0))(self.shared, x)
+
+
+class Normalizations(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.Sequential(
+            nnx.Linear(6, 6, rngs=rngs), nnx.BatchNorm(6, rngs=rngs), nnx.PReLU(), nnx.Linear(6, 6, rngs=rngs),
+            nnx.GroupNorm(6, 2, rngs=rngs), nnx.Dropout(0.2, rngs=rngs), nnx.Linear(6, 6, rngs=rngs),
+            nnx.RMSNorm(6, rngs=rngs), nnx.LayerNorm(6, rngs=rngs), nnx.Linear(6, 4, rngs=rngs),
+        )  # fmt: skip
+
+    def __call__(self, x):
+        return self.layers(x)
+
+
+CASES = {
+    "Linear": module(lambda rngs: nnx.Linear(6, 5, rngs=rngs), 4, 6),
+    "LinearGeneral": module(lambda rngs: nnx.LinearGeneral((3, 5), (2, 3), axis=(-2, -1), rngs=rngs), 4, 3, 5),
+    "Einsum": module(lambda rngs: nnx.Einsum("bnd,ndf->bnf", (3, 6, 5), (3, 5), rngs=rngs), 4, 3, 6),
+    "Conv 1d": module(lambda rngs: nnx.Conv(4, 5, (3,), padding="CAUSAL", rngs=rngs), 2, 8, 4),
+    "Conv 2d": module(lambda rngs: nnx.Conv(4, 6, (3, 3), strides=2, feature_group_count=2, rngs=rngs), 2, 6, 6, 4),
+    "Conv 3d": module(lambda rngs: nnx.Conv(3, 3, (2, 2, 2), rngs=rngs), 2, 4, 4, 4, 3),
+    "ConvTranspose": module(lambda rngs: nnx.ConvTranspose(3, 5, (3, 3), strides=(2, 2), rngs=rngs), 2, 4, 4, 3),
+    "Embed with attend": module(Attend, 2, 4, 6),
+    "RNN of SimpleCell": module(lambda rngs: nnx.RNN(nnx.SimpleCell(4, 6, rngs=rngs), rngs=rngs), 2, 5, 4),
+    "RNN of LSTMCell": module(lambda rngs: nnx.RNN(nnx.LSTMCell(4, 6, rngs=rngs), rngs=rngs), 2, 5, 4),
+    "RNN of OptimizedLSTMCell": module(
+        lambda rngs: nnx.RNN(nnx.OptimizedLSTMCell(4, 6, rngs=rngs), rngs=rngs), 2, 5, 4
+    ),
+    "RNN of GRUCell": module(lambda rngs: nnx.RNN(nnx.GRUCell(4, 6, rngs=rngs), rngs=rngs), 2, 5, 4),
+    "MultiHeadAttention": module(
+        lambda rngs: nnx.MultiHeadAttention(2, 6, dropout_rate=0.2, normalize_qk=True, decode=False, rngs=rngs),
+        2, 4, 6, kwargs={"deterministic": False},
+    ),
+    "LoRA": module(lambda rngs: nnx.LoRA(6, 2, 5, base_module=nnx.Linear(6, 5, rngs=rngs), rngs=rngs), 4, 6),
+    "LoRALinear": module(lambda rngs: nnx.LoRALinear(6, 5, lora_rank=2, rngs=rngs), 4, 6),
+    "SpectralNorm": module(
+        lambda rngs: nnx.SpectralNorm(nnx.Linear(6, 5, rngs=rngs), update_stats=True, rngs=rngs), 4, 6, unmirrored="."
+    ),
+    "WeightNorm": module(
+        lambda rngs: nnx.WeightNorm(nnx.Linear(6, 5, rngs=rngs), rngs=rngs),
+        4, 6, refused={"model/layer_instance/kernel": "mul"}, concrete=True,
+    ),
+    "normalizations": module(Normalizations, 4, 6),
+    "scan": module(Scanned, 4, 6),
+    "remat": module(Remat, 4, 6),
+    "vmap": module(Vmapped, 3, 4, 6),
+}  # fmt: skip
+
+
+@parametrize(CASES)
+def test_nnx(case):
+    check(case)
