@@ -1,4 +1,7 @@
-"""Benchmarks, each a module to be run (``python -m benchmarks.drift``), and how they time things and keep results."""
+"""Benchmarks: how they time things, and keep results. ``python -m benchmarks`` runs those of speed and prints a table.
+
+The others are modules to be run by themselves (``python -m benchmarks.drift``).
+"""
 
 import datetime
 import importlib.metadata
@@ -9,10 +12,22 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
-from typing import Any
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+PACKAGES = ("jax", "jaxlib", "numpy", "optax", "flax", "torch", "biotorch")
+
+
+def installed(package: str) -> str | None:
+    """A package's version, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def provenance() -> dict[str, Any]:
@@ -32,7 +47,7 @@ def provenance() -> dict[str, Any]:
         "machine": {"cpu": cpu, "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"},
         "versions": {
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "optax")},
+            **{name: version for name in PACKAGES if (version := installed(name))},
         },
     }
 
@@ -59,3 +74,151 @@ def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, d
             call()
             seconds[name].append(time.perf_counter() - start)
     return {n: {"median": statistics.median(s), "least": min(s), "most": max(s)} for n, s in seconds.items()}
+
+
+# --- rows with a target, for python -m benchmarks ---------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A figure and what it is held against.
+
+    Attributes:
+      name: what was measured.
+      value: the figure; None where it was not measured, and ``note`` says why.
+      spread: of a ratio of medians, the quartiles of the ratios of single rounds.
+      at_most, at_least: the target, if there is one.
+      note: what a reader must know.
+      detail: further figures, for the JSON file.
+    """
+
+    name: str
+    value: float | None = None
+    spread: tuple[float, float] | None = None
+    at_most: float | None = None
+    at_least: float | None = None
+    note: str = ""
+    detail: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+
+    @property
+    def verdict(self) -> str:
+        """``"pass"``, ``"fail"``, ``"not run"``, or ``""`` where there is no target."""
+        if self.value is None:
+            return "not run"
+        if self.at_most is None and self.at_least is None:
+            return ""
+        low, high = self.at_least, self.at_most
+        return "pass" if (low is None or self.value >= low) and (high is None or self.value <= high) else "fail"
+
+    @property
+    def target(self) -> str:
+        parts = [
+            f"{sign} {bound:g}" for sign, bound in (("<=", self.at_most), (">=", self.at_least)) if bound is not None
+        ]
+        return ", ".join(parts)
+
+    def line(self) -> str:
+        """The row of the printed table."""
+        value = "-" if self.value is None else f"{self.value:.4g}"
+        spread = "" if self.spread is None else "({:.3g}-{:.3g})".format(*self.spread)
+        return f"{self.name:58} {value:>9} {spread:15} {self.target:8} {self.verdict:8} {self.note}".rstrip()
+
+
+class Settings(NamedTuple):
+    """What a group is run with.
+
+    Attributes:
+      quick: sizes so small that the figures mean nothing: for trying the scripts out.
+      data_dir: where TFDS keeps its datasets, or None.
+    """
+
+    quick: bool = False
+    data_dir: pathlib.Path | None = None
+
+
+Part = Callable[[], Iterable[Row]]
+
+
+def run_parts(name: str, parts: dict[str, Part], settings: Settings, seconds: float, where: pathlib.Path) -> None:
+    """Runs a group's parts one after another; ``where/<name>.json`` is written anew after each row.
+
+    A part that fails, or whose turn comes after ``seconds``, leaves a row that is not run, and says why; a killed run
+    leaves those it did not come to.
+    """
+    deadline = time.monotonic() + seconds
+    rows = {part: [Row(part, note="not reached")] for part in parts}
+    about = provenance()
+
+    def keep() -> None:
+        every = [row for found in rows.values() for row in found]
+        as_json = [{**row._asdict(), "target": row.target, "verdict": row.verdict} for row in every]
+        where.mkdir(parents=True, exist_ok=True)
+        (where / f"{name}.json").write_text(
+            json.dumps({**about, "quick": settings.quick, "rows": as_json}, indent=1) + "\n"
+        )
+
+    keep()
+    for part, measure in parts.items():
+        if time.monotonic() > deadline:
+            rows[part] = [Row(part, note=f"the group's {seconds:.0f} s were over")]
+            continue
+        found: list[Row] = []
+        start = time.monotonic()
+        try:
+            for row in measure():
+                found.append(row)
+                rows[part] = [*found, Row(part, note="not finished")]
+                keep()
+                print(row.line(), flush=True)
+            rows[part] = found
+        except Exception as error:
+            first = (str(error).splitlines() or [""])[0]
+            rows[part] = [*found, Row(part, note=f"{type(error).__name__}: {first}"[:200])]
+            print(rows[part][-1].line(), flush=True)
+            traceback.print_exc()
+        keep()
+        print(f"# {part}: {time.monotonic() - start:.0f} s", flush=True)
+
+
+def in_turns(
+    calls: dict[str, Callable[[], Any]], seconds: float, least: int = 3, most: int = 100, each: float = 0.05
+) -> dict[str, list[float]]:
+    """Seconds of every call in each round: all take turns, in an order that is reversed from round to round.
+
+    Args:
+      calls: each must wait for its result. The first call of each, which may compile, is not counted.
+      seconds: how long to go on, but for at least ``least`` and at most ``most`` rounds.
+      each: a call shorter than this is repeated until a turn has this length.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        start = time.perf_counter()
+        call()
+        repeats[name] = max(1, round(each / (time.perf_counter() - start)))
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    deadline = time.perf_counter() + seconds
+    while len(taken[order[0]]) < most and (len(taken[order[0]]) < least or time.perf_counter() < deadline):
+        for name in order:
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                calls[name]()
+            taken[name].append((time.perf_counter() - start) / repeats[name])
+        order.reverse()
+    return taken
+
+
+def ratio(name: str, seconds: dict[str, list[float]], over: str, under: str, note: str = "", **row: Any) -> Row:
+    """The ratio of medians of two calls that took turns, and the quartiles of the rounds' own ratios."""
+    above, below = seconds[over], seconds[under]
+    rounds = [a / b for a, b in zip(above, below, strict=True)]
+    low, _, high = statistics.quantiles(rounds, n=4, method="inclusive") if len(rounds) > 1 else rounds * 3
+    a, b = statistics.median(above), statistics.median(below)
+    detail = {"seconds": {over: a, under: b}, "rounds": len(rounds), **row.pop("detail", {})}
+    return Row(name, a / b, (low, high), note=note, detail=detail, **row)
+
+
+def read(path: pathlib.Path) -> list[Row]:
+    """The rows that ``run_parts`` wrote."""
+    rows = json.loads(path.read_text())["rows"]
+    return [Row(**{name: row[name] for name in Row._fields}) for row in rows]

@@ -47,11 +47,11 @@ def weight_gradient(eqn_params: dict[str, Any], x: jax.Array, delta: jax.Array, 
     taps = [kernel[axis] for axis in numbers.rhs_spec[2:]]
     count, *size, outputs = delta.shape
     features = x.shape[-1]
-    x = jnp.pad(x, ((0, 0), *eqn_params["padding"], (0, 0)))
     strides, dilation = eqn_params["window_strides"], eqn_params["rhs_dilation"]
 
     def patches(x: jax.Array) -> jax.Array:
-        """(examples, positions, taps and features)."""
+        """(examples and positions, taps and features)."""
+        x = jnp.pad(x, ((0, 0), *eqn_params["padding"], (0, 0)))
         parts = []
         for tap in itertools.product(*map(range, taps)):
             start = [t * d for t, d in zip(tap, dilation, strict=True)]
@@ -62,14 +62,19 @@ def weight_gradient(eqn_params: dict[str, Any], x: jax.Array, delta: jax.Array, 
     wanted = max(1, CHUNK // (math.prod(size) * math.prod(taps) * features))
     chunk = next(n for n in range(min(wanted, count), 0, -1) if count % n == 0)
     # Each chunk takes examples from all over the batch, so that a batch that is divided among devices stays divided.
-    x, delta = (a.reshape(chunk, count // chunk, *a.shape[1:]).swapaxes(0, 1) for a in (x, delta))
+    # It is cut out only when its turn comes: the whole is neither laid out anew nor padded.
+    x, delta = (a.reshape(chunk, count // chunk, *a.shape[1:]) for a in (x, delta))
 
     def product(x: jax.Array, delta: jax.Array) -> jax.Array:
         return patches(x).T @ delta.reshape(len(x) * math.prod(size), outputs)
 
+    def add(total: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+        part = [jax.lax.dynamic_index_in_dim(a, i, axis=1, keepdims=False) for a in (x, delta)]
+        return total + product(*part), None
+
     # Of no examples it is zero, and, inside a shard_map, as much each device's own as the rest.
-    zero = product(x[0, :0], delta[0, :0])
-    total, _ = jax.lax.scan(lambda total, part: (total + product(*part), None), zero, (x, delta))
+    zero = product(x[:0, 0], delta[:0, 0])
+    total, _ = jax.lax.scan(add, zero, jnp.arange(count // chunk))
     whole = total.reshape(*taps, features, outputs)
     # From (space, in, out) to where the kernel has each: rhs_spec is (out, in, space).
     place = [*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0]]

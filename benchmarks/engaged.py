@@ -1,0 +1,112 @@
+"""An engaged step against a backprop step: seconds, bytes at the peak, products and copies of the compiled programs.
+
+Backprop is ``jax.value_and_grad`` and the optimizer, the same model, optimizer and batch, both compiled with the state
+donated. On CPUs wmkp takes large convolutions' weight gradients by patches, which XLA's backprop does not: so nets of
+convolutions are also held against backprop with that gain, which is an engaged step whose B is W.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import benchmarks
+import wmkp
+from benchmarks import Part, Row, Settings, models, programs
+
+# Weight mirrors' engaged step is feedback alignment's, and a mirrored start's is Kolen-Pollack's: the same program.
+RULES = {"FA, WM": wmkp.feedback_alignment, "SS": wmkp.sign_symmetry, "KP": wmkp.kolen_pollack}
+
+# Batch, how long all take turns, and which rules. The last: images of this side when trying the scripts out.
+SIZES: dict[str, tuple[int, float, tuple[str, ...], int]] = {
+    "MLP 784-500-10": (128, 12, tuple(RULES), 28),
+    "ResNet-20": (128, 40, tuple(RULES), 32),
+    "ViT-Ti": (8, 40, tuple(RULES), 32),
+    "ResNet-18": (8, 50, tuple(RULES), 32),
+    "ResNet-50": (4, 60, ("FA, WM", "KP"), 32),
+}
+
+
+def parts(settings: Settings) -> dict[str, Part]:
+    """A part a model."""
+    return {name: partial(measure, name, settings) for name in SIZES}
+
+
+def measure(name: str, settings: Settings) -> Iterator[Row]:
+    """All rules of a model, in turns with backprop."""
+    batch_size, seconds, rules, side = SIZES[name]
+    case = models.make(name, batch_size)
+    if settings.quick:
+        case, seconds = models.make(name, 2, size=side), 0.0
+    step, plain_state = models.backprop_step(case)
+    plain = jax.jit(step, donate_argnums=0).lower(plain_state, case.batch).compile()
+    plain_bytes = programs.tree_bytes(plain_state)
+    calls = {"BP": models.chained(plain, plain_state, case.batch)}
+    compiled, own_bytes = {}, {}
+    for rule in rules:
+        steps = wmkp.make_steps(
+            case.loss_fn, RULES[rule](), case.optimizer, case.params, case.batch, model_state=case.model_state
+        )
+        state = steps.init(jax.random.key(0), case.params, case.model_state)
+        compiled[rule] = steps.engaged_step.lower(state, case.batch).compile()
+        own_bytes[rule] = programs.tree_bytes(state) - plain_bytes
+        calls[rule] = models.chained(compiled[rule], state, case.batch)
+    convolutions = name.startswith("ResNet") and jax.default_backend() == "cpu"
+    if convolutions:
+        transported, state = with_patches(case)
+        calls["BP by patches"] = models.chained(
+            jax.jit(transported, donate_argnums=0).lower(state, case.batch).compile(), state, case.batch
+        )
+    taken = benchmarks.in_turns(calls, seconds, most=200)
+    at = f"batch {batch_size}"
+    for rule in rules:
+        yield benchmarks.ratio(f"{name}: {rule} over BP, time", taken, rule, "BP", at, at_most=1.02)
+        if convolutions:
+            note = "B = W in an engaged step: the same weight gradients"
+            yield benchmarks.ratio(
+                f"{name}: {rule} over BP by patches, time", taken, rule, "BP by patches", note, at_most=1.02
+            )
+        ours, theirs = programs.peak_bytes(compiled[rule]), programs.peak_bytes(plain)
+        yield Row(
+            f"{name}: {rule}, peak bytes over BP's and B's",
+            ours / (theirs + own_bytes[rule]),
+            at_most=1.001,  # the results' table of addresses and alignment: some hundred bytes
+            detail={"bytes": ours, "backprop": theirs, "B and its optimizer state": own_bytes[rule]},
+        )
+        mine, its = programs.products(compiled[rule]), programs.products(plain)
+        yield Row(
+            f"{name}: {rule}, products over BP's",
+            sum(mine.values()) / sum(its.values()),
+            at_most=1.0,
+            detail={"products": mine, "backprop": its},
+        )
+        mine_copies, its_copies = (programs.weight_copies(c, case.params) for c in (compiled[rule], plain))
+        yield Row(
+            f"{name}: {rule}, copies of W or B beyond BP's",
+            mine_copies - its_copies,
+            at_most=0,
+            detail={"copies": mine_copies, "backprop": its_copies},
+        )
+
+
+def with_patches(case: models.Case) -> tuple[Any, models.Plain]:
+    """Backprop as an engaged step whose B is W, not compiled, and its state."""
+    rule = wmkp.feedback_alignment()
+    key = jax.random.key(0)
+    feedback = wmkp.init_feedback(key, rule, case.loss_fn, case.params, case.model_state, case.batch, key)
+    first = [b is None for b in jax.tree.leaves(feedback, is_leaf=lambda b: b is None)]
+    structure = jax.tree.structure(case.params)
+
+    def step(state: models.Plain, batch: Any) -> tuple[models.Plain, jax.Array]:
+        leaves = jax.tree.leaves(state.params)
+        back = structure.unflatten([None if skip else w for skip, w in zip(first, leaves, strict=True)])
+        gradient = wmkp.value_and_grad(case.loss_fn, rule, has_aux=True)
+        (loss, (model_state, _)), (grads, _) = gradient(state.params, back, state.model_state, batch, key)
+        updates, opt_state = case.optimizer.update(grads, state.opt_state, state.params)
+        return models.Plain(optax.apply_updates(state.params, updates), model_state, opt_state), loss
+
+    params, model_state = jax.tree.map(jnp.copy, (case.params, case.model_state))
+    return step, models.Plain(params, model_state, case.optimizer.init(params))

@@ -1,0 +1,140 @@
+"""On a GPU: ResNet-50 at 224 in bf16 against backprop here and in PyTorch, ResNet-20's epochs, and the card's peak."""
+
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import benchmarks
+import wmkp
+from benchmarks import Part, Row, Settings, models, programs
+
+BATCH = 256
+EVERY = 4  # engaged steps to a mirror step, as the recipes have it
+RULES: dict[str, Callable[[], wmkp.Rule]] = {
+    "KP": wmkp.kolen_pollack,
+    "WM": partial(wmkp.weight_mirror, "orthogonal", target_angle=0.01, rate=1.0),
+}
+
+
+def parts(settings: Settings) -> dict[str, Part]:
+    """ResNet-50 and ResNet-20; on a CPU only to try the script out."""
+    return {"ResNet-50": partial(resnet50, settings), "ResNet-20": partial(resnet20, settings)}
+
+
+def here(settings: Settings) -> bool:
+    return settings.quick or jax.default_backend() == "gpu"
+
+
+def calls_of(case: models.Case, every: int) -> tuple[dict[str, Callable[[], Any]], float]:
+    """Each call takes ``every`` engaged steps, and under WM one mirror step; and BP's operations a step."""
+    step, plain = models.backprop_step(case)
+    lowered = jax.jit(step, donate_argnums=0).lower(plain, case.batch)
+
+    def several(step: Callable[..., Any], state: Any, mirror: Callable[..., Any] | None = None) -> Callable[[], Any]:
+        box = [state]
+
+        def call() -> Any:
+            for _ in range(every):
+                box[0], out = step(box[0], case.batch)
+            if mirror is not None:
+                box[0], out = mirror(box[0])
+            return jax.block_until_ready((box[0], out))
+
+        return call
+
+    calls = {"BP": several(lowered.compile(), plain)}
+    for name, rule in RULES.items():
+        steps = wmkp.make_steps(
+            case.loss_fn, rule(), case.optimizer, case.params, case.batch, model_state=case.model_state
+        )
+        state = steps.init(jax.random.key(0), case.params, case.model_state)
+        calls[name] = several(steps.engaged_step, state, steps.mirror_step if name == "WM" else None)
+    return calls, programs.operations(lowered)
+
+
+def torch_call(name: str, case: models.Case, every: int) -> Callable[[], Any]:
+    """PyTorch's backprop: compiled, channels last, bf16 where there is a GPU."""
+    import torch
+
+    from benchmarks import torch_models
+
+    cuda = torch.cuda.is_available()
+    x, labels = np.array(case.batch["image"], np.float32), np.array(case.batch["label"])
+    model = torch_models.MODELS[name](x.shape[1]).to("cuda" if cuda else "cpu")
+    model = model.to(memory_format=torch.channels_last)
+    torch.set_float32_matmul_precision("high")
+    step = torch_models.training_step(torch.compile(model) if cuda else model, x, labels, channels_last=True)
+
+    def call() -> None:
+        with torch.autocast("cuda" if cuda else "cpu", torch.bfloat16):
+            for _ in range(every):
+                step()
+        if cuda:
+            torch.cuda.synchronize()
+
+    return call
+
+
+def matmul_peak(size: int) -> float:
+    """Operations a second of a product of two square bf16 matrices."""
+    a = jax.random.normal(jax.random.key(0), (size, size)).astype(jnp.bfloat16)
+    many = jax.jit(lambda a: jax.lax.fori_loop(0, 20, lambda i, x: (x @ a) * jnp.bfloat16(0.01), a))
+    taken = benchmarks.in_turns({"products": lambda: many(a).block_until_ready()}, 1)
+    return 20 * 2 * size**3 / statistics.median(taken["products"])
+
+
+def resnet50(settings: Settings) -> Iterator[Row]:
+    """Images a second of BP, KP and WM (a mirror step after every fourth), and of PyTorch's BP."""
+    name = f"ResNet-50 at 224, bf16, batch {BATCH}"
+    targets: dict[str, Any] = {"KP": {"at_least": 0.98}, "WM": {"at_least": 0.98}}
+    if not here(settings):
+        for rule in RULES:
+            yield Row(f"{name}: {rule} over JAX's BP, images a second", note="no GPU here", **targets[rule])
+            yield Row(f"{name}: {rule} over PyTorch's BP, images a second", note="no GPU here", at_least=1)
+        yield Row(f"{name}: fraction of the card's matmul peak", note="no GPU here")
+        return
+    batch_size = 2 if settings.quick else BATCH
+    case = models.make("ResNet-50", batch_size, jnp.bfloat16, size=32 if settings.quick else None)
+    calls, operations = calls_of(case, EVERY)
+    if benchmarks.installed("torch"):
+        calls["PyTorch"] = torch_call("ResNet-50", case, EVERY)
+    taken = benchmarks.in_turns(calls, 0 if settings.quick else 120, least=3 if settings.quick else 10)
+    images = {c: EVERY * batch_size / statistics.median(s) for c, s in taken.items()}
+    for rule in RULES:
+        note = f"{images[rule]:.0f} against {images['BP']:.0f}"
+        yield benchmarks.ratio(
+            f"{name}: {rule} over JAX's BP, images a second", taken, "BP", rule, note, **targets[rule],
+            detail={"images_a_second": images},
+        )  # fmt: skip
+        if "PyTorch" in taken:
+            note = f"{images[rule]:.0f} against {images['PyTorch']:.0f}"
+            yield benchmarks.ratio(
+                f"{name}: {rule} over PyTorch's BP, images a second", taken, "PyTorch", rule, note, at_least=1
+            )
+        else:
+            yield Row(f"{name}: {rule} over PyTorch's BP, images a second", note="PyTorch is not installed", at_least=1)
+    peak = matmul_peak(128 if settings.quick else 8192)
+    rate = operations * images["KP"] / batch_size
+    yield Row(f"{name}: fraction of the card's matmul peak", rate / peak, note=f"KP; peak {peak / 1e12:.0f} TFLOP/s")
+
+
+def resnet20(settings: Settings) -> Iterator[Row]:
+    """Seconds of an epoch of 50,000 CIFAR-sized images at batch 128."""
+    name = "ResNet-20, bf16, batch 128"
+    if not here(settings):
+        for rule in RULES:
+            yield Row(f"{name}: {rule} over BP, time", note="no GPU here", at_most=1.02)
+        return
+    case = models.make("ResNet-20", 2 if settings.quick else 128, jnp.bfloat16)
+    calls, _ = calls_of(case, 2 if settings.quick else 50)
+    taken = benchmarks.in_turns(calls, 0 if settings.quick else 30, least=3)
+    for rule in RULES:
+        epoch = statistics.median(taken[rule]) * 391 / (2 if settings.quick else 50)
+        yield benchmarks.ratio(
+            f"{name}: {rule} over BP, time", taken, rule, "BP", f"an epoch: {epoch:.2f} s", at_most=1.02
+        )

@@ -1,0 +1,313 @@
+"""What mirror mode costs: a mirror step against its two products, its noise apart, and the cheapest schedule for 6 degrees.
+
+A schedule is a kind of noise, the samples N of each projection, a rate a, and a mirror step after every k engaged
+steps. What it will hold is predicted from the weights' path in training by backprop (B is a leaky average of W's past,
+so its lag follows from inner products of W with itself at other steps) and the law of angles. The cheapest that holds
+the worst projection at every step is then trained with, and its angles are measured just before each mirror step.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import benchmarks
+import wmkp
+from benchmarks import Part, Row, Settings, arrays, models, programs
+from wmkp.mirror import draw_noise
+
+ANGLE = 6.0  # degrees, to be held by every projection at every step
+MARGIN = 0.85  # the share of it that a schedule may use up by prediction
+EVERY = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+# The noise, the degrees that it alone leaves, and the rate; N follows by the law of angles. Orthogonal noise at rate 1
+# leaves none from N = fan_in.
+ESTIMATES = [
+    *(
+        (noise, degrees, rate)
+        for noise in ("gaussian", "rademacher")
+        for degrees in (2.0, 4.0)
+        for rate in (0.1, 0.3, 1.0)
+    ),
+    *(("orthogonal", degrees, rate) for degrees in (0.01, 4.0) for rate in (0.3, 1.0)),
+]
+
+
+class Run(NamedTuple):
+    """A training whose schedule is sought.
+
+    Attributes:
+      dataset: of ``arrays.SHAPES``.
+      batch_size, steps: of the training.
+      large: batch to time at 224 beside it, or 0.
+    """
+
+    dataset: str
+    batch_size: int
+    steps: int
+    large: int = 0
+
+
+RUNS = {
+    "MLP 784-500-10": Run("mnist", 128, 300),
+    "ViT-Ti, patches of 7": Run("mnist", 64, 24),
+    "ResNet-20": Run("cifar10", 128, 40),
+    "ResNet-18": Run("tiny_imagenet100", 32, 24, large=8),
+}
+
+
+def parts(settings: Settings) -> dict[str, Part]:
+    """Mirror steps against their products, then the schedules; ResNet-50's is ResNet-18's."""
+    found: dict[str, int] = {}
+    runs = {name: run._replace(batch_size=2, steps=4) if settings.quick else run for name, run in RUNS.items()}
+    return {
+        **{f"{name}: products": partial(against_products, name, settings) for name in RUNS},
+        **{f"{name}: schedule": partial(schedules, name, run, settings, found) for name, run in runs.items()},
+        "ResNet-50: schedule": partial(at_224, "ResNet-50", 4, found, settings),
+    }
+
+
+def case_of(name: str, batch_size: int, dataset: str) -> models.Case:
+    """A model for a dataset's images."""
+    side, channels, classes = arrays.SHAPES[dataset]
+    return models.make(name, batch_size, size=side, channels=channels, classes=classes)
+
+
+def mirror_steps(case: models.Case, rule: wmkp.Rule) -> tuple[wmkp.Steps, wmkp.TrainState]:
+    """The steps under a rule, and a state after one mirror step for a start."""
+    steps = wmkp.make_steps(case.loss_fn, rule, case.optimizer, case.params, case.batch, model_state=case.model_state)
+    return steps, steps.init(jax.random.key(1), case.params, case.model_state, mirror_steps=1)
+
+
+def projections(case: models.Case) -> dict[str, tuple[int, int]]:
+    """(fan_in, fan_out) of each projection that mirrors."""
+    found = wmkp.projections(case.loss_fn, case.params, case.model_state, case.batch, jax.random.key(0))
+    return {path: (p.fan_in, p.fan_out) for path, p in found.items() if p.feedback}
+
+
+# --- a mirror step against its products -------------------------------------------------------------------------------
+
+
+def against_products(name: str, settings: Settings) -> Iterator[Row]:
+    """A mirror step of N = fan_in samples, all projections, over the two products it is made of, their noise given."""
+    run = RUNS[name]
+    case = case_of(name, 2, run.dataset)
+    shapes = list(projections(case).values())
+    weights = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+    products = jax.jit(lambda noise, weights: [x.T @ (x @ w) for x, w in zip(noise, weights, strict=True)])
+    # By the law of angles N = fan_in Gaussian samples leave 45 degrees, orthogonal ones none.
+    for noise, degrees in (("orthogonal", 1e-3), ("rademacher", 45.0), ("gaussian", 45.0)):
+        rule = wmkp.weight_mirror(noise, target_angle=degrees, rate=1.0)
+        steps, state = mirror_steps(case, rule)
+        keys = jax.random.split(jax.random.key(0), len(shapes))
+
+        def draw(keys: jax.Array, mirror: Any = rule.mirror) -> list[jax.Array]:
+            return [draw_noise(k, mirror, (1, n, n), jnp.float32)[0] for k, (n, _) in zip(keys, shapes, strict=True)]
+
+        drawn = jax.jit(draw)
+        x = drawn(keys)
+        calls = {
+            "mirror step": models.chained(steps.mirror_step, state),
+            "products": lambda x=x: jax.block_until_ready(products(x, weights)),
+            "noise": lambda drawn=drawn, keys=keys: jax.block_until_ready(drawn(keys)),
+        }
+        taken = benchmarks.in_turns(calls, 0 if settings.quick else 2, least=3)
+        about = f"{name}, {noise}"
+        yield benchmarks.ratio(
+            f"{about}: mirror step over its products", taken, "mirror step", "products", "N = fan_in", at_most=1.2
+        )
+        yield benchmarks.ratio(f"{about}: noise over the products", taken, "noise", "products", "N = fan_in")
+
+
+# --- schedules --------------------------------------------------------------------------------------------------------
+
+
+def paths_gram(case: models.Case, batches: list[Any]) -> dict[str, np.ndarray]:
+    """Trains by backprop; for each projection the inner products of W at all steps, (steps + 1, steps + 1), float64."""
+    step, state = models.backprop_step(case)
+    compiled = jax.jit(step)
+    wanted = projections(case)
+    past: dict[str, list[np.ndarray]] = {path: [] for path in wanted}
+
+    def note(params: Any) -> None:
+        for path, w in jax.tree_util.tree_leaves_with_path(params):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            if name in past:
+                past[name].append(np.array(w).ravel())
+
+    note(state.params)
+    for batch in batches:
+        state, _ = compiled(state, batch)
+        note(state.params)
+    grams = {}
+    for name, ws in past.items():
+        w = np.stack(ws)
+        parts = [w[:, i : i + 2**18].astype(np.float64) for i in range(0, w.shape[1], 2**18)]
+        grams[name] = sum(p @ p.T for p in parts)
+    return grams
+
+
+def predicted(grams: dict[str, np.ndarray], rate: float, every: int, noise_degrees: float) -> float:
+    """The worst angle between B and W over projections and steps, B starting exact; degrees."""
+    worst = 0.0
+    for gram in grams.values():
+        b = np.zeros(len(gram))  # B as a combination of W at its past steps
+        b[0] = 1.0
+        for t in range(1, len(gram)):
+            cosine = gram[t] @ b / math.sqrt(gram[t, t] * (b @ gram @ b))
+            worst = max(worst, 1 / min(max(cosine, 1e-9), 1.0) ** 2 - 1)
+            if t % every == 0:
+                b *= 1 - rate
+                b[t] += rate
+    return math.degrees(math.atan(math.sqrt(worst + math.tan(math.radians(noise_degrees)) ** 2)))
+
+
+def mirror_operations(case: models.Case, rule: wmkp.Rule) -> float:
+    """4 N |W| over projections: a product with W, and one of the response with the noise."""
+    mirror = rule.mirror
+    assert mirror is not None
+    return sum(
+        4.0 * wmkp.samples_for_angle(mirror.target_angle, fan_in, rule) * fan_in * fan_out
+        for fan_in, fan_out in projections(case).values()
+    )
+
+
+def cheapest(case: models.Case, grams: dict[str, np.ndarray]) -> tuple[Any, list[dict[str, Any]]]:
+    """The cheapest schedule that is predicted to hold (or the one that comes nearest), and the best of each noise."""
+    tried = []
+    for noise, degrees, rate in ESTIMATES:
+        rule = wmkp.weight_mirror(noise, target_angle=degrees, rate=rate)
+        cost = mirror_operations(case, rule)
+        for every in EVERY:
+            if every > len(next(iter(grams.values()))) - 1:
+                break
+            angle = predicted(grams, rate, every, degrees)
+            about = {"noise": noise, "noise_degrees": degrees, "rate": rate, "every": every}
+            tried.append({**about, "operations": cost / every, "predicted_degrees": angle})
+    holding = [s for s in tried if s["predicted_degrees"] <= MARGIN * ANGLE]
+    chosen = (
+        min(holding, key=lambda s: s["operations"]) if holding else min(tried, key=lambda s: s["predicted_degrees"])
+    )
+    best = [min(of, key=lambda s: s["operations"]) for noise in ("gaussian", "rademacher", "orthogonal")
+            if (of := [s for s in holding if s["noise"] == noise])]  # fmt: skip
+    return chosen, best
+
+
+def schedules(name: str, run: Run, settings: Settings, found: dict[str, int]) -> Iterator[Row]:
+    """Finds a model's schedule, trains with it, and says what it holds and costs."""
+    case = case_of(name, run.batch_size, run.dataset)
+    train, test = arrays.load(run.dataset, settings.data_dir, 16 * run.batch_size)
+    batches = [jax.device_put(b) for b in arrays.batches(train, run.batch_size, run.steps)]
+    grams = paths_gram(case, batches)
+    chosen, best = cheapest(case, grams)
+    found[name] = chosen["every"]
+    rule = wmkp.weight_mirror(chosen["noise"], target_angle=chosen["noise_degrees"], rate=chosen["rate"])
+    worst, engaged, mirror = trained(case, rule, chosen["every"], batches)
+    step, state = models.backprop_step(case)
+    operations = programs.operations(jax.jit(step).lower(state, case.batch))
+    data = run.dataset if test else f"random data of {run.dataset}'s shape"
+    about = f"{name}: {chosen['noise']}, rate {chosen['rate']:g}, every {chosen['every']}"
+    detail = {"chosen": chosen, "best_of_each_noise": best, "data": data, "run": run._asdict()}
+    drift = {k: predicted(grams, 1.0, k, 0.0) for k in EVERY if k < len(batches)}
+    yield Row(
+        f"{about}: worst angle in training",
+        worst,
+        at_most=ANGLE,
+        note=f"{run.steps} steps of {run.batch_size}, {data}; predicted {chosen['predicted_degrees']:.1f}",
+        detail={**detail, "drift_degrees_of_W_in_k_steps": drift},
+    )
+    yield Row(
+        f"{about}: average cost, operations",
+        chosen["operations"] / operations,
+        note=f"of an engaged step's; batch {run.batch_size}, {run.dataset}'s size",
+        detail={"engaged_operations": operations},
+    )
+    taken = {"mirror": mirror, "engaged": engaged[: len(mirror)]}
+    once = benchmarks.ratio("", taken, "mirror", "engaged", detail={"every": chosen["every"]})
+    assert once.value is not None and once.spread is not None
+    low, high = once.spread
+    yield once._replace(
+        name=f"{about}: average cost, time",
+        value=once.value / chosen["every"],
+        spread=(low / chosen["every"], high / chosen["every"]),
+        note=f"of an engaged step's; one mirror step takes {once.value:.2f} of one",
+    )
+    if run.large:
+        yield from at_224(name, run.large, found, settings)
+
+
+def trained(
+    case: models.Case, rule: wmkp.Rule, every: int, batches: list[Any]
+) -> tuple[float, list[float], list[float]]:
+    """Trains with a mirror step after every k; the worst angle before each mirror step, and seconds of both steps."""
+    steps, state = mirror_steps(case, rule)
+    angles = jax.jit(lambda params, feedback: jnp.stack([*wmkp.matrix_angles(params, feedback).values()]).max())
+    engaged_step = steps.engaged_step.lower(state, batches[0]).compile()
+    mirror_step = steps.mirror_step.lower(state).compile()
+    worst, engaged, mirror = 0.0, [], []
+    for i, batch in enumerate(batches, 1):
+        state = timed(engaged, lambda state=state, batch=batch: engaged_step(state, batch))
+        worst = max(worst, float(angles(state.params, state.feedback)))
+        if i % every == 0:
+            state = timed(mirror, lambda state=state: mirror_step(state))
+    return worst, engaged, mirror
+
+
+def timed(seconds: list[float], step: Callable[[], tuple[Any, Any]]) -> Any:
+    """The state after a step, whose seconds are noted."""
+    start = time.perf_counter()
+    state, _ = jax.block_until_ready(step())
+    seconds.append(time.perf_counter() - start)
+    return state
+
+
+def at_224(name: str, batch_size: int, found: dict[str, int], settings: Settings) -> Iterator[Row]:
+    """A mirror step (orthogonal, N = fan_in) over an engaged step of 256 images of 224, over the schedule of ResNet-18."""
+    if "ResNet-18" not in found:
+        yield Row(f"{name} at 224, batch 256: mirror over engaged, average", note="no schedule was found for ResNet-18")
+        return
+    every, target = found["ResNet-18"], 0.05
+    case = models.make(name, 1 if settings.quick else batch_size, size=32 if settings.quick else None)
+    rule = wmkp.weight_mirror("orthogonal", target_angle=0.01, rate=1.0)
+    steps, state = mirror_steps(case, rule)
+    engaged_step = steps.engaged_step.lower(state, case.batch).compile()
+    mirror_step = steps.mirror_step.lower(state).compile()
+    box = [state]
+
+    def take(step: Callable[[Any], tuple[Any, Any]]) -> Callable[[], None]:
+        def call() -> None:
+            box[0], out = step(box[0])
+            jax.block_until_ready((box[0].params, box[0].feedback, out))
+
+        return call
+
+    calls = {"engaged": take(lambda s: engaged_step(s, case.batch)), "mirror": take(mirror_step)}
+    taken = benchmarks.in_turns(calls, 0 if settings.quick else 10, least=3)
+    one = benchmarks.ratio("", taken, "mirror", "engaged")
+    assert one.value is not None and one.spread is not None
+    share = batch_size / 256 / every
+    yield one._replace(
+        name=f"{name} at 224, batch 256: mirror over engaged, time",
+        value=one.value * share,
+        spread=(one.spread[0] * share, one.spread[1] * share),
+        at_most=target,
+        note=f"average, every {every}; engaged at batch {batch_size}, taken 256/{batch_size} times",
+    )
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((256, *x.shape[1:]), x.dtype), case.batch)
+    operations = programs.operations(steps.engaged_step.lower(box[0], batch))
+    cost = mirror_operations(case, rule)
+    yield Row(
+        f"{name} at 224, batch 256: mirror over engaged, operations",
+        cost / operations / every,
+        at_most=target,
+        note=f"average, every {every}; one mirror step is {cost / operations:.3f} of an engaged step",
+        detail={"mirror": cost, "engaged": operations, "every": every},
+    )
+    low = statistics.median(taken["mirror"])
+    print(f"# {name}: a mirror step took {low:.2f} s, {cost / low / 1e9:.0f} GFLOP/s", flush=True)

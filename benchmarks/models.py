@@ -1,0 +1,117 @@
+"""The models that the benchmarks of speed train, each with a loss, an optimizer and a batch of random data."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from wmkp.experiments.models.lenet import LeNet
+from wmkp.experiments.models.resnet import ResNet18, ResNet20, ResNet50
+from wmkp.experiments.models.transformer import ViT
+
+
+class Dense(nn.Module):
+    """784-500-10, ReLU."""
+
+    hidden: int = 500
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.relu(nn.Dense(self.hidden)(x.reshape(x.shape[0], -1)))
+        return nn.Dense(self.num_classes, name="output")(x)
+
+
+class Case(NamedTuple):
+    """Something to train.
+
+    Attributes:
+      loss_fn, params, model_state, optimizer: as ``wmkp.make_steps`` takes them.
+      batch: images and labels.
+    """
+
+    loss_fn: Callable[..., Any]
+    params: Any
+    model_state: Any
+    optimizer: optax.GradientTransformation
+    batch: dict[str, jax.Array]
+
+
+ADAMW = optax.adamw(1e-3, weight_decay=0.05)
+SGD = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, momentum=0.9))
+
+# Model (of classes and dtype), side of the image, channels, classes and optimizer; whether it is told that it trains.
+MODELS: dict[str, tuple[Callable[..., nn.Module], int, int, int, Any, bool]] = {
+    "MLP 784-500-10": (lambda classes, dtype: Dense(num_classes=classes), 28, 1, 10, SGD, False),
+    "LeNet": (lambda classes, dtype: LeNet(classes, dtype), 32, 1, 10, SGD, False),
+    "ResNet-20": (lambda classes, dtype: ResNet20(classes, dtype=dtype), 32, 3, 10, SGD, True),
+    "ResNet-18": (lambda classes, dtype: ResNet18(classes, dtype=dtype), 224, 3, 1000, SGD, True),
+    "ResNet-50": (lambda classes, dtype: ResNet50(classes, dtype=dtype), 224, 3, 1000, SGD, True),
+    "ViT-Ti": (lambda classes, dtype: ViT(classes, dtype=dtype), 224, 3, 1000, ADAMW, False),
+    "ViT-Ti, patches of 7": (lambda classes, dtype: ViT(classes, patch=7, dtype=dtype), 28, 1, 10, ADAMW, False),
+}
+
+
+def make(
+    name: str,
+    batch_size: int,
+    dtype: Any = jnp.float32,
+    size: int | None = None,
+    channels: int | None = None,
+    classes: int | None = None,
+) -> Case:
+    """A case of ``MODELS``, for images of another size, or for other classes, where they are given."""
+    build, own_side, own_channels, own_classes, optimizer, normalized = MODELS[name]
+    side, channels, classes = size or own_side, channels or own_channels, classes or own_classes
+    model, mode = build(classes, dtype), {"train": True} if normalized else {}
+    x_key, label_key, init_key = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(x_key, (batch_size, side, side, channels))
+    batch = {"image": x, "label": jax.random.randint(label_key, (batch_size,), 0, classes)}
+    variables = dict(jax.jit(lambda key: model.init(key, x[:1], **mode))(init_key))
+    return Case(loss_of(model, mode), variables.pop("params"), variables, optimizer, batch)
+
+
+def loss_of(model: nn.Module, mode: dict[str, bool]) -> Callable[..., Any]:
+    """Cross entropy, as ``wmkp.make_steps`` takes it."""
+
+    def loss_fn(params: Any, model_state: Any, batch: dict[str, jax.Array], key: jax.Array) -> Any:
+        variables = {"params": params, **model_state}
+        logits, model_state = model.apply(variables, batch["image"], **mode, mutable=list(model_state))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean(), (model_state, {})
+
+    return loss_fn
+
+
+class Plain(NamedTuple):
+    """What backprop's training changes."""
+
+    params: Any
+    model_state: Any
+    opt_state: Any
+
+
+def backprop_step(case: Case) -> tuple[Callable[[Plain, Any], tuple[Plain, jax.Array]], Plain]:
+    """The yardstick: ``jax.value_and_grad`` and the optimizer, not compiled yet; and a state to start from."""
+
+    def step(state: Plain, batch: Any) -> tuple[Plain, jax.Array]:
+        gradient = jax.value_and_grad(case.loss_fn, has_aux=True)
+        (loss, (model_state, _)), grads = gradient(state.params, state.model_state, batch, jax.random.key(0))
+        updates, opt_state = case.optimizer.update(grads, state.opt_state, state.params)
+        return Plain(optax.apply_updates(state.params, updates), model_state, opt_state), loss
+
+    params, model_state = jax.tree.map(jnp.copy, (case.params, case.model_state))
+    return step, Plain(params, model_state, case.optimizer.init(params))
+
+
+def chained(step: Callable[..., tuple[Any, Any]], state: Any, *args: Any) -> Callable[[], Any]:
+    """A call that takes one step from where the last one ended (so that the state can be donated), and waits for it."""
+    box = [state]
+
+    def call() -> Any:
+        box[0], out = step(box[0], *args)
+        return jax.block_until_ready(out)
+
+    return call

@@ -1,0 +1,172 @@
+"""wmkp beside its peers, in turns: the paper's equations in NumPy, PyTorch's backprop and BioTorch's rules.
+
+Every figure is a peer's time over wmkp's: above one, wmkp is faster.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import benchmarks
+import wmkp
+from benchmarks import Part, Row, Settings, arrays, models, paper_numpy
+
+# Batch, how long all take turns, and the side of the images when trying the scripts out.
+SIZES = {"LeNet": (64, 12, 32), "ResNet-20": (128, 30, 32), "ViT-Ti": (8, 25, 32)}
+BIOTORCH = {"fa": wmkp.feedback_alignment, "usf": wmkp.sign_symmetry}  # modes of BioTorch, and the rule here
+
+
+def parts(settings: Settings) -> dict[str, Part]:
+    """MNIST's epoch, then a step of each model."""
+    return {
+        "MNIST epoch": partial(mnist_epoch, settings),
+        **{f"{name} step": partial(step, name, settings) for name in SIZES},
+    }
+
+
+# --- the paper's MNIST network ----------------------------------------------------------------------------------------
+
+
+def sigmoid_loss(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
+    """Ten sigmoid cross-entropies, summed over outputs and averaged over the batch."""
+    x, targets = batch
+    h = jax.nn.sigmoid(x @ params["W1"] + params["b1"])
+    losses = optax.sigmoid_binary_cross_entropy(h @ params["W2"] + params["b2"], targets)
+    return losses.sum(-1).mean(), (model_state, {})
+
+
+def wmkp_epoch(images: np.ndarray, targets: np.ndarray) -> Callable[[], Any]:
+    """The same network by ``wmkp.kolen_pollack``, float32, an epoch in one compiled call."""
+    count = len(images) // paper_numpy.BATCH
+    cut = lambda a: jnp.asarray(a[: count * paper_numpy.BATCH], jnp.float32).reshape(count, paper_numpy.BATCH, -1)
+    data = cut(images), cut(targets)
+    params = {k: jnp.asarray(w, jnp.float32) for k, w in paper_numpy.init().items() if k != "B2"}
+    first = jax.tree.map(lambda a: a[0], data)
+    steps = wmkp.make_steps(sigmoid_loss, wmkp.kolen_pollack(), optax.sgd(paper_numpy.RATE), params, first)
+
+    @partial(jax.jit, donate_argnums=0)
+    def epoch(state: wmkp.TrainState, data: Any) -> tuple[wmkp.TrainState, jax.Array]:
+        def one(state: wmkp.TrainState, batch: Any) -> tuple[wmkp.TrainState, jax.Array]:
+            state, metrics = steps.engaged_step(state, batch)
+            return state, metrics["loss"]
+
+        return jax.lax.scan(one, state, data)
+
+    return models.chained(epoch, steps.init(jax.random.key(0), params), data)
+
+
+def torch_epoch(images: np.ndarray, targets: np.ndarray) -> Callable[[], Any]:
+    """The same network by PyTorch's backprop, float32, batch after batch."""
+    import torch
+    from torch.nn import functional as F
+
+    count = len(images) // paper_numpy.BATCH * paper_numpy.BATCH
+    data = [torch.tensor(a[:count], dtype=torch.float32).split(paper_numpy.BATCH) for a in (images, targets)]
+    w = {
+        k: torch.tensor(v, dtype=torch.float32, requires_grad=True) for k, v in paper_numpy.init().items() if k != "B2"
+    }
+    optimizer = torch.optim.SGD(w.values(), paper_numpy.RATE)
+
+    def epoch() -> None:
+        for x, t in zip(*data, strict=True):
+            optimizer.zero_grad(set_to_none=True)
+            h = torch.sigmoid(torch.addmm(w["b1"], x, w["W1"]))
+            logits = torch.addmm(w["b2"], h, w["W2"])
+            (F.binary_cross_entropy_with_logits(logits, t, reduction="sum") / len(x)).backward()
+            optimizer.step()
+
+    return epoch
+
+
+def numpy_kernel() -> list[dict[str, Any]]:
+    """What NumPy multiplies matrices with, by threadpoolctl where it is installed."""
+    try:
+        from threadpoolctl import threadpool_info
+    except ImportError:
+        return []
+    wanted = ("internal_api", "num_threads", "version", "threading_layer", "architecture")
+    return [{k: info.get(k) for k in wanted} for info in threadpool_info() if info.get("user_api") == "blas"]
+
+
+def mnist_epoch(settings: Settings) -> Iterator[Row]:
+    """468 steps of 128: NumPy (Kolen-Pollack) and PyTorch (backprop) over wmkp (Kolen-Pollack)."""
+    random = np.random.default_rng(0)
+    examples = 1280 if settings.quick else 60_000
+    images, labels = random.uniform(size=(examples, 784)), random.integers(10, size=examples)
+    if settings.data_dir and not settings.quick:
+        (x, labels), _ = arrays.load("mnist", settings.data_dir)
+        images = (x.reshape(len(x), -1) - x.min()) / (x.max() - x.min())  # back to [0, 1]
+    images, targets = images.astype(np.float64), np.eye(10)[labels]
+    kernel = numpy_kernel()
+    weights = paper_numpy.init()
+    calls = {"wmkp": wmkp_epoch(images, targets), "NumPy": lambda: paper_numpy.epoch(weights, images, targets)}
+    if benchmarks.installed("torch"):
+        calls["PyTorch"] = torch_epoch(images, targets)
+    taken = benchmarks.in_turns(calls, 0 if settings.quick else 25, least=3)
+    name = "MNIST epoch, 784-500-10, KP:"
+    epoch = 1e3 * float(np.median(taken["wmkp"]))
+    yield benchmarks.ratio(
+        f"{name} the paper's NumPy over wmkp", taken, "NumPy", "wmkp", f"wmkp {epoch:.0f} ms", at_least=5,
+        detail={"numpy": kernel},
+    )  # fmt: skip
+    if "PyTorch" in taken:
+        yield benchmarks.ratio(f"{name} PyTorch's backprop over wmkp", taken, "PyTorch", "wmkp", at_least=2)
+    else:
+        yield Row(f"{name} PyTorch's backprop over wmkp", at_least=2, note="PyTorch is not installed")
+
+
+# --- steps of larger models -------------------------------------------------------------------------------------------
+
+
+def step(name: str, settings: Settings) -> Iterator[Row]:
+    """PyTorch's backprop over Kolen-Pollack here, and BioTorch's rules over the same rules here."""
+    if not benchmarks.installed("torch"):
+        yield Row(f"{name}: PyTorch's backprop over wmkp's KP, a step", note="PyTorch is not installed")
+        return
+    import torch
+
+    from benchmarks import torch_models
+
+    batch_size, seconds, side = SIZES[name]
+    case = models.make(name, 4 if settings.quick else batch_size, size=side if settings.quick else None)
+    x, labels = np.array(case.batch["image"]), np.array(case.batch["label"])
+
+    def model() -> torch.nn.Module:
+        return torch_models.MODELS[name](x.shape[1])
+
+    adamw = name == "ViT-Ti"
+    calls: dict[str, Callable[[], Any]] = {"PyTorch": torch_models.training_step(model(), x, labels, adamw)}
+    if not adamw:
+        calls["PyTorch, channels last"] = torch_models.training_step(model(), x, labels, channels_last=True)
+    rules: dict[str, Callable[[], wmkp.Rule]] = {"KP": wmkp.kolen_pollack}
+    if benchmarks.installed("biotorch") and not adamw:
+        from biotorch.module.biomodule import BioModule
+
+        for mode, rule in BIOTORCH.items():
+            calls[f"BioTorch {mode}"] = torch_models.training_step(BioModule(model(), mode), x, labels)
+            rules[mode] = rule
+    for label, rule in rules.items():
+        steps = wmkp.make_steps(
+            case.loss_fn, rule(), case.optimizer, case.params, case.batch, model_state=case.model_state
+        )
+        state = steps.init(jax.random.key(0), case.params, case.model_state)
+        calls[label] = models.chained(steps.engaged_step, state, case.batch)
+    taken = benchmarks.in_turns(calls, 0 if settings.quick else seconds)
+    fastest = min((c for c in calls if c.startswith("PyTorch")), key=lambda c: float(np.median(taken[c])))
+    threads = f"batch {len(x)}; PyTorch has {torch.get_num_threads()} threads"
+    yield benchmarks.ratio(
+        f"{name}: PyTorch's backprop over wmkp's KP, a step", taken, fastest, "KP", f"{fastest}; {threads}"
+    )
+    if adamw:
+        return
+    for mode in BIOTORCH:
+        row = f"{name}: BioTorch's {mode} over wmkp's, a step"
+        if mode in taken:
+            yield benchmarks.ratio(row, taken, f"BioTorch {mode}", mode, f"batch {len(x)}", at_least=1)
+        else:
+            yield Row(row, at_least=1, note="BioTorch is not installed")
