@@ -1,0 +1,176 @@
+"""Guards of speed, counted and not timed: products, copies and bytes of compiled steps, compilations, tracing work."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import wmkp
+from benchmarks import models, programs
+from wmkp import patches
+
+KEY = jax.random.key(0)
+RULES = {
+    "FA": wmkp.feedback_alignment(),
+    "SS": wmkp.sign_symmetry(),
+    "KP": wmkp.kolen_pollack(),
+    "WM": wmkp.weight_mirror("orthogonal", target_angle=0.01, rate=1.0),
+}
+OPTIMIZER = optax.chain(optax.add_decayed_weights(1e-3), optax.sgd(0.1, momentum=0.9))
+
+
+def convolve(x, w, strides=(1, 1)):
+    return jax.lax.conv_general_dilated(x, w, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def loss_fn(params, model_state, batch, key):
+    x = jnp.tanh(convolve(batch["image"], params["first"]))
+    x = jnp.tanh(convolve(x, params["second"], (2, 2)))
+    logits = jnp.tanh(x.reshape(len(x), -1) @ params["dense"]) @ params["output"] + params["bias"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean(), (model_state, {})
+
+
+def case(batch_size=4, side=8):
+    draw = lambda i, *shape: jax.random.normal(jax.random.fold_in(KEY, i), shape) / 4
+    params = {
+        "first": draw(0, 3, 3, 3, 8),
+        "second": draw(1, 3, 3, 8, 16),
+        "dense": draw(2, side * side * 4, 24),
+        "output": draw(3, 24, 10),
+        "bias": jnp.zeros(10),
+    }
+    batch = {"image": draw(4, batch_size, side, side, 3), "label": jnp.arange(batch_size) % 10}
+    return models.Case(loss_fn, params, None, OPTIMIZER, batch)
+
+
+def compiled_backprop(case):
+    step, state = models.backprop_step(case)
+    return jax.jit(step, donate_argnums=0).lower(state, case.batch).compile(), programs.tree_bytes(state)
+
+
+def steps_and_state(case, rule):
+    steps = wmkp.make_steps(case.loss_fn, rule, case.optimizer, case.params, case.batch)
+    return steps, steps.init(KEY, case.params)
+
+
+@pytest.fixture(scope="module")
+def backprop():
+    return compiled_backprop(case())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_engaged_step_has_backprops_products_copies_and_bytes(rule, backprop):
+    """Beside B and its optimizer's state, a thousand bytes are allowed: addresses of results, and alignment.
+
+    Sign symmetry makes W's signs anew at each step: the largest matrix's at a time.
+    """
+    plain, plain_state = backprop
+    steps, state = steps_and_state(case(), RULES[rule])
+    ours = steps.engaged_step.lower(state, case().batch).compile()
+    assert programs.products(ours) == programs.products(plain)
+    assert programs.weight_copies(ours, case().params) <= programs.weight_copies(plain, case().params)
+    more = programs.tree_bytes(state) - plain_state
+    signs = max(w.nbytes for w in case().params.values()) if rule == "SS" else 0
+    assert programs.peak_bytes(ours) <= programs.peak_bytes(plain) + more + signs + 1000
+
+
+def test_counts_see_what_they_are_for():
+    """A step that multiplies twice, copies a weight and keeps an array would be seen."""
+
+    def step(w, x):
+        return w + 1, (x @ w, jnp.sin(x) @ w, jnp.cumsum(w))
+
+    def lean(w, x):
+        return w + 1, x[0] * 2
+
+    w, x = jnp.ones((32, 32)), jnp.ones((8, 32))
+    fat, thin = (jax.jit(f, donate_argnums=0).lower(w, x).compile() for f in (step, lean))
+    assert programs.products(fat)["dot"] == 2 and programs.products(thin)["dot"] == 0
+    assert programs.weight_copies(fat, w) == 1 and programs.weight_copies(thin, w) == 0
+    assert programs.peak_bytes(fat) >= programs.peak_bytes(thin) + w.nbytes
+
+
+def test_weight_gradients_by_patches_lay_out_no_batch_anew():
+    """At its peak an engaged step by patches holds no more than backprop and a chunk's patches, not the batch again."""
+    big = case(batch_size=64, side=32)
+    plain, plain_state = compiled_backprop(big)
+    steps, state = steps_and_state(big, RULES["KP"])
+    ours = steps.engaged_step.lower(state, big.batch).compile()
+    assert " while(" in ours.as_text(), "patches were not used"
+    chunk = 4 * patches.CHUNK
+    batch = 4 * 64 * 32 * 32 * 8  # the activation between the convolutions
+    assert chunk <= batch
+    more = programs.tree_bytes(state) - plain_state
+    assert programs.peak_bytes(ours) <= programs.peak_bytes(plain) + more + chunk + 1000
+
+
+def test_a_mirror_step_is_two_products_a_projection():
+    steps, state = steps_and_state(case(), RULES["WM"])
+    compiled = steps.mirror_step.lower(state).compile()
+    assert sum(programs.products(compiled).values()) == 2 * 3  # the first layer has no B
+
+
+def test_each_step_compiles_once():
+    """Seven steps of each kind, on other batches: one compilation of each, whatever the state has become."""
+    compilations = []
+
+    def listen(event, seconds, **_):
+        if event.endswith("backend_compile_duration"):
+            compilations.append(event)
+
+    some = case()
+    steps, state = steps_and_state(some, RULES["WM"])
+    batches = [jax.tree.map(lambda x, i=i: jnp.roll(x, i, 0), some.batch) for i in range(7)]
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        counts = []
+        for batch in batches:
+            state, _ = steps.engaged_step(state, batch)
+            state, _ = steps.mirror_step(state)
+            counts.append(len(compilations))
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert counts == [2] * len(batches)
+
+
+def calls_while(trace):
+    """How many Python calls in wmkp's own files ``trace`` makes."""
+    here, count = str(Path(wmkp.__file__).parent), 0
+
+    def profile(frame, event, arg):
+        nonlocal count
+        count += event == "call" and frame.f_code.co_filename.startswith(here)
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        trace()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+@pytest.mark.parametrize("what", ["engaged", "mirror"])
+def test_tracing_work_is_linear_in_the_number_of_layers(what):
+    """Calls, not seconds: as many more from the second to the third forty layers as from the first to the second."""
+
+    def loss(params, x):
+        for w, b in params:
+            x = jnp.tanh(x @ w + b)
+        return jnp.sum(x)
+
+    def work(layers):
+        params, x = [(jnp.eye(2), jnp.ones(2))] * layers, jnp.ones((1, 2))
+        if what == "mirror":
+            rule = wmkp.weight_mirror()
+            return calls_while(lambda: jax.make_jaxpr(lambda p: wmkp.mirror_signals(KEY, rule, loss, p, x))(params))
+        rule = wmkp.kolen_pollack()
+        feedback = wmkp.init_feedback(KEY, rule, loss, params, x)
+        return calls_while(lambda: jax.make_jaxpr(wmkp.value_and_grad(loss, rule))(params, feedback, x))
+
+    first, second, third = (work(layers) for layers in (20, 40, 60))
+    assert second > first > 0
+    assert third - second <= 1.02 * (second - first)
