@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import benchmarks
@@ -103,10 +102,10 @@ def with_patches(case: models.Case) -> tuple[Any, models.Plain]:
     def step(state: models.Plain, batch: Any) -> tuple[models.Plain, jax.Array]:
         leaves = jax.tree.leaves(state.params)
         back = structure.unflatten([None if skip else w for skip, w in zip(first, leaves, strict=True)])
+        key, loss_key = jax.random.split(state.key)
         gradient = wmkp.value_and_grad(case.loss_fn, rule, has_aux=True)
-        (loss, (model_state, _)), (grads, _) = gradient(state.params, back, state.model_state, batch, key)
+        (loss, (model_state, _)), (grads, _) = gradient(state.params, back, state.model_state, batch, loss_key)
         updates, opt_state = case.optimizer.update(grads, state.opt_state, state.params)
-        return models.Plain(optax.apply_updates(state.params, updates), model_state, opt_state), loss
+        return models.Plain(optax.apply_updates(state.params, updates), model_state, opt_state, key), loss
 
-    params, model_state = jax.tree.map(jnp.copy, (case.params, case.model_state))
-    return step, models.Plain(params, model_state, case.optimizer.init(params))
+    return step, models.start(case)

@@ -91,19 +91,29 @@ class Plain(NamedTuple):
     params: Any
     model_state: Any
     opt_state: Any
+    key: jax.Array
+
+
+def start(case: Case) -> Plain:
+    """Backprop's state before the first step; it shares no array with the case."""
+    params, model_state = jax.tree.map(jnp.copy, (case.params, case.model_state))
+    return Plain(params, model_state, case.optimizer.init(params), jax.random.key(0))
 
 
 def backprop_step(case: Case) -> tuple[Callable[[Plain, Any], tuple[Plain, jax.Array]], Plain]:
-    """The yardstick: ``jax.value_and_grad`` and the optimizer, not compiled yet; and a state to start from."""
+    """The yardstick: ``jax.value_and_grad`` and the optimizer, not compiled yet; and a state to start from.
+
+    The loss takes a random key, so the step splits one, as an engaged step does and any training loop must.
+    """
 
     def step(state: Plain, batch: Any) -> tuple[Plain, jax.Array]:
+        key, loss_key = jax.random.split(state.key)
         gradient = jax.value_and_grad(case.loss_fn, has_aux=True)
-        (loss, (model_state, _)), grads = gradient(state.params, state.model_state, batch, jax.random.key(0))
+        (loss, (model_state, _)), grads = gradient(state.params, state.model_state, batch, loss_key)
         updates, opt_state = case.optimizer.update(grads, state.opt_state, state.params)
-        return Plain(optax.apply_updates(state.params, updates), model_state, opt_state), loss
+        return Plain(optax.apply_updates(state.params, updates), model_state, opt_state, key), loss
 
-    params, model_state = jax.tree.map(jnp.copy, (case.params, case.model_state))
-    return step, Plain(params, model_state, case.optimizer.init(params))
+    return step, start(case)
 
 
 def chained(step: Callable[..., tuple[Any, Any]], state: Any, *args: Any) -> Callable[[], Any]:
