@@ -56,7 +56,7 @@ TEXTS = {
     ),
     "biotorch-lenet": (
         "BioTorch's table: LeNet on MNIST",
-        "BioTorch's recipe for LeNet, under the rules that it publishes and under KP and WM, which it lacks. SS is its uSF.",
+        "BioTorch's recipe for LeNet, the gradients clipped at a norm of 1, under the rules that it publishes and under KP and WM, which it lacks. SS is its uSF.",
     ),
 }
 
