@@ -113,6 +113,17 @@ def test_a_mirror_step_is_two_products_a_projection():
     assert sum(programs.products(compiled).values()) == 2 * 3  # the first layer has no B
 
 
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher", "uniform"])
+def test_noise_is_drawn_in_one_pass(noise):
+    """No loop over memory: jax.random's own generator is one on CPUs, and takes longer than a mirror step's products."""
+    draw = lambda key: wmkp.mirror.draw_noise(key, wmkp.weight_mirror(noise).mirror, (1, 64, 32), jnp.float32)
+    program = jax.jit(draw).lower(KEY)
+    reference = jax.jit(lambda key: jax.random.normal(key, (64, 32))).lower(KEY)
+    most = "64x32xui32"
+    assert all("while" not in line or most not in line for line in program.as_text().splitlines())
+    assert any("threefry" in line for line in reference.as_text().splitlines())
+
+
 def test_each_step_compiles_once():
     """Seven steps of each kind, on other batches: one compilation of each, whatever the state has become."""
     compilations = []

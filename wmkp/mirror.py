@@ -158,14 +158,57 @@ def draw_noise(key: jax.Array, mirror: Mirror, shape: tuple[int, int, int], dtyp
         )  # fmt: skip
         return jnp.concatenate([half, -half], axis=1)[:, :samples]
     if mirror.noise == "gaussian":
-        x = jax.random.normal(key, shape, dtype)
+        # As jax.random.normal does it, the ends left out.
+        x = math.sqrt(2) * jax.lax.erf_inv(_uniform(key, shape, dtype, math.nextafter(-1, 0)))
     elif mirror.noise == "uniform":
-        x = jax.random.uniform(key, shape, dtype, -math.sqrt(3), math.sqrt(3))
+        x = math.sqrt(3) * _uniform(key, shape, dtype)
     elif mirror.noise == "rademacher":
-        x = jax.random.rademacher(key, shape, dtype)
+        x = _signs(key, shape, dtype)
     else:
         x = _hartley_noise(key, shape, dtype)
     return x * mirror.noise_std
+
+
+def _words(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    """Random uint32 of a shape: Threefry-2x32 (Salmon et al. 2011) of each element's place, one word of its two.
+
+    It is jax.random's own cipher. That runs its rounds on CPUs as a loop over memory, which took longer than a mirror
+    step's products; written out, they are one pass. An element depends on its place alone, so that devices share the work.
+    """
+    seed = jax.random.bits(key, (2,), jnp.uint32)
+    block, row, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(3))
+    return threefry(seed, (block, row * np.uint32(shape[2]) + column))[0]
+
+
+def threefry(seed: jax.Array, counter: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Threefry-2x32 of 20 rounds: two words for each counter of two words, all uint32."""
+    keys = (seed[0], seed[1], seed[0] ^ seed[1] ^ np.uint32(0x1BD11BDA))
+    a, b = counter[0] + keys[0], counter[1] + keys[1]
+    for group in range(5):
+        for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            a = a + b
+            b = a ^ (b << np.uint32(rotation) | b >> np.uint32(32 - rotation))
+        a, b = a + keys[(group + 1) % 3], b + keys[(group + 2) % 3] + np.uint32(group + 1)
+    return a, b
+
+
+def _uniform(key: jax.Array, shape: tuple[int, int, int], dtype: Any, least: float = -1.0) -> jax.Array:
+    """Uniform in [least, 1)."""
+    if dtype != jnp.float32:
+        return jax.random.uniform(key, shape, dtype, least, 1.0)
+    low = np.nextafter(np.float32(-1), np.float32(0)) if least > -1 else np.float32(-1)
+    mantissa = _words(key, shape) >> np.uint32(9)
+    unit = jax.lax.bitcast_convert_type(mantissa | np.uint32(0x3F800000), jnp.float32) - 1  # in [0, 1)
+    return jnp.maximum(low, unit * (1 - low) + low)
+
+
+def _signs(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
+    """Random signs: 32 of each word."""
+    blocks, samples, fan_in = shape
+    words = _words(key, (blocks, samples, -(-fan_in // 32)))
+    words = jax.lax.optimization_barrier(words)  # or the compiler makes each word anew for each of its bits
+    bits = words[..., None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)
+    return (1 - 2 * bits.astype(dtype)).reshape(blocks, samples, -1)[..., :fan_in]
 
 
 def _hartley_noise(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
