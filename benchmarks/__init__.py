@@ -3,53 +3,18 @@
 The others are modules to be run by themselves (``python -m benchmarks.drift``).
 """
 
-import datetime
-import importlib.metadata
 import json
-import os
 import pathlib
-import platform
 import statistics
-import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from wmkp.experiments.provenance import installed as installed
+from wmkp.experiments.provenance import provenance
+
 RESULTS = pathlib.Path(__file__).parent / "results"
-
-
-PACKAGES = ("jax", "jaxlib", "numpy", "optax", "flax", "torch", "biotorch")
-
-
-def installed(package: str) -> str | None:
-    """A package's version, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def provenance() -> dict[str, Any]:
-    """Where, when and with what a result was measured."""
-    cpu = platform.processor() or platform.machine()
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude", "*"],
-        cwd=RESULTS.parent, capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit or None,
-        "machine": {"cpu": cpu, "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version for name in PACKAGES if (version := installed(name))},
-        },
-    }
 
 
 def save(name: str, result: dict[str, Any]) -> pathlib.Path:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from wmkp.experiments import logs
-from wmkp.experiments.config import RULES, InputError
+from wmkp.experiments.config import RULES, InputError, first_line
 
 if TYPE_CHECKING:
     from wmkp.experiments.compare import Row
@@ -74,7 +74,10 @@ def runs(directories: Sequence[Path]) -> bytes:
         rows = logs.read(path) if path.exists() else []
         if not rows:
             raise InputError(f"{directory} has no evaluation: {path.name} is not there, or empty")
-        rule = json.loads((directory / "config.json").read_text())["rule"]
+        try:
+            rule = str(json.loads((directory / "config.json").read_text())["rule"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{directory / 'config.json'} is damaged: {first_line(error)}") from None
         style = next(others) if rule in taken or rule not in STYLES else STYLES[rule]
         taken.add(rule)
         lines.append((str(directory), style, rows))

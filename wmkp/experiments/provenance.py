@@ -10,6 +10,16 @@ from typing import Any
 
 import jax
 
+PACKAGES = ("jax", "jaxlib", "numpy", "optax", "flax", "torch", "biotorch")
+
+
+def installed(package: str) -> str | None:
+    """A package's version, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
 
 def provenance() -> dict[str, Any]:
     """Date, commit (None outside a checkout), machine, devices, and versions of what counts."""
@@ -29,6 +39,6 @@ def provenance() -> dict[str, Any]:
         "devices": sorted({device.device_kind for device in jax.devices()}),
         "versions": {
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "optax")},
+            **{name: version for name in PACKAGES if (version := installed(name))},
         },
     }
