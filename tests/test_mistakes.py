@@ -448,7 +448,8 @@ def said_by_the_library(error):
     return str(error)
 
 
-@pytest.mark.parametrize("name", WRONG)
+# Ids without addresses, which every process of the test runner has its own of.
+@pytest.mark.parametrize("name", WRONG, ids=[re.sub(r" at 0x[0-9a-f]+", "", name) for name in WRONG])
 def test_wrong_calls(name):
     call, *words = WRONG[name]
     with pytest.raises((ValueError, TypeError)) as error:
