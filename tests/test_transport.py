@@ -228,3 +228,33 @@ def test_a_loss_that_is_no_scalar():
     params = weights("first", "w")
     with pytest.raises(ValueError, match=r"scalar loss.*float32\[3, 6\]"):
         wmkp.value_and_grad(fun, wmkp.kolen_pollack())(params, {"first": None, "w": params["w"]}, X)
+
+
+MASKED = {
+    "a readout of one neuron": (lambda p, x, mask: x @ (p["w"] * mask), (6, 1)),
+    "a readout without an axis": (lambda p, x, mask: x @ jnp.where(mask > 0, p["w"], 0.0), (6,)),
+    "a filter": (lambda p, x, mask: jax.lax.conv_general_dilated(x[:, None], p["w"] * mask, (1,), "SAME"), (1, 1, 3)),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_data_that_masks_a_weight_along_one_axis(name):
+    """DropConnect on a readout of one neuron: B follows, and the error passes the mask and B alone."""
+    product, shape = MASKED[name]
+    params = {**weights("first"), "w": jax.random.normal(KEY, shape)}
+    mask = jax.random.bernoulli(B_KEY, 0.6, shape).astype(jnp.float32)
+    fun = lambda p, x, mask: jnp.sum(product(p, tanh_first(p, x), mask) ** 2)
+    assert wmkp.projections(fun, params, X, mask)["w"].feedback
+    b = jax.random.normal(B_KEY, shape)
+    run = wmkp.value_and_grad(fun, wmkp.kolen_pollack())
+    _, (grads, _) = run(params, {"first": None, "w": params["w"]}, X, mask)
+    chex.assert_trees_all_close(grads, jax.grad(fun)(params, X, mask), rtol=1e-5, atol=1e-6)
+    _, (grads, _) = run(params, {"first": None, "w": b}, X, mask)
+
+    def reference(p):
+        h = tanh_first(p, X)
+        stop = jax.lax.stop_gradient
+        back = product({"w": stop(b)}, h, mask)
+        return jnp.sum((product(p, stop(h), mask) + back - stop(back)) ** 2)
+
+    chex.assert_trees_all_close(grads, jax.grad(reference)(params), rtol=1e-5, atol=1e-6)

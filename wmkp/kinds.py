@@ -282,13 +282,19 @@ def _is_matrix(varying: tuple[bool, ...]) -> bool:
 
 
 def _is_matrix_operand(eqn: Any, operand: int, varying: tuple[bool, ...]) -> bool:
-    """Whether a weight varies both along the axes that a product sums over and along those that remain its own."""
+    """Whether a weight varies both along the axes that a product sums over and along those that remain its own.
+
+    (Of a readout of one neuron none remains that could vary; a filter sums along its taps and inputs.)
+    """
     if eqn.primitive.name != "dot_general":
-        return _is_matrix(varying)
+        return _is_matrix(varying) or (
+            operand == 1 and any(varying[a] for a in eqn.params["dimension_numbers"].rhs_spec[1:])
+        )
     contract, batch = eqn.params["dimension_numbers"]
     inputs, groups = contract[operand], batch[operand]
     outputs = [a for a in range(len(varying)) if a not in inputs and a not in groups]
-    return any(varying[a] for a in inputs) and any(varying[a] for a in outputs)
+    one = all(eqn.invars[operand].aval.shape[a] == 1 for a in outputs) and not any(varying[a] for a in groups)
+    return any(varying[a] for a in inputs) and (one or any(varying[a] for a in outputs))
 
 
 def _follows(name: str, kinds: Sequence[Kind]) -> bool:
@@ -330,11 +336,13 @@ def _weight_kind(eqn: Any, kinds: Sequence[Kind]) -> Kind:
         # A bias, gain or threshold beside an activation leaves an activation; a matrix that data scales, masks, shifts
         # or selects from may yet multiply another activation, and must not do so unseen.
         indexed = name in compat.INDEXED and _is_matrix(kinds[0].varying)
+        # With no activation beside it, a readout of one neuron (or one filter) that data masks is a weight still.
+        masked = any(varying) and name not in compat.AFFINE and not any(k.active and not k.weight for k in kinds)
         if not follows:
             if name in compat.LOCAL and _is_matrix(varying) and (union.obstacle or any(k.static for k in kinds)):
                 return union._replace(obstacle=union.obstacle or name, varying=varying)
             return _activation(kinds)
-        if not indexed and not _is_matrix(varying):
+        if not indexed and not masked and not _is_matrix(varying):
             return _activation(kinds)._replace(gain=(union.params, varying) if name == "mul" else None)
         gain = (union.params, varying) if name == "mul" or any(k.gain for k in kinds) else None
         return union._replace(varying=varying, gain=gain, unmirrored="data")

@@ -1,0 +1,531 @@
+"""Random programs of jax.numpy and lax: gradients equal to a reference's that is written with JAX's own derivatives.
+
+A program is built of closures that ask ``env`` for parameters and for products, so that the same program can be run as
+it stands (which is what wmkp gets to see) and as the reference, where each product of a weight expression T(W) with an
+activation a is ``op(a, T(W))`` in value, reads T(B) in its derivative with respect to a, and T(W)'s place in that with
+respect to W and B: equation 3, 4 and 15 for every use, by stop_gradient alone.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, event, given, note, settings
+from hypothesis import strategies as st
+from jax import lax
+
+import wmkp
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+stop = lax.stop_gradient
+N = 3  # samples
+
+
+@pytest.fixture(scope="module", autouse=True)
+def double():
+    """Float64, not jitted: each example is another program."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+class Env:
+    """What a program asks: its parameters, and its products."""
+
+    def __init__(self, params, feedback=None, data=None):
+        self.params, self.feedback, self.data = params, feedback, data
+
+    def inside(self, slices):
+        """In a scan: (W, B) slices in place of stacked parameters."""
+        feedback = None if self.feedback is None else {**self.feedback, **slices[1]}
+        return Env({**self.params, **slices[0]}, feedback, self.data)
+
+    def product(self, op, a, weight):
+        w = weight(self.params, self.data)
+        if self.feedback is None:
+            return op(a, w)
+        b = weight(self.feedback, self.data)
+        back, learn = op(a, stop(b)), op(stop(a), b)
+        return op(stop(a), w) + (back - stop(back)) + (learn - stop(learn))
+
+
+class Builder:
+    """Draws programs: each method returns a function, and ``self.text`` says what was drawn."""
+
+    def __init__(self, draw, wild):
+        self.draw, self.shapes, self.text, self.wild = draw, {}, [], wild
+        self.must_refuse = False
+        self.selected = False  # whether data selects from the weight in hand
+        self.rng = np.random.default_rng(draw(st.integers(0, 2**20)))
+        self.active = False  # whether the activation in hand depends on a parameter
+        self.stacks = []  # lengths of the scans around what is drawn, whose slices parameters are
+
+    def choose(self, *options):
+        return self.draw(st.sampled_from(options))
+
+    def constant(self, *shape):
+        return self.rng.normal(size=shape)
+
+    # --- parameters and weight expressions: (params, data) -> array
+
+    def param(self, shape, stack=None):
+        same = [n for n, (s, k) in self.shapes.items() if s == shape and k == stack]
+        if same and self.draw(st.integers(0, 4)) == 0:
+            name = self.choose(*same)  # shared
+        else:
+            name = f"p{len(self.shapes)}"
+            self.shapes[name] = (shape, stack)
+        return lambda p, d: p[name]
+
+    def weight(self, shape, depth=0, stack=None):
+        """A weight expression of this shape that B can follow."""
+        if depth >= 3 or self.draw(st.integers(0, 2)) == 0:
+            return self.param(shape, stack)
+        inner = lambda s: self.weight(tuple(s), depth + 1, stack)
+        kind = self.choose(
+            "transpose", "reshape", "slice", "concatenate", "pad", "scale", "mask", "where", "where2", "sum", "shift", "neg",
+            "cast", "rev", "broadcast", "index", "dynamic", "take", "data index", "roll", "jit", "cond", "barrier", "div",
+            "split", "stack", "remat", "data mask", "squeeze", "difference", "swap", "take_along", "unstack", "identity vmap",
+        )  # fmt: skip
+        selects = kind in ("data mask", "data index", "dynamic", "cond")
+        if (selects and sum(n > 1 for n in shape) < 2) or (kind == "broadcast" and self.selected):
+            kind = "neg"  # a weight along one axis that data selects from is a gain to wmkp
+        self.selected |= selects
+        self.text.append(kind)
+        axis = self.draw(st.integers(0, len(shape) - 1))
+        size = shape[axis]
+        grown = lambda by: [s + by * (i == axis) for i, s in enumerate(shape)]
+        cut = lambda x, start, n: lax.slice_in_dim(x, start, start + n, axis=axis)
+        if kind == "transpose":
+            order = self.draw(st.permutations(range(len(shape))))
+            w = inner([shape[i] for i in np.argsort(order)])
+            return lambda p, d: w(p, d).transpose(order)
+        if kind == "reshape":
+            w = inner(
+                [math.prod(shape)]
+                if self.draw(st.booleans())
+                else [*shape[:-2], shape[-1], shape[-2]]
+                if len(shape) > 1
+                else shape
+            )
+            return lambda p, d: w(p, d).reshape(shape)
+        if kind == "slice":
+            w, start = inner(grown(2)), self.draw(st.integers(0, 2))
+            return lambda p, d: cut(w(p, d), start, size)
+        if kind == "concatenate" and size > 1:
+            first = self.draw(st.integers(1, size - 1))
+            v, w = inner(grown(first - size)), inner(grown(-first))
+            return lambda p, d: jnp.concatenate([v(p, d), w(p, d)], axis)
+        if kind == "pad" and size > 1:
+            w = inner(grown(-1))
+            return lambda p, d: jnp.pad(w(p, d), [(int(i == axis), 0) for i in range(len(shape))])
+        if kind == "scale":
+            w, c = inner(shape), self.choose(2.0, -0.5, self.constant(*shape), self.constant(shape[-1]))
+            return lambda p, d: w(p, d) * c
+        if kind == "div":
+            w = inner(shape)
+            return lambda p, d: w(p, d) / 3.0
+        if kind == "mask":
+            w, m = inner(shape), self.constant(*shape) > 0
+            return lambda p, d: w(p, d) * m
+        if kind == "where":
+            w, m = inner(shape), self.constant(*shape) > 0
+            return lambda p, d: jnp.where(m, w(p, d), 0.1)
+        if kind == "where2":
+            v, w, m = inner(shape), inner(shape), self.constant(*shape) > 0
+            return lambda p, d: jnp.where(m, v(p, d), w(p, d))
+        if kind == "data mask":
+            w = inner(shape)
+            return lambda p, d: jnp.where(d["flag"] > 0, w(p, d), -w(p, d))
+        if kind in ("sum", "difference"):
+            v, w = inner(shape), inner(shape)
+            return lambda p, d: v(p, d) + w(p, d) if kind == "sum" else v(p, d) - 2 * w(p, d)
+        if kind == "shift":
+            w, c = inner(shape), self.constant(*shape)
+            return lambda p, d: w(p, d) + c
+        if kind == "neg":
+            w = inner(shape)
+            return lambda p, d: -w(p, d)
+        if kind == "cast":
+            w = inner(shape)
+            return lambda p, d: w(p, d).astype(jnp.float32).astype(jnp.float64)
+        if kind == "rev":
+            w = inner(shape)
+            return lambda p, d: jnp.flip(w(p, d), axis)
+        if kind == "broadcast":
+            w = inner([s for i, s in enumerate(shape) if i != axis] or [1])
+            if len(shape) == 1:
+                return lambda p, d: jnp.broadcast_to(w(p, d), shape)
+            return lambda p, d: jnp.broadcast_to(jnp.expand_dims(w(p, d), axis), shape)
+        if kind == "squeeze":
+            w = inner([*shape[:axis], 1, *shape[axis:]])
+            return lambda p, d: jnp.squeeze(w(p, d), axis)
+        if kind == "index":
+            w, k = inner([2, *shape]), self.choose(0, 1, -1)
+            return lambda p, d: w(p, d)[k]
+        if kind == "unstack":
+            w = inner([2, *shape])
+            return lambda p, d: sum(w(p, d))
+        if kind == "data index":
+            w = inner([4, *shape])
+            return lambda p, d: w(p, d)[d["k"]]
+        if kind == "dynamic":
+            w = inner(grown(2))
+            return lambda p, d: lax.dynamic_slice_in_dim(w(p, d), d["k"] % 3, size, axis)
+        if kind == "take":
+            w, order = inner(shape), self.rng.permutation(size)
+            return lambda p, d: jnp.take(w(p, d), order, axis=axis)
+        if kind == "take_along":
+            w, order = inner(shape), np.argsort(self.constant(*shape), axis)
+            return lambda p, d: jnp.take_along_axis(w(p, d), order, axis=axis)
+        if kind == "roll":
+            w = inner(shape)
+            return lambda p, d: jnp.roll(w(p, d), 1, axis)
+        if kind == "swap" and len(shape) > 1:
+            w = inner([*shape[:-2], shape[-1], shape[-2]])
+            return lambda p, d: jnp.swapaxes(w(p, d), -1, -2)
+        if kind == "jit":
+            w = inner(shape)
+            return lambda p, d: jax.jit(lambda p, d: 2 * w(p, d))(p, d)
+        if kind == "remat":
+            w = inner(shape)
+            return lambda p, d: jax.checkpoint(lambda p, d: 2 * w(p, d))(p, d)
+        if kind == "identity vmap":
+            w = inner(shape)
+            return lambda p, d: jax.vmap(lambda row: 2 * row)(w(p, d))
+        if kind == "barrier":
+            w = inner(shape)
+            return lambda p, d: lax.optimization_barrier(w(p, d))
+        if kind == "cond":
+            v, w = inner(shape), inner(shape)
+            return lambda p, d: lax.cond(d["flag"] > 0, lambda: v(p, d), lambda: -w(p, d))
+        if kind == "split":
+            w, half = inner(grown(size)), self.choose(0, 1)
+            return lambda p, d: jnp.split(w(p, d), 2, axis)[half]
+        if kind == "stack" and size == 2:
+            v, w = (inner([s for i, s in enumerate(shape) if i != axis] or [1]) for _ in range(2))
+            return lambda p, d: jnp.stack([v(p, d), w(p, d)], axis).reshape(shape)
+        return self.param(shape, stack)
+
+    # --- blocks: (env, a of shape (N, size)) -> (N, other size)
+
+    def product(self, size, out, stack=None):
+        kind = self.choose(
+            "dot", "einsum", "left", "tensordot", "vmap", "heads", "groups", "conv", "depthwise", "conv left"
+        )
+        self.text.append(f"{kind} {size}->{out}")
+        if kind == "groups" and size >= 4 and out >= 4:
+            shape = (2, size // 2, out // 2)
+            op = lambda a, w: jnp.einsum("ngi,gio->ngo", a.reshape(N, 2, -1), w).reshape(N, out)
+        elif kind == "heads" and out % 2 == 0:
+            shape = (size, 2, out // 2)
+            op = lambda a, w: jnp.einsum("ni,ihk->nhk", a, w).reshape(N, out)
+        elif kind == "conv" and out % size == 0:
+            shape = (out // size, 1, 3)
+            op = lambda a, w: lax.conv_general_dilated(a[:, None], w, (1,), "SAME").reshape(N, out)
+        elif kind == "depthwise" and size % 2 == 0 and out == size:
+            shape = (2, 1, 3)
+            op = lambda a, w: lax.conv_general_dilated(
+                a.reshape(N, 2, -1), w, (1,), "SAME", rhs_dilation=(2,), feature_group_count=2
+            ).reshape(N, out)
+        elif kind == "tensordot":
+            shape = (out, size)
+            op = lambda a, w: jnp.tensordot(a, w, ((1,), (1,)))
+        elif kind == "left":
+            shape = (out, size)
+            op = lambda a, w: (w @ a.T).T
+        elif kind == "vmap":
+            shape = (size, out)
+            op = lambda a, w: jax.vmap(lambda row: row @ w)(a)
+        elif kind == "einsum":
+            shape = (out, size)
+            op = lambda a, w: jnp.einsum("ni,oi->no", a, w)
+        else:
+            shape = (size, out)
+            op = jnp.dot
+        self.selected = False
+        weight = self.weight(shape, stack=stack)
+        if self.wild and self.draw(st.integers(0, 3)) == 0:
+            op, weight = self.unfollowable(op, weight, shape, size, out)
+        self.active = True
+        return lambda env, a: env.product(op, a, weight)
+
+    def unfollowable(self, op, weight, shape, size, out):
+        """A product that B cannot follow, or that no product primitive makes: an error, unless no error passes it."""
+        other = self.weight(shape)
+        square, mixing = self.param((shape[0], shape[0])), self.constant(shape[0], shape[0])
+        changed = {
+            "tanh": lambda p, d: jnp.tanh(weight(p, d)),
+            "norm": lambda p, d: weight(p, d) / jnp.linalg.norm(weight(p, d)),
+            "matmul": lambda p, d: jnp.tensordot(square(p, d), weight(p, d), 1),
+            "mixing": lambda p, d: jnp.tensordot(mixing, weight(p, d), 1),
+            "product": lambda p, d: weight(p, d) * other(p, d),
+            "cumsum": lambda p, d: jnp.cumsum(weight(p, d), 0),
+            "sort": lambda p, d: jnp.sort(weight(p, d), 0),
+            "square": lambda p, d: weight(p, d) ** 2,
+            "centred": lambda p, d: weight(p, d) - jnp.sum(weight(p, d), 0),
+            "max": lambda p, d: jnp.maximum(weight(p, d), 0.0),
+            "scan": lambda p, d: lax.scan(lambda c, _: (jnp.sin(c), None), weight(p, d), None, 2)[0],
+        }
+        matrix = self.param((size, out))
+        by_hand = {
+            "sum": lambda a, w: (a[:, :, None] * w).sum(1),
+            "sum, transposed": lambda a, w: (a[:, :, None] * w).transpose(1, 0, 2).sum(0),
+            "sum, other order": lambda a, w: (w.T[None] * a[:, None]).sum(2),
+            "sum, reshaped": lambda a, w: (a[:, :, None] * w).reshape(N, size, out, 1).sum(1)[..., 0],
+            "sum, shifted": lambda a, w: (a[:, :, None] * w + 1.0).sum(1),
+            "sum, scaled": lambda a, w: (2.0 * (a[:, :, None] * w)).sum(1),
+            "sum, masked": lambda a, w: jnp.where(np.arange(size)[:, None] >= 0, a[:, :, None] * w, 0).sum(1),
+            "mean": lambda a, w: (a[:, :, None] * w).mean(1),
+            "broadcast first": lambda a, w: (jnp.tanh(jnp.broadcast_to(a[:, :, None], (N, size, out))) * w).sum(1),
+            "vmap": lambda a, w: jax.vmap(lambda r: jax.vmap(lambda c: (r * c).sum(), 1)(w))(a),
+            "fft": lambda a, w: jnp.fft.irfft(jnp.fft.rfft(a)[:, :, None] * jnp.fft.rfft(w, axis=0), size, axis=1)[
+                :, 0
+            ],
+        }
+        kind = self.choose(*(("weight", k) for k in changed), *(("hand", k) for k in by_hand))
+        self.text.append(f"UNFOLLOWABLE {kind}, active {self.active}")
+        self.must_refuse |= self.active
+        if kind[0] == "weight":
+            return op, changed[kind[1]]
+        return by_hand[kind[1]], matrix
+
+    def local(self, size):
+        """What is no projection: biases, gains, nonlinearities, and all that goes on among activations."""
+        kind = self.choose(
+            "bias", "gain", "gelu", "relu", "layer norm", "softmax", "attention", "sort", "cumsum", "permute", "dynamic slice",
+            "pad", "where", "max", "custom_jvp", "custom_vjp", "embedding", "gated", "logsumexp", "prelu", "clip", "while",
+            "stop", "layout", "segment", "embedding sum", "outer",
+        )  # fmt: skip
+        self.text.append(kind)
+        v = self.param((size,)) if kind in ("bias", "gain", "layer norm", "prelu") else None
+        if kind == "bias":
+            return lambda env, a: a + v(env.params, env.data)
+        if kind == "gain":
+            return lambda env, a: a * v(env.params, env.data)
+        if kind == "layer norm":
+            return lambda env, a: (
+                (a - a.mean(1, keepdims=True)) * lax.rsqrt(a.var(1, keepdims=True) + 0.1) * v(env.params, env.data)
+            )
+        if kind == "prelu":
+            return lambda env, a: jnp.where(a > 0, a, a * v(env.params, env.data))
+        if kind in ("embedding", "embedding sum"):
+            self.active = True
+            e = self.param((5, size))
+            if kind == "embedding":
+                return lambda env, a: a + e(env.params, env.data)[env.data["ids"]]
+            return lambda env, a: a + e(env.params, env.data)[env.data["ids"][:, None] % np.arange(1, 3)].sum(1)
+        relu7 = jax.custom_jvp(lambda x: jnp.clip(x, -1, 1))
+        relu7.defjvp(lambda x, t: (relu7(*x), 7 * t[0]))
+        through = jax.custom_vjp(lambda x: jnp.sign(x) + x)
+        through.defvjp(lambda x: (through(x), x), lambda x, g: (g * jnp.cos(x),))
+        order = self.rng.permutation(size)
+        mask = self.constant(N, size) > 0
+
+        def attention(a):
+            s = a.reshape(N, size, 1)
+            return (jax.nn.softmax(s @ s.swapaxes(1, 2), -1) @ s).reshape(N, size)
+
+        functions = {
+            "gelu": jax.nn.gelu, "relu": jax.nn.relu, "softmax": jax.nn.softmax, "attention": attention,
+            "sort": lambda a: jnp.sort(a, 1), "cumsum": lambda a: jnp.cumsum(a, 1), "permute": lambda a: a[:, order],
+            "pad": lambda a: jnp.pad(a, ((0, 0), (1, 0)))[:, :-1] + a, "where": lambda a: jnp.where(mask, a, jnp.sin(a)),
+            "max": lambda a: jnp.maximum(a, a.max(0)), "custom_jvp": relu7, "custom_vjp": through,
+            "gated": lambda a: a * jax.nn.sigmoid(a[:, order]), "logsumexp": lambda a: a - jax.nn.logsumexp(a, 1, keepdims=True),
+            "clip": lambda a: jnp.clip(a, -0.7, 0.7), "stop": lambda a: a + stop(a[:, ::-1]),
+            "layout": lambda a: a.T.reshape(-1, N).T, "segment": lambda a: jax.ops.segment_sum(a, np.arange(N) % 2, N),
+            "outer": lambda a: (a[:, :, None] * a[:, None]).sum(2),
+            "while": lambda a: a + lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, jnp.sin(c[1])), (0, stop(a)))[1],
+        }  # fmt: skip
+        if kind == "dynamic slice":
+            return lambda env, a: lax.dynamic_slice(jnp.concatenate([a, a * a], 1), (0, env.data["k"]), (N, size))
+        return lambda env, a: functions[kind](a)
+
+    def block(self, size, depth=0):
+        """(block, its output's size)."""
+        kind = self.choose(
+            "product", "product", "product", "local", "local", "chain", "residual", "concatenate", "remat", "jit", "scan",
+            "recurrent", "cond", "switch", "fori", "vmap", "twice", "outputs scanned", "frozen",
+        ) if depth < 3 else self.choose("product", "local")  # fmt: skip
+        if kind == "product":
+            out = self.choose(2, 4, 6, size)
+            return self.product(size, out), out
+        if kind == "local":
+            return self.local(size), size
+        self.text.append(kind + "(")
+        result = self.nested(kind, size, depth)
+        self.text.append(")")
+        return result
+
+    def same_size(self, size, depth):
+        """A block that keeps the size."""
+        f, out = self.block(size, depth + 1)
+        if out == size:
+            return f
+        g = self.product(out, size)
+        return lambda env, a: g(env, f(env, a))
+
+    def nested(self, kind, size, depth):
+        if kind == "chain":
+            f, middle = self.block(size, depth + 1)
+            g, out = self.block(middle, depth + 1)
+            return (lambda env, a: g(env, f(env, a))), out
+        if kind == "concatenate":
+            before = self.active
+            f, one = self.block(size, depth + 1)
+            after, self.active = self.active, before
+            g, two = self.block(size, depth + 1)
+            self.active |= after
+            return (lambda env, a: jnp.concatenate([f(env, a), g(env, a)], 1)), one + two
+        if kind in ("scan", "outputs scanned"):
+            self.active = True  # a product, by the second step
+            product, local = self.product(size, size, stack=2), self.local(size)
+            names = [n for n, (_, k) in self.shapes.items() if k == 2]
+
+            def scanned(env, a):
+                sliced = lambda tree: {} if tree is None else {n: tree[n] for n in names}
+                step = lambda h, s: ((y := jnp.tanh(local(env, product(env.inside(s), h)))), y)
+                h, ys = lax.scan(step, a, (sliced(env.params), sliced(env.feedback)))
+                return h if kind == "scan" else ys.sum(0)
+
+            return scanned, size
+        if kind in ("recurrent", "fori"):
+            self.active = True
+            f = self.same_size(size, depth)
+            if kind == "fori":
+                return (lambda env, a: lax.fori_loop(0, 2, lambda i, h: jnp.tanh(f(env, h)), a)), size
+            return (lambda env, a: lax.scan(lambda h, _: (jnp.tanh(f(env, h)), None), a, None, 2)[0]), size
+        if kind in ("cond", "switch"):
+            before = self.active
+            f = self.same_size(size, depth)
+            after, self.active = self.active, before
+            g = self.same_size(size, depth)
+            self.active |= after
+            if kind == "cond":
+                return (lambda env, a: lax.cond(env.data["flag"] > 0, lambda: f(env, a), lambda: g(env, a))), size
+            return (
+                lambda env, a: lax.switch(env.data["k"] % 3, [lambda: f(env, a), lambda: g(env, a), lambda: a])
+            ), size
+        f, out = self.block(size, depth + 1)
+        if kind == "residual" and out == size:
+            return (lambda env, a: a + f(env, a)), size
+        if kind == "remat":
+            return (
+                lambda env, a: jax.checkpoint(lambda p, b, a: f(Env(p, b, env.data), a))(env.params, env.feedback, a)
+            ), out
+        if kind == "jit":
+            return (
+                lambda env, a: jax.jit(lambda p, b, d, a: f(Env(p, b, d), a))(env.params, env.feedback, env.data, a)
+            ), out
+        if kind == "vmap":
+            return (lambda env, a: jax.vmap(lambda a: f(env, a))(jnp.stack([a, 2 * a])).sum(0)), out
+        if kind == "twice" and out == size:
+            self.active = True
+            return (lambda env, a: f(env, jnp.tanh(f(env, a)))), out
+        if kind == "frozen":
+            return (lambda env, a: f(env, stop(a)) + f(env, a)), out
+        return f, out
+
+
+class Program:
+    """``loss(env, x)``, drawn; its parameters, data, and what it is made of."""
+
+    def __init__(self, draw, wild):
+        builder = Builder(draw, wild)
+        size = builder.choose(2, 4)
+        blocks, first = [], size
+        for _ in range(draw(st.integers(1, 4))):
+            f, size = builder.block(size)
+            blocks.append(f)
+            builder.text.append(";")
+        head = builder.product(size, 2)
+
+        def loss(env, x):
+            for f in blocks:
+                x = f(env, x)
+            return jnp.mean(jnp.sin(head(env, x)) + 0.1 * head(env, x) ** 2)
+
+        self.loss, self.must_refuse, self.text = loss, builder.must_refuse, " ".join(builder.text)
+        rng = builder.rng
+        full = {n: (shape if stack is None else (stack, *shape)) for n, (shape, stack) in builder.shapes.items()}
+        self.params = {n: jnp.asarray(rng.normal(size=s) / 1.5) for n, s in full.items()}
+        self.feedback = {n: jnp.asarray(rng.normal(size=s) / 1.5) for n, s in full.items()}
+        self.x = jnp.asarray(rng.normal(size=(N, first)))
+        self.data = {
+            "flag": jnp.asarray(rng.normal()), "k": jnp.asarray(rng.integers(0, 4)), "ids": jnp.asarray(rng.integers(0, 5, N))
+        }  # fmt: skip
+
+    def __repr__(self):
+        return f"{self.text}\n{ {n: x.shape for n, x in self.params.items()} }"
+
+    def fun(self, params, x, data):
+        return self.loss(Env(params, None, data), x)
+
+    def reference(self, params, feedback, x, data):
+        return self.loss(Env(params, feedback, data), x)
+
+
+@st.composite
+def programs(draw, wild=False):
+    return Program(draw, wild)
+
+
+KP = wmkp.kolen_pollack()
+
+
+def close(ours, theirs, what):
+    # Casts to float32 inside of weights are the coarsest step.
+    for name in theirs:
+        if ours[name] is not None:
+            size = 1e-3 + float(jnp.max(jnp.abs(theirs[name])))
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-6 * size, err_msg=f"{what} of {name}")
+
+
+def check(program):
+    note(repr(program))
+    args = program.x, program.data
+    try:
+        entries = wmkp.init_feedback(jax.random.key(0), KP, program.fun, program.params, *args)
+    except wmkp.WeightTransportError as error:
+        event("refused")
+        assert "params[" in str(error) and "backprop()" in str(error)
+        strict = "two parameters that data has touched" in str(error)  # a learned lookup that meets a selected weight
+        assert strict or "UNFOLLOWABLE" in program.text, f"refused: {error}"
+        return
+    event("accepted")
+    value, expected = jax.value_and_grad(program.fun)(program.params, *args)
+    gradient = wmkp.value_and_grad(program.fun, KP)
+    mirrored = {n: w if entries[n] is not None else None for n, w in program.params.items()}
+    ours, (grads, _) = gradient(program.params, mirrored, *args)
+    np.testing.assert_allclose(ours, value, rtol=1e-12)
+    close(grads, expected, "with B = W, the gradient")
+    assert not program.must_refuse, "weights were transported in silence"
+    if "UNFOLLOWABLE" in program.text:  # by data alone, and so to no effect
+        return
+    feedback = {n: b if entries[n] is not None else None for n, b in program.feedback.items()}
+    zeros = {n: jnp.zeros_like(b) for n, b in program.feedback.items()}
+    _, (grads, signal) = gradient(program.params, feedback, *args)
+    filled = {n: zeros[n] if b is None else b for n, b in feedback.items()}
+    expected, learned = jax.grad(program.reference, argnums=(0, 1))(program.params, filled, *args)
+    close(grads, expected, "the gradient")
+    close(signal, learned, "the signal")
+
+
+SETTINGS = settings(
+    deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck)
+)
+
+
+@settings(SETTINGS, max_examples=8)
+@given(programs())
+def test_random_programs(program):
+    check(program)
+
+
+@settings(SETTINGS, max_examples=12)
+@given(programs(wild=True))
+def test_random_programs_that_feedback_cannot_always_follow(program):
+    check(program)
