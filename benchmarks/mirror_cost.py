@@ -170,22 +170,22 @@ def predicted(grams: dict[str, np.ndarray], rate: float, every: int, noise_degre
     return math.degrees(math.atan(math.sqrt(worst + math.tan(math.radians(noise_degrees)) ** 2)))
 
 
-def mirror_operations(case: models.Case, rule: wmkp.Rule) -> float:
+def mirror_operations(shapes: dict[str, tuple[int, int]], rule: wmkp.Rule) -> float:
     """4 N |W| over projections: a product with W, and one of the response with the noise."""
     mirror = rule.mirror
     assert mirror is not None
     return sum(
         4.0 * wmkp.samples_for_angle(mirror.target_angle, fan_in, rule) * fan_in * fan_out
-        for fan_in, fan_out in projections(case).values()
+        for fan_in, fan_out in shapes.values()
     )
 
 
 def cheapest(case: models.Case, grams: dict[str, np.ndarray]) -> tuple[Any, list[dict[str, Any]]]:
     """The cheapest schedule that is predicted to hold (or the one that comes nearest), and the best of each noise."""
-    tried = []
+    tried, shapes = [], projections(case)
     for noise, degrees, rate in ESTIMATES:
         rule = wmkp.weight_mirror(noise, target_angle=degrees, rate=rate)
-        cost = mirror_operations(case, rule)
+        cost = mirror_operations(shapes, rule)
         for every in EVERY:
             if every > len(next(iter(grams.values()))) - 1:
                 break
@@ -303,7 +303,7 @@ def at_224(name: str, batch_size: int, found: dict[str, int], settings: Settings
     )
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((256, *x.shape[1:]), x.dtype), case.batch)
     operations = programs.operations(steps.engaged_step.lower(box[0], batch))
-    cost = mirror_operations(case, rule)
+    cost = mirror_operations(projections(case), rule)
     yield Row(
         f"{name} at 224, batch 256: mirror over engaged, operations",
         cost / operations / every,
