@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import benchmarks
 import wmkp
@@ -46,19 +47,22 @@ class Run(NamedTuple):
       dataset: of ``arrays.SHAPES``.
       batch_size, steps: of the training.
       large: batch to time at 224 beside it, or 0.
+      warm: where the recipe warms up (over far more steps), the optimizer and the learning rate that it rises to within
+        the run; None where the rate is constant.
     """
 
     dataset: str
     batch_size: int
     steps: int
     large: int = 0
+    warm: tuple[Callable[[Any], Any], float] | None = None
 
 
 RUNS = {
     "MLP 784-500-10": Run("mnist", 128, 300),
     "ResNet-20": Run("cifar10", 128, 40),
-    "ResNet-18": Run("tiny_imagenet100", 32, 24, large=8),
-    "ViT-Ti, patches of 7": Run("mnist", 64, 24),
+    "ResNet-18": Run("tiny_imagenet100", 32, 24, large=8, warm=(models.sgd, 0.1)),
+    "ViT-Ti, patches of 7": Run("mnist", 64, 24, warm=(models.adamw, 5e-4)),
 }
 
 
@@ -204,6 +208,9 @@ def cheapest(case: models.Case, grams: dict[str, np.ndarray]) -> tuple[Any, list
 def schedules(name: str, run: Run, settings: Settings, found: dict[str, int]) -> Iterator[Row]:
     """Finds a model's schedule, trains with it, and says what it holds and costs."""
     case = case_of(name, run.batch_size, run.dataset)
+    if run.warm is not None:
+        make, rate = run.warm
+        case = case._replace(optimizer=make(optax.linear_schedule(0.0, rate, run.steps)))
     train, test = arrays.load(run.dataset, settings.data_dir, 16 * run.batch_size)
     batches = [jax.device_put(b) for b in arrays.batches(train, run.batch_size, run.steps)]
     grams = paths_gram(case, batches)
@@ -215,13 +222,14 @@ def schedules(name: str, run: Run, settings: Settings, found: dict[str, int]) ->
     operations = programs.operations(jax.jit(step).lower(state, case.batch))
     data = run.dataset if test else f"random data of {run.dataset}'s shape"
     about = f"{name}: {chosen['noise']}, rate {chosen['rate']:g}, every {chosen['every']}"
-    detail = {"chosen": chosen, "best_of_each_noise": best, "data": data, "run": run._asdict()}
+    detail = {"chosen": chosen, "best_of_each_noise": best, "data": data, "warm": run.warm is not None}
     drift = {k: predicted(grams, 1.0, k, 0.0) for k in EVERY if k < len(batches)}
     yield Row(
         f"{about}: worst angle in training",
         worst,
         at_most=ANGLE,
-        note=f"{run.steps} steps of {run.batch_size}, {data}; predicted {chosen['predicted_degrees']:.1f}",
+        note=f"{run.steps} steps of {run.batch_size}{', rate rising' if run.warm else ''}, {data}; "
+        f"predicted {chosen['predicted_degrees']:.1f}",
         detail={**detail, "drift_degrees_of_W_in_k_steps": drift},
     )
     yield Row(

@@ -40,8 +40,17 @@ class Case(NamedTuple):
     batch: dict[str, jax.Array]
 
 
-ADAMW = optax.adamw(1e-3, weight_decay=0.05)
-SGD = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, momentum=0.9))
+def sgd(rate: Any = 0.1) -> optax.GradientTransformation:
+    """SGD with momentum 0.9 and decay 1e-4."""
+    return optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(rate, momentum=0.9))
+
+
+def adamw(rate: Any = 1e-3) -> optax.GradientTransformation:
+    """AdamW with decay 0.05."""
+    return optax.adamw(rate, weight_decay=0.05)
+
+
+ADAMW, SGD = adamw(), sgd()
 
 # Model (of classes and dtype), side of the image, channels, classes and optimizer; whether it is told that it trains.
 MODELS: dict[str, tuple[Callable[..., nn.Module], int, int, int, Any, bool]] = {
