@@ -258,3 +258,39 @@ def test_data_that_masks_a_weight_along_one_axis(name):
         return jnp.sum((product(p, stop(h), mask) + back - stop(back)) ** 2)
 
     chex.assert_trees_all_close(grads, jax.grad(reference)(params), rtol=1e-5, atol=1e-6)
+
+
+THROUGH = {
+    "tanh of a scaled one": lambda w, mask: jnp.tanh(w * mask),
+    "tanh of a masked one": lambda w, mask: jnp.tanh(jnp.where(mask > 0, w, 0.0)),
+    "a scaled one's softmax, laid out anew": lambda w, mask: jax.nn.softmax((w * mask).T, axis=-1).T,
+}
+
+
+@pytest.mark.parametrize("name", THROUGH)
+def test_what_is_made_of_a_masked_weight_does_not_pass_for_an_activity(name):
+    params, mask = weights("first", "w"), jnp.ones((6, 6)).at[0, 1].set(0)
+    fun = lambda p, x, mask: jnp.sum((tanh_first(p, x) @ THROUGH[name](p["w"], mask)) ** 2)
+    with pytest.raises(wmkp.WeightTransportError, match="params.*w"):
+        wmkp.init_feedback(B_KEY, wmkp.kolen_pollack(), fun, params, X, mask)
+    rules = {"^w$": wmkp.backprop(), ".*": wmkp.kolen_pollack()}
+    feedback = wmkp.init_feedback(B_KEY, rules, fun, params, X, mask)
+    _, (grads, _) = wmkp.value_and_grad(fun, rules)(params, feedback, X, mask)
+    chex.assert_trees_all_close(grads, jax.grad(fun)(params, X, mask), rtol=1e-6)
+
+
+def test_activities_with_dropout_stay_activities():
+    """Embeddings and positions, dropped out, normalized and mixed by data: none of it is a weight between neurons."""
+    params = {"table": jax.random.normal(KEY, (9, 6)), "place": jax.random.normal(B_KEY, (5, 6)), **weights("w")}
+
+    def fun(p, tokens, mask, mixing):
+        x = p["table"][tokens] * mask + p["place"] * mask[0]
+        x = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+        x = mixing @ jnp.tanh(x + jnp.tanh(x @ p["w"]))
+        return jnp.sum((x @ p["w"] @ x.mT) ** 2)
+
+    tokens, mask = jnp.arange(10).reshape(2, 5) % 9, jnp.ones((2, 5, 6)).at[0, 1].set(0)
+    mixing = jax.random.normal(KEY, (2, 5, 5))
+    feedback = {"table": None, "place": None, "w": params["w"]}
+    _, (grads, _) = wmkp.value_and_grad(fun, wmkp.kolen_pollack())(params, feedback, tokens, mask, mixing)
+    chex.assert_trees_all_close(grads, jax.grad(fun)(params, tokens, mask, mixing), rtol=1e-4, atol=1e-5)

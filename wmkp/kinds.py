@@ -25,6 +25,7 @@ class Kind(NamedTuple):
     active: bool = False  # it depends on a parameter, so that an error must reach it
     obstacle: str | None = None  # a weight that B cannot follow: through which primitive
     unmirrored: str | None = None  # a weight that B can follow, but that mirror mode cannot reach: why
+    masked: bool = False  # a weight that data which no parameter enters has scaled or masked, element by element
     plain: bool = True  # each of its elements is one element of a parameter, unscaled
     varying: tuple[bool, ...] = ()  # of a weight: along which axes it varies (it is broadcast along the others)
     # Of an activation: which parameters it has just been multiplied by, elementwise, and along which axes these vary.
@@ -215,6 +216,7 @@ def _union(kinds: Sequence[Kind]) -> Kind:
         active=any(k.active for k in kinds),
         obstacle=next((k.obstacle for k in kinds if k.obstacle), None),
         unmirrored=next((k.unmirrored for k in kinds if k.unmirrored), None),
+        masked=any(k.masked for k in kinds) and not any(k.active and not k.weight for k in kinds),
         plain=all(k.plain for k in kinds if k.weight),
         stack=max((k.stack for k in kinds if k.weight), key=len, default=()),
     )
@@ -339,13 +341,17 @@ def _weight_kind(eqn: Any, kinds: Sequence[Kind]) -> Kind:
         # With no activation beside it, a readout of one neuron (or one filter) that data masks is a weight still.
         masked = any(varying) and name not in compat.AFFINE and not any(k.active and not k.weight for k in kinds)
         if not follows:
-            if name in compat.LOCAL and _is_matrix(varying) and (union.obstacle or any(k.static for k in kinds)):
+            # What is made of a masked matrix is no activity of neurons: it would carry W's own transpose unseen.
+            local = name in compat.LOCAL and (union.obstacle or any(k.static for k in kinds))
+            if _is_matrix(varying) and (local or union.masked):
                 return union._replace(obstacle=union.obstacle or name, varying=varying)
             return _activation(kinds)
         if not indexed and not masked and not _is_matrix(varying):
             return _activation(kinds)._replace(gain=(union.params, varying) if name == "mul" else None)
         gain = (union.params, varying) if name == "mul" or any(k.gain for k in kinds) else None
-        return union._replace(varying=varying, gain=gain, unmirrored="data")
+        whole = not indexed and masked and varying == everywhere(out)  # there is no axis of examples
+        masked = union.masked or (whole and all(k.static or k.masked for k in kinds if k.weight))
+        return union._replace(varying=varying, gain=gain, unmirrored="data", masked=masked)
     if not follows:
         return union._replace(obstacle=union.obstacle or name, varying=varying)
     plain = union.plain and name not in {"mul", "div", "neg", "broadcast_in_dim", "tile", *compat.WRITTEN}
