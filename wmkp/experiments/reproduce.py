@@ -140,6 +140,7 @@ def _curves(config: Reproduce, out: Path) -> list[dict[str, Any]]:
 
 
 COMPARED = {
+    "train_loss": "train_loss",
     "accuracy": "test_accuracy_percent",
     "matrix_angle": "matrix_angle_W2_deg",
     "delta_angle": "delta_angle_hidden_deg",
@@ -258,6 +259,7 @@ def _cell(x: Any, form: str) -> Any:
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "run": lambda line: line["run"],
     "epoch": lambda line: f"{line['epoch']:.4g}",
+    "train loss": lambda line: _held_against(line, "train_loss", "{:.3g}"),
     "accuracy %": lambda line: _held_against(line, "accuracy"),
     "matrix angle": lambda line: _held_against(line, "matrix_angle"),
     "delta angle": lambda line: _held_against(line, "delta_angle"),
@@ -270,12 +272,12 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-def _numbers(line: dict[str, Any], *names: str) -> str:
-    return ", ".join(_cell(float(line[name]), "{:.2f}") or "-" for name in names if name in line)
+def _numbers(line: dict[str, Any], *names: str, form: str = "{:.2f}") -> str:
+    return ", ".join(_cell(float(line[name]), form) or "-" for name in names if name in line)
 
 
-def _held_against(line: dict[str, Any], name: str) -> str:
-    return _numbers(line, name, f"{name}_published", f"{name}_largest_difference")
+def _held_against(line: dict[str, Any], name: str, form: str = "{:.2f}") -> str:
+    return _numbers(line, name, f"{name}_published", f"{name}_largest_difference", form=form)
 
 
 def table(summary: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -288,6 +290,8 @@ def caption(summary: Sequence[dict[str, Any]]) -> str:
     """What the table's numbers are."""
     if "accuracy_published" in summary[0]:
         return "Ours, the published, and the largest difference over the curve. Angles in degrees."
+    if "accuracy" in summary[0]:
+        return "Accuracy: on the test set. Angles in degrees. At the end."
     return "Error: on the test set, ours, and the published where there is one. Angles: degrees, over the layers, at the end."
 
 
