@@ -138,7 +138,6 @@ Curve = Sequence[Mapping[str, float]]
 def published(
     ours: Mapping[str, Curve],
     theirs: Mapping[str, Mapping[int, Mapping[str, float]] | None],
-    labels: Mapping[str, str],
     title: str,
 ) -> bytes:
     """Curves of one hidden layer: test error, matrix angle and delta angle; published ones dotted, by epoch."""
@@ -153,7 +152,7 @@ def published(
         taken.add(rule)
         for axes, column in zip(panels, columns, strict=True):
             axes.plot(
-                [r["epoch"] + 1 for r in rows], [r[column] for r in rows], linewidth=1.4, label=labels[name], **style
+                [r["epoch"] + 1 for r in rows], [r[column] for r in rows], linewidth=1.4, label=name.upper(), **style
             )
             if curve := theirs.get(name):
                 epochs = range(1 + int(rows[-1]["epoch"]))
@@ -172,7 +171,7 @@ def published(
     for axes in panels[1:]:
         axes.set_ylim(-1, None)
     handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(ours), 4), frameon=False, handlelength=3)
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(ours), 6), frameon=False, handlelength=3)
     return _png(figure)
 
 

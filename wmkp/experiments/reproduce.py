@@ -134,8 +134,7 @@ def _curves(config: Reproduce, out: Path) -> list[dict[str, Any]]:
         curves = dict(zip(config.only, pool.map(one, config.only), strict=True))
     console.print(f"All trained in {time.perf_counter() - begin:.0f} s.")
     title = f"{name}, {epochs} epochs" + (": ours, and dotted the published" if theirs else "")
-    labels = {key: f"{key.upper()}  {variants[key].title}" for key in curves}
-    outputs.write_atomically({out / "curves.png": figures.published(curves, theirs, labels, title)})
+    outputs.write_atomically({out / "curves.png": figures.published(curves, theirs, title)})
     return [_compared(key, variants[key].title, curves[key], theirs.get(key)) for key in config.only]
 
 
