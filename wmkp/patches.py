@@ -2,7 +2,8 @@
 
 XLA's own takes it as a convolution with a kernel of the image's size, which its CPU backend does slowly: over a half
 of a small ResNet's step. Cut into patches, a few examples at a time so that they stay in the cache, and multiplied with
-delta, the same sums take a quarter to three quarters of the time (``python -m benchmarks.conv``). Other devices keep XLA's.
+delta, the same sums take a quarter to three quarters of the time by themselves (``python -m benchmarks.conv``); in whole
+steps small images gain and ImageNet's lose (``python -m benchmarks --only engaged``). Other devices keep XLA's.
 """
 
 import itertools

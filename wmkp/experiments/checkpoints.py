@@ -116,9 +116,8 @@ def _readable(name: str, manager: ocp.CheckpointManager, step: int) -> Iterator[
             try:
                 yield
             except Exception:
-                time.sleep(
-                    0.2
-                )  # TensorStore's other reads end too, and print that the loop they were read in is closed
+                # TensorStore's other reads end too, and print that the loop they were read in is closed.
+                time.sleep(0.2)
                 raise
     except Exception as error:  # damage shows in any layer: TensorStore, Orbax, JSON, or here
         older = [s for s in manager.all_steps() if s < step]

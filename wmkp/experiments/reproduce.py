@@ -64,7 +64,7 @@ BATTERIES = {
     "akrout-imagenet": Battery(
         _runs("resnet18-imagenet", "bp wm kp ss fa") + _runs("resnet50-imagenet", "bp wm kp ss fa"), {}
     ),
-    # BioTorch clips gradients too: without it FA and DFA run away at this learning rate.
+    # Unclipped, FA and DFA run away at this learning rate.
     "biotorch-lenet": Battery(_runs("lenet-mnist", "bp fa dfa ss brsf frsf kp kpm wm"), {"clip_norm": 1.0}, BIOTORCH),
 }
 CURVES = {  # dataset, variants
