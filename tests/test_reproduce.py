@@ -23,15 +23,16 @@ HIDDEN, CLASSES = 7, 4
 
 @pytest.fixture(scope="module")
 def dataset():
-    """Three batches of 2x3 pixels and a rest that must be dropped."""
+    """Three batches of 2x3 pixels and a rest that must be dropped; one pixel is lit in tests only."""
     random = np.random.default_rng(0)
 
-    def examples(count):
+    def examples(count, dark=False):
         labels = random.integers(0, CLASSES, count).astype(np.int32)
         images = random.integers(0, 128, (count, 2, 3, 1)) + 40 * (labels % 3)[:, None, None, None]
+        images[:, 1, 1] *= not dark
         return {"image": images.astype(np.uint8), "label": labels}
 
-    return data.Dataset(examples(3 * published.BATCH + 50), examples(200), CLASSES)
+    return data.Dataset(examples(3 * published.BATCH + 50, dark=True), examples(200), CLASSES)
 
 
 def sigmoid(z):
@@ -75,7 +76,7 @@ def test_a_published_experiment_is_its_equations(name, dataset):
     expected = by_numpy(variant, start, dataset, epochs=4)
     state, losses = trial.state, []
     for epoch in range(4):
-        state, loss = trial.run_epoch(state, dataset.train, epoch)
+        state, loss = trial.run_epoch(state, trial.train, epoch)
         losses.append(float(loss))
     np.testing.assert_allclose(losses, expected[5], rtol=2e-6)
     found = [state.params[layer][part] for layer in ("hidden", "output") for part in ("kernel", "bias")]
@@ -85,6 +86,27 @@ def test_a_published_experiment_is_its_equations(name, dataset):
         assert np.abs(np.asarray(w) - theirs).max() < 1e-3 * moved  # float32 beside a small step of the biases
     if name != "bp":
         np.testing.assert_allclose(state.feedback["output"]["kernel"], expected[4], rtol=1e-5, atol=1e-6)
+    w1, b1, w2, b2 = expected[:4]
+    x = dataset.test["image"].reshape(200, -1) / 255
+    right = (sigmoid(x @ w1 + b1) @ w2 + b2).argmax(1) == dataset.test["label"]
+    some = jax.tree.map(lambda leaf: leaf[:2], dataset.train)
+    accuracy, delta, deviation, _ = trial.measure(state, some, dataset.test)
+    assert float(accuracy) == pytest.approx(100 * right.mean(), abs=0.01)
+    if name == "fa":
+        x, t = some["image"].reshape(2, -1) / 255, np.eye(CLASSES)[some["label"]]
+        e = sigmoid(sigmoid(x @ w1 + b1) @ w2 + b2) - t
+        slope = sigmoid(x @ w1 + b1) * (1 - sigmoid(x @ w1 + b1))
+        ours, its = (e @ expected[4].T) * slope, (e @ w2.T) * slope
+        cosine = (ours * its).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(its, axis=1)
+        angles = np.degrees(np.arccos(cosine))
+        assert [float(delta), float(deviation)] == pytest.approx([angles.mean(), angles.std()], abs=0.02)
+
+
+def test_pixels_that_are_never_lit_are_left_out_unless_their_weights_decay(dataset):
+    images = dataset.train["image"].reshape(len(dataset.train["label"]), -1)
+    assert published.moving(images, published.PUBLISHED["kp"]).tolist() == [0, 1, 2, 3, 5]
+    assert published.moving(images, published.MENDED["kp-decay"]) == slice(None)
+    assert published.moving(images + 1, published.PUBLISHED["kp"]) == slice(None)
 
 
 def test_the_start_is_gaussian_with_the_published_variance():
@@ -144,7 +166,7 @@ def test_a_shuffled_epoch_takes_each_example_once_in_another_order(dataset):
     for shuffled in (False, True):
         for rate in (1e-9, 0.2):
             trial = published.start(slow._replace(shuffled=shuffled, learning_rate=rate), whole, HIDDEN)
-            losses[shuffled, rate] = float(trial.run_epoch(trial.state, whole.train, 0)[1])
+            losses[shuffled, rate] = float(trial.run_epoch(trial.state, trial.train, 0)[1])
     assert abs(losses[True, 1e-9] - losses[False, 1e-9]) < 1e-6
     assert abs(losses[True, 0.2] - losses[False, 0.2]) > 1e-6
 
@@ -190,6 +212,30 @@ def test_curves_are_held_against_the_published(dataset, tmp_path, monkeypatch, c
     assert imread(io.BytesIO((out / "curves.png").read_bytes())).shape[2] == 4
     printed = capsys.readouterr().out
     assert "52.00" in printed and f"{float(kp['matrix_angle']):.2f}, 18.00" in printed
+
+
+def test_orders_keep_the_order_from_epoch_to_epoch_and_span_the_published(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "load", lambda name, data_dir: dataset)
+    monkeypatch.setattr(published, "HIDDEN", {"mnist": HIDDEN, "cifar10": HIDDEN})
+    monkeypatch.setattr(reproduce, "ORDERS", 2)
+    header = "epoch,train_loss,test_accuracy_percent,delta_angle_hidden_deg,matrix_angle_W1_deg,matrix_angle_W2_deg"
+    lines = [header, *(f"{e},1.5,{50 + e},,," for e in range(2))]
+    (tmp_path / "akrout2019_mnist_bp.csv").write_text("\n".join(lines) + "\n")
+    out = tmp_path / "out"
+    arguments = ["akrout-orders", "--epochs", 2, "--only", "mnist", "--reference", tmp_path, "--out", out]
+    assert run_command(monkeypatch, *arguments) == 0
+    rows, (first, second) = read(out / "mnist.csv"), read(out / "summary.csv")
+    of_first = [float(row["test_accuracy_percent"]) for row in rows if row["epoch"] == "0"]
+    assert len(of_first) == 2 and [row["order"] for row in rows] == ["0", "0", "1", "1"]
+    assert rows[0]["train_loss"] != rows[2]["train_loss"]
+    assert float(first["accuracy_least"]) == min(of_first) and float(first["accuracy_most"]) == max(of_first)
+    assert (first["accuracy_published"], second["accuracy_published"]) == ("50", "51")
+    printed = capsys.readouterr().out
+    assert "51.00" in printed and "published" in printed
+    orders = np.random.default_rng((0, 1)).permutation(len(dataset.train["label"]))
+    ordered = dataset._replace(train={key: x[orders] for key, x in dataset.train.items()})
+    again = published.run(published.PUBLISHED["bp"], ordered, HIDDEN, 2, 0)
+    assert [float(row["train_loss"]) for row in rows[2:]] == pytest.approx([row.train_loss for row in again], rel=1e-5)
 
 
 def test_a_battery_is_its_runs_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):

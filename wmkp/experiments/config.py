@@ -250,6 +250,7 @@ class Reproduce:
         Literal[
             "akrout-mnist",
             "akrout-cifar10",
+            "akrout-orders",
             "akrout-mended",
             "akrout-resnet20",
             "akrout-tiny",
@@ -257,8 +258,8 @@ class Reproduce:
             "biotorch-lenet",
         ]
     ]
-    """akrout-mnist and akrout-cifar10: the curves published with the paper's NumPy code. akrout-mended: what each of that
-    code's quirks changes. akrout-resnet20, akrout-tiny, akrout-imagenet: the paper's figures, test error and every
+    """akrout-mnist and akrout-cifar10: the curves published with the paper's NumPy code. akrout-orders: how far their first
+    epochs hang on the order of the data. akrout-mended: what each of that code's quirks changes. akrout-resnet20, akrout-tiny, akrout-imagenet: the paper's figures, test error and every
     layer's angles, with ResNet-20 on CIFAR-10, ResNet-18 on Tiny ImageNet-100, ResNet-18 and -50 on ImageNet.
     biotorch-lenet: BioTorch's table for LeNet on MNIST."""
     data_dir: DataDir = None
@@ -298,7 +299,7 @@ class Reproduce:
             epochs=(lambda x: x is None or 0 < x < math.inf, "positive and finite"),
             seed=_SEED,
         )
-        if self.figure in ("akrout-mnist", "akrout-cifar10", "akrout-mended"):
+        if self.figure in ("akrout-mnist", "akrout-cifar10", "akrout-orders", "akrout-mended"):
             for name in ("steps", "batch_size", "image_size", "dtype", "distributed"):
                 if getattr(self, name):
                     raise InputError(f"{flag(name)} is not for {self.figure}, whose settings are the published ones")

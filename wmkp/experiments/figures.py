@@ -140,7 +140,10 @@ def published(
     theirs: Mapping[str, Mapping[int, Mapping[str, float]] | None],
     title: str,
 ) -> bytes:
-    """Curves of one hidden layer: test error, matrix angle and delta angle; published ones dotted, by epoch."""
+    """Curves of one hidden layer: test accuracy, matrix angle and delta angle; published ones dotted, by epoch.
+
+    A band is a standard deviation over examples to each side.
+    """
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     figure.suptitle(title, fontsize=11, color=TEXT)
     panels = figure.subplots(1, 3)
@@ -154,6 +157,10 @@ def published(
             axes.plot(
                 [r["epoch"] + 1 for r in rows], [r[column] for r in rows], linewidth=1.4, label=name.upper(), **style
             )
+            spread = f"{column.removesuffix('_deg')}_sd_deg"
+            if spread in rows[0]:
+                low, high = ([r[column] + sign * r[spread] for r in rows] for sign in (-1, 1))
+                axes.fill_between([r["epoch"] + 1 for r in rows], low, high, color=style["color"], alpha=0.12, lw=0)
             if curve := theirs.get(name):
                 epochs = range(1 + int(rows[-1]["epoch"]))
                 shown = [curve[epoch][column] for epoch in epochs]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -67,6 +68,7 @@ BATTERIES = {
     # Unclipped, FA and DFA run away at this learning rate.
     "biotorch-lenet": Battery(_runs("lenet-mnist", "bp fa dfa ss brsf frsf kp kpm wm"), {"clip_norm": 1.0}, BIOTORCH),
 }
+ORDERS, ORDERS_EPOCHS = 8, 3  # how many fixed orders of the data are compared, and for how long
 CURVES = {  # dataset, variants
     "akrout-mnist": ("mnist", published.PUBLISHED),
     "akrout-cifar10": ("cifar10", published.PUBLISHED),
@@ -84,7 +86,10 @@ def reproduce(config: Reproduce) -> None:
       InputError: the config asks for what cannot be done.
     """
     config.check()
-    names = CURVES[config.figure][1] if config.figure in CURVES else BATTERIES[config.figure].runs
+    figure = config.figure
+    names = (
+        CURVES[figure][1] if figure in CURVES else BATTERIES[figure].runs if figure in BATTERIES else published.HIDDEN
+    )
     if unknown := [name for name in config.only if name not in names]:
         raise InputError(f"--only: {config.figure} has no {unknown[0]!r}; choose from {', '.join(names)}")
     config = dataclasses.replace(
@@ -94,7 +99,7 @@ def reproduce(config: Reproduce) -> None:
     if config.distributed:
         devices.start(settings(config, config.only[0]))
     outputs.make_directory(config.out)
-    summary = (_curves if config.figure in CURVES else _battery)(config, config.out)
+    summary = (_curves if figure in CURVES else _battery if figure in BATTERIES else _orders)(config, config.out)
     if devices.is_first():
         _write(config.out / "summary.csv", summary)
         _print(config, summary)
@@ -138,6 +143,41 @@ def _curves(config: Reproduce, out: Path) -> list[dict[str, Any]]:
     return [_compared(key, variants[key].title, curves[key], theirs.get(key)) for key in config.only]
 
 
+def _orders(config: Reproduce, out: Path) -> list[dict[str, Any]]:
+    """BP's first epochs with the data in other orders, each kept from epoch to epoch as the published one is."""
+    epochs = ORDERS_EPOCHS if config.epochs is None else max(1, round(config.epochs))
+    _started(config, out, epochs=epochs, orders=ORDERS, seed=config.seed)
+    variant, summary = published.PUBLISHED["bp"], []
+    for name in config.only:
+        dataset = data.load(name, config.data_dir)
+        theirs = _reference(config.reference, name, "bp") if config.reference else None
+        curves = []
+        for order in range(ORDERS):
+            random = np.random.default_rng((config.seed, order))
+            places = random.permutation(len(dataset.train["label"]))
+            ordered = dataset._replace(train={key: x[places] for key, x in dataset.train.items()})
+            curves.append(published.run(variant, ordered, published.HIDDEN[name], epochs, config.seed))
+            rows = [{"order": i, **row._asdict()} for i, curve in enumerate(curves) for row in curve]
+            _write(out / f"{name}.csv", rows)
+        for rows_of_epoch in zip(*curves, strict=True):
+            epoch = rows_of_epoch[0].epoch
+            found = [row.test_accuracy_percent for row in rows_of_epoch]
+            line = {
+                "run": name,
+                "what": f"BP, {ORDERS} orders",
+                "epoch": epoch + 1,
+                "train_loss": sum(row.train_loss for row in rows_of_epoch) / ORDERS,
+                "accuracy_least": min(found),
+                "accuracy_mean": sum(found) / ORDERS,
+                "accuracy_most": max(found),
+            }
+            if theirs:
+                line["train_loss_published"] = theirs[epoch]["train_loss"]
+                line["accuracy_published"] = theirs[epoch]["test_accuracy_percent"]
+            summary.append(line)
+    return summary
+
+
 COMPARED = {
     "train_loss": "train_loss",
     "accuracy": "test_accuracy_percent",
@@ -150,6 +190,7 @@ def _compared(key: str, title: str, ours: list[dict[str, float]], theirs: dict[i
     """A variant's line: each quantity at the last epoch, the published one there, and the largest difference so far."""
     last = ours[-1]
     line: dict[str, Any] = {"run": key, "what": title, "epoch": int(last["epoch"]) + 1}
+    line["delta_angle_sd"] = last["delta_angle_hidden_sd_deg"]
     for name, column in COMPARED.items():
         line[name] = last[column]
         if theirs:
@@ -260,8 +301,11 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "epoch": lambda line: f"{line['epoch']:.4g}",
     "train loss": lambda line: _held_against(line, "train_loss", "{:.3g}"),
     "accuracy %": lambda line: _held_against(line, "accuracy"),
+    "accuracy %, least, mean, most": lambda line: _numbers(line, "accuracy_least", "accuracy_mean", "accuracy_most"),
+    "published": lambda line: _numbers(line, "accuracy_published") if "accuracy_least" in line else "",
     "matrix angle": lambda line: _held_against(line, "matrix_angle"),
     "delta angle": lambda line: _held_against(line, "delta_angle"),
+    "delta angle's sd": lambda line: _numbers(line, "delta_angle_sd"),
     "error %": lambda line: _numbers(line, "test_error", "test_error_published"),
     "matrix angle, mean, worst": lambda line: _numbers(line, "matrix_mean", "matrix_worst"),
     "delta angle, mean, worst": lambda line: _numbers(line, "delta_mean", "delta_worst"),
@@ -276,6 +320,8 @@ def _numbers(line: dict[str, Any], *names: str, form: str = "{:.2f}") -> str:
 
 
 def _held_against(line: dict[str, Any], name: str, form: str = "{:.2f}") -> str:
+    if name not in line:
+        return ""
     return _numbers(line, name, f"{name}_published", f"{name}_largest_difference", form=form)
 
 
@@ -287,10 +333,13 @@ def table(summary: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 def caption(summary: Sequence[dict[str, Any]]) -> str:
     """What the table's numbers are."""
+    if "accuracy_least" in summary[0]:
+        return "Train loss: the mean over the orders, and the published. Accuracy: on the test set, over the orders."
+    examples = f"A delta angle: one example's, the mean and the standard deviation over {published.EXAMPLES} of them."
     if "accuracy_published" in summary[0]:
-        return "Ours, the published, and the largest difference over the curve. Angles in degrees."
+        return f"Ours, the published, and the largest difference over the curve. Angles in degrees. {examples}"
     if "accuracy" in summary[0]:
-        return "Accuracy: on the test set. Angles in degrees. At the end."
+        return f"Accuracy: on the test set. Angles in degrees. At the end. {examples}"
     return "Error: on the test set, ours, and the published where there is one. Angles: degrees, over the layers, at the end."
 
 
