@@ -86,12 +86,88 @@ BY_HAND = {
 }
 
 
+by_rows = lambda x, w: sum(jnp.tanh(x[:, i : i + 1] * w[i]) for i in range(6))
+
+
+def by_scanned_rows(x, w):
+    step = lambda total, row: (total + jnp.tanh(row[0][:, None] * row[1]), None)
+    return jax.lax.scan(step, jnp.zeros((3, 6)), (x.T, w))[0]
+
+
+# An activation is copied, and weights multiply its copies: whatever becomes of them then, its error is a sum over W.
+BY_HAND |= {
+    "a nonlinearity at each synapse": lambda p, x: jnp.tanh(x[:, :, None] * p["w"]).sum(1),
+    "a running sum": lambda p, x: jnp.cumsum(x[:, :, None] * p["w"], 1)[:, -1],
+    "a maximum": lambda p, x: (x[:, :, None] * p["w"]).max(1),
+    "a quotient": lambda p, x: (x[:, :, None] / p["w"]).sum(1),
+    "a power": lambda p, x: (jnp.abs(p["w"]) ** x[:, :, None]).max(1),
+    "a contraction with a constant": lambda p, x: jnp.einsum("bio,i->bo", x[:, :, None] * p["w"], jnp.arange(6.0)),
+    "copies that a nonlinearity and a mask follow": lambda p, x: jnp.tanh(
+        jax.nn.relu(x[:, :, None]) * jnp.tri(6) * p["w"]
+    ).sum(1),
+    "copies with biases": lambda p, x: jnp.tanh((x[:, :, None] + p["w"][0]) * p["w"]).sum(1),
+    "copies in a row": lambda p, x: jnp.tanh(jnp.repeat(x, 6, 1) * p["w"].reshape(-1)).reshape(3, 6, 6).sum(1),
+    "copies by tiles": lambda p, x: jnp.tanh(jnp.tile(x, (1, 6)) * p["w"].reshape(-1)).reshape(3, 6, 6).sum(2),
+    "copies by vmap": lambda p, x: jax.vmap(lambda r: jax.vmap(lambda a, w: jnp.tanh(a * w))(r, p["w"]).sum(0))(x),
+    "row by row": lambda p, x: by_rows(x, p["w"]),
+    "row by row in a scan": lambda p, x: by_scanned_rows(x, p["w"]),
+    "row by row in a loop": lambda p, x: jax.lax.fori_loop(
+        0, 6, lambda i, total: total + jnp.tanh(x[:, i][:, None] * p["w"][i]), jnp.zeros((3, 6))
+    ),
+    "in a branch": lambda p, x: jax.lax.cond(
+        p["w"][0, 0] > -9.0, lambda: jnp.tanh(x[:, :, None] * p["w"]).sum(1), lambda: x
+    ),
+    "recomputed": lambda p, x: jax.checkpoint(lambda x: jnp.tanh(x[:, :, None] * p["w"]).sum(1))(x),
+    "a matrix looked up, and bent": lambda p, x: (
+        x[:, :, None] * jnp.tanh(p["w"][jnp.arange(18).reshape(3, 6) % 6])
+    ).sum(1),
+    "one neuron to many": lambda p, x: x[:, :1] * p["w"][0],
+    "a selective state space": lambda p, x: jnp.exp(-x[..., None] * jnp.exp(p["w"])).sum(-1),
+}
+
+
 @pytest.mark.parametrize("name", BY_HAND)
 def test_products_that_are_no_product_primitive(name):
     def fun(params, x):
         return jnp.sum(BY_HAND[name](params, tanh_first(params, x)) ** 2)
 
     refuse(fun, weights("first", "w"), X, match="w")
+
+
+def layer_norm(x, axes, gain):
+    """In the order in which Flax multiplies: the deviation, one for all neurons, meets their gains first."""
+    mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+    return (x - mean) * (jax.lax.rsqrt(var + 1e-5) * gain)
+
+
+pairs = lambda x: x[:, :, None] * x[:, None]
+
+# Each weight belongs to one neuron: no error goes through it to another.
+LOCAL = {
+    "a layer norm": lambda p, x: layer_norm(x, -1, p["v"]),
+    "a norm over images": lambda p, x: layer_norm(pairs(x), (1, 2), p["u"]).reshape(3, 36),
+    "a group norm": lambda p, x: layer_norm(x.reshape(3, 2, 3), 2, p["u"][:2, :3]).reshape(3, 6),
+    "gains of a map": lambda p, x: (pairs(x) * p["u"]).reshape(3, 36),
+    "a squeeze and excitation": lambda p, x: (pairs(x) * jax.nn.sigmoid(x @ p["w"])[:, None]).reshape(3, 36),
+    "several gains of one value": lambda p, x: jnp.tanh(x * p["u"][0]) + x * p["u"][1],
+    "gains in a scan": lambda p, x: jax.lax.scan(lambda c, a: (jnp.tanh(c + x * a), None), x, p["u"])[0],
+    "a gain for all": lambda p, x: (x[:, :, None] * p["v"][0]).repeat(2, 2).reshape(3, 12),
+    "biases of some": lambda p, x: jnp.tanh(x.at[0].add(p["v"])) + x.at[:, 0].add(p["v"][:3]),
+    "places of some": lambda p, x: jnp.tanh(x.at[:2].add(p["u"][:2]).at[1].subtract(p["v"])),
+    "copies among activations": lambda p, x: (pairs(x) - x[:, None]).max(1) * p["v"],
+}
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_weights_that_are_local_to_their_neurons(name):
+    """They are followed by no B, are no projection, and their gradients are jax.grad's."""
+    fun = lambda p, x: jnp.sum((LOCAL[name](p, tanh_first(p, x) @ p["w"])) ** 2)
+    params = {**weights("first", "w", "u"), "v": jnp.arange(1.0, 7.0)}
+    assert set(wmkp.projections(fun, params, X)) == {"first", "w"}
+    feedback = wmkp.init_feedback(B_KEY, wmkp.kolen_pollack(), fun, params, X)
+    assert feedback["u"] is None and feedback["v"] is None
+    _, (grads, _) = wmkp.value_and_grad(fun, wmkp.kolen_pollack())(params, {**feedback, "w": params["w"]}, X)
+    chex.assert_trees_all_close(grads, jax.grad(fun)(params, X), rtol=1e-4, atol=1e-5)
 
 
 def test_custom_derivatives_around_a_projection_are_not_thrown_away():

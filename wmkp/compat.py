@@ -30,7 +30,11 @@ INDEXED = frozenset({"gather", "dynamic_slice"})
 JOINED = frozenset({"concatenate", "stack", "pad", "select_n"})
 # Write their updates over a part of their first operand.
 WRITTEN = frozenset({"scatter", "dynamic_update_slice"})
-AFFINE = frozenset({"add", "sub", "add_any"})
+ADDED = frozenset({"scatter-add", "scatter_add", "scatter-sub", "scatter_sub"})
+AFFINE = ADDED | frozenset({"add", "sub", "add_any"})
+MULTIPLIED = frozenset(
+    {"mul", "div", "pow", "atan2", "rem"}
+)  # elementwise, with a derivative that holds the other operand
 
 # Elementwise or structural primitives in which a parameter beside an activation stays local to its own neuron.
 LOCAL = (
@@ -41,7 +45,7 @@ LOCAL = (
     | AFFINE
     | frozenset(
         "mul div max min pow atan2 rem nextafter clamp eq ne lt le gt ge and or xor sort "
-        "scatter-add scatter_add scatter-sub scatter_sub scatter-mul scatter_mul scatter-min scatter_min scatter-max scatter_max "
+        "scatter-mul scatter_mul scatter-min scatter_min scatter-max scatter_max "
         "igamma igammac debug_callback debug_print psum psum_invariant psum2 pmax pmin".split()
     )
 )
@@ -116,7 +120,7 @@ def inner_jaxpr(eqn: Any) -> Any:
 
 def has_jaxpr(eqn: Any) -> bool:
     """Whether an equation holds jaxprs of its own (a loop, a call, a kernel)."""
-    return any(True for _ in core.jaxprs_in_params(eqn.params))
+    return not eqn.primitive.name.startswith("scatter") and any(True for _ in core.jaxprs_in_params(eqn.params))
 
 
 def binder(eqn: Any, parent: Any) -> Callable[..., list[Any]]:

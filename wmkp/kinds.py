@@ -30,6 +30,12 @@ class Kind(NamedTuple):
     varying: tuple[bool, ...] = ()  # of a weight: along which axes it varies (it is broadcast along the others)
     # Of an activation: which parameters it has just been multiplied by, elementwise, and along which axes these vary.
     gain: tuple[frozenset[int], tuple[bool, ...]] | None = None
+    # Of an activation: along which axes it is the same active values over again. What weights multiply such copies by is a
+    # projection written by hand: the error of a value copied is the sum of its copies' errors, each times its weight.
+    copied: tuple[bool, ...] = ()
+    pooled: bool = (
+        False  # an activation made of sums over neurons (a norm's mean and variance): copies of it do not count
+    )
     product: Any = None  # an activation that is a product's output, untouched
     stack: tuple[int, ...] = ()  # of a weight inside scans: the lengths of those along which it changes
 
@@ -226,6 +232,39 @@ def _activation(kinds: Sequence[Kind]) -> Kind:
     return Kind(data=True, active=any(k.active for k in kinds))
 
 
+def _errs(kind: Kind) -> bool:
+    """Whether it is an activation that an error goes back through."""
+    return kind.active and kind.data and not kind.weight
+
+
+def _made_of(eqn: Any, kinds: Sequence[Kind]) -> Kind:
+    """An activation made of others, constants and weights: what it is a copy of, if it is one, and what it is pooled from.
+
+    What no error enters (a mask, dropout's noise) and weights leave copies copies; another active value ends them.
+    """
+    out = _activation(kinds)
+    name, shape = eqn.primitive.name, getattr(eqn.outvars[0].aval, "shape", ())
+    active = [(k, v.aval.shape) for k, v in zip(kinds, eqn.invars, strict=True) if _errs(k)]
+    summed = name.startswith("reduce_") and "axes" in eqn.params
+    if not active or summed or all(k.pooled for k, _ in active):
+        return out._replace(pooled=summed or bool(active))
+    if name in compat.LAYOUT:
+        return out._replace(copied=_layout_copied(eqn, active[0][0].copied))
+    # What is pooled, or one value for all, is nobody's copy, and ends none.
+    active = [(k, before) for k, before in active if not k.pooled and math.prod(before) > 1]
+    if active and all(len(before) == len(shape) for _, before in active):
+        copies = [_spread(k, before, shape) for k, before in active]
+        return out._replace(copied=tuple(map(all, zip(*copies, strict=True))))
+    return out
+
+
+def _spread(kind: Kind, before: tuple[int, ...], shape: tuple[int, ...]) -> tuple[bool, ...]:
+    """Along which axes an activation is copied as it meets others elementwise, in this shape: an axis of size one is too."""
+    if kind.pooled or math.prod(before) == 1:
+        return (False,) * len(shape)
+    return tuple(c or m < n for c, m, n in zip(kind.copied or (False,) * len(shape), before, shape, strict=True))
+
+
 def everywhere(aval: Any) -> tuple[bool, ...]:
     return tuple(size > 1 for size in getattr(aval, "shape", ()))
 
@@ -247,6 +286,22 @@ def _layout_varying(eqn: Any, varying: tuple[bool, ...]) -> tuple[bool, ...]:
     if shape == eqn.invars[0].aval.shape:
         return varying
     return everywhere(eqn.outvars[0].aval)
+
+
+def _layout_copied(eqn: Any, copied: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Along which axes an activation is copied after a layout change."""
+    before, shape, name = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape, eqn.primitive.name
+    copied = copied or (False,) * len(before)
+    if name == "broadcast_in_dim":
+        result = [size > 1 and math.prod(before) > 1 for size in shape]  # one value for all is no neuron's
+        for axis, out in enumerate(eqn.params["broadcast_dimensions"]):
+            result[out] = copied[axis] or (math.prod(before) > 1 and before[axis] < shape[out])
+        return tuple(result)
+    if name in {"transpose", "squeeze", "reshape"}:
+        return _layout_varying(eqn, copied)
+    if len(before) != len(shape):
+        return ()
+    return tuple(c or (name == "tile" and n > m) for c, m, n in zip(copied, before, shape, strict=True))
 
 
 def _reshape_varying(old: tuple[int, ...], new: tuple[int, ...], varying: tuple[bool, ...]) -> tuple[bool, ...]:
@@ -332,6 +387,8 @@ def _weight_kind(eqn: Any, kinds: Sequence[Kind]) -> Kind:
         varying = _layout_varying(eqn, kinds[0].varying)
     elif name in compat.INDEXED:
         varying = everywhere(out)
+    elif name in compat.ADDED and not kinds[0].weight and not _is_matrix(kinds[2].varying):
+        varying = (False,) * out.ndim  # a bias of some neurons
     else:
         varying = _elementwise_varying(eqn, kinds)
     if union.data:
@@ -345,9 +402,9 @@ def _weight_kind(eqn: Any, kinds: Sequence[Kind]) -> Kind:
             local = name in compat.LOCAL and (union.obstacle or any(k.static for k in kinds))
             if _is_matrix(varying) and (local or union.masked):
                 return union._replace(obstacle=union.obstacle or name, varying=varying)
-            return _activation(kinds)
+            return _made_of(eqn, kinds)
         if not indexed and not masked and not _is_matrix(varying):
-            return _activation(kinds)._replace(gain=(union.params, varying) if name == "mul" else None)
+            return _made_of(eqn, kinds)._replace(gain=(union.params, varying) if name == "mul" else None)
         gain = (union.params, varying) if name == "mul" or any(k.gain for k in kinds) else None
         whole = not indexed and masked and varying == everywhere(out)  # there is no axis of examples
         masked = union.masked or (whole and all(k.static or k.masked for k in kinds if k.weight))
@@ -363,7 +420,7 @@ def _weight_kind(eqn: Any, kinds: Sequence[Kind]) -> Kind:
 
 def join(a: Kind, b: Kind, varying: tuple[bool, ...], name: str) -> Kind:
     """The kind of a value that may be either (a loop's carry, a branch's result)."""
-    a, b = a._replace(gain=None, product=None), b._replace(gain=None, product=None)
+    a, b = (k._replace(gain=None, product=None, copied=(), pooled=False) for k in (a, b))
     if a == b:
         return a
     union = _union([a, b])
@@ -426,7 +483,7 @@ class Analyser:
         if compat.has_jaxpr(eqn):
             return self.opaque(eqn, bind, kinds, lengths)
         if not weights:
-            out = _activation(kinds)
+            out = _made_of(eqn, kinds)
             if name in compat.LAYOUT:
                 if kinds[0].gain:
                     out = out._replace(gain=(kinds[0].gain[0], _layout_varying(eqn, kinds[0].gain[1])))
@@ -444,6 +501,15 @@ class Analyser:
                 eqn, bind, [k.weight for k in kinds].index(True), kinds, "mul of complex numbers", lengths
             )
             return Step(eqn, "bind", bind, (), product), [_activation(kinds)] * count
+        if name in compat.MULTIPLIED:
+            shape = eqn.outvars[0].aval.shape
+            copies = [_spread(k, v.aval.shape, shape) for k, v in zip(kinds, eqn.invars, strict=True) if _errs(k)]
+            for i, kind in enumerate(kinds):
+                if kind.weight and any(
+                    c and v for copied in copies for c, v in zip(copied, kind.varying, strict=False)
+                ):
+                    product = Product(eqn, bind, i, kinds, f"{name} by copies of an activation", lengths)
+                    return Step(eqn, "bind", bind, (), product), [_activation(kinds)] * count
         if name in compat.AFFINE:
             self.note_bias(eqn, kinds, plan)
         out = _weight_kind(eqn, kinds)
@@ -508,7 +574,7 @@ class Analyser:
         step = Step(eqn, "bind", bind)
         weights = [i for i, k in enumerate(kinds) if k.weight]
         if not weights:
-            return step, [_activation(kinds)] * count
+            return step, [_made_of(eqn, kinds) if count == 1 else _activation(kinds)] * count
         if name in compat.CUSTOM:
             inner = self.plan(compat.inner_jaxpr(eqn), kinds, lengths)
             hidden = sorted(inner.products(), key=lambda p: p.obstacle is None)
@@ -557,7 +623,8 @@ class Analyser:
             sliced = i >= consts + carries
             varying = kind.varying[1:] if sliced else kind.varying
             stack = (*kind.stack, eqn.params["length"]) if sliced and kind.weight else kind.stack
-            inner[i] = kind._replace(varying=varying, gain=None, product=None, stack=stack)
+            copied = kind.copied[1:] if sliced else kind.copied
+            inner[i] = kind._replace(varying=varying, gain=None, product=None, copied=copied, stack=stack)
         lengths = (*lengths, eqn.params["length"])
         while True:
             plan = self.plan(eqn.params["jaxpr"], inner, lengths)
@@ -577,5 +644,6 @@ class Analyser:
         outs = list(inner[consts : consts + carries])
         for kind in plan.outputs[carries:]:
             varying = (kind.weight, *kind.varying)
-            outs.append(kind._replace(varying=varying, gain=None, product=None, stack=kind.stack[: len(lengths) - 1]))
+            stack = kind.stack[: len(lengths) - 1]
+            outs.append(kind._replace(varying=varying, gain=None, product=None, copied=(), stack=stack))
         return Step(eqn, "scan", None, (plan,)), outs

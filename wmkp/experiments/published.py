@@ -19,7 +19,7 @@ EPOCHS = 400
 NOISE = 0.05  # the mirror's, uniform in [-NOISE, NOISE]
 MIRROR_RATE = 0.01  # eta_B, of the sum over a batch
 EXAMPLES = 128  # whose delta angles are averaged
-EVERY_UNTIL, EVERY = 20, 5  # evaluated after each of the first epochs, then after every fifth
+EVERY_UNTIL, EVERY = 20, 10  # evaluated after each of the first epochs, then after every tenth
 
 
 class Variant(NamedTuple):
