@@ -1,7 +1,7 @@
 """An engaged step against a backprop step: seconds, bytes at the peak, products and copies of the compiled programs.
 
 Backprop is ``jax.value_and_grad`` and the optimizer, the same model, optimizer and batch, both compiled with the state
-donated. On CPUs wmkp takes large convolutions' weight gradients by patches, which XLA's backprop does not: so nets of
+donated. On CPUs wmkp takes some convolutions' weight gradients by patches, which XLA's backprop does not: so nets of
 convolutions are also held against backprop with that gain, which is an engaged step whose B is W.
 """
 

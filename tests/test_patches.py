@@ -62,7 +62,7 @@ def test_it_is_xlas_own(case, chunk, always, monkeypatch):
     assert "while" in gradient.lower(params, x).compile().as_text() or chunk > 1, "XLA's own was used"
 
 
-def test_it_is_used_for_large_float32_convolutions_without_groups():
+def test_it_is_used_for_large_float32_convolutions_of_one_position_or_few_outputs():
     def used(x_shape, w_shape, dtype=jnp.float32, **options):
         convolve = lambda x, w: jax.lax.conv_general_dilated(
             x, w, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"), **options
@@ -73,6 +73,8 @@ def test_it_is_used_for_large_float32_convolutions_without_groups():
         return "platform_index" in str(jax.make_jaxpr(gradient)(w))
 
     assert used((32, 32, 32, 16), (3, 3, 16, 16))
+    assert used((32, 16, 16, 64), (1, 1, 64, 64)), "one position"
+    assert not used((32, 16, 16, 64), (3, 3, 64, 64)), "many outputs"
     assert not used((2, 8, 8, 16), (3, 3, 16, 16)), "small"
     assert not used((32, 32, 32, 16), (3, 3, 16, 16), jnp.bfloat16), "not float32"
     assert not used((32, 32, 32, 16), (3, 3, 4, 16), feature_group_count=4), "grouped"

