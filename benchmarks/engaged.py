@@ -5,11 +5,13 @@ donated. On CPUs wmkp takes some convolutions' weight gradients by patches, whic
 convolutions are also held against backprop with that gain, which is an engaged step whose B is W.
 """
 
+import statistics
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import benchmarks
@@ -22,10 +24,10 @@ RULES = {"FA, WM": wmkp.feedback_alignment, "SS": wmkp.sign_symmetry, "KP": wmkp
 # Batch, how long all take turns, and which rules. The last: images of this side when trying the scripts out.
 SIZES: dict[str, tuple[int, float, tuple[str, ...], int]] = {
     "MLP 784-500-10": (128, 12, tuple(RULES), 28),
+    "ResNet-50": (4, 60, ("FA, WM", "KP"), 32),
     "ResNet-20": (128, 40, tuple(RULES), 32),
     "ViT-Ti": (8, 40, tuple(RULES), 32),
     "ResNet-18": (8, 50, tuple(RULES), 32),
-    "ResNet-50": (4, 60, ("FA, WM", "KP"), 32),
 }
 
 
@@ -44,13 +46,14 @@ def measure(name: str, settings: Settings) -> Iterator[Row]:
     plain = jax.jit(step, donate_argnums=0).lower(plain_state, case.batch).compile()
     plain_bytes = programs.tree_bytes(plain_state)
     calls = {"BP": models.chained(plain, plain_state, case.batch)}
-    compiled, own_bytes = {}, {}
+    compiled, own_bytes, b_bytes = {}, {}, {}
     for rule in rules:
         steps = wmkp.make_steps(
             case.loss_fn, RULES[rule](), case.optimizer, case.params, case.batch, model_state=case.model_state
         )
         state = steps.init(jax.random.key(0), case.params, case.model_state)
         compiled[rule] = steps.engaged_step.lower(state, case.batch).compile()
+        b_bytes[rule] = programs.tree_bytes(state.feedback)
         own_bytes[rule] = programs.tree_bytes(state) - plain_bytes
         calls[rule] = models.chained(compiled[rule], state, case.batch)
     convolutions = name.startswith("ResNet") and jax.default_backend() == "cpu"
@@ -60,8 +63,13 @@ def measure(name: str, settings: Settings) -> Iterator[Row]:
             jax.jit(transported, donate_argnums=0).lower(state, case.batch).compile(), state, case.batch
         )
     taken = benchmarks.in_turns(calls, seconds, most=200)
-    at = f"batch {batch_size}"
+    rate = pass_rate(2**20 if settings.quick else 2**26)
     for rule in rules:
+        at = f"batch {batch_size}"
+        if rule == "KP":  # each step reads and writes B and its optimizer's state, and reads the signal
+            moved = 2 * own_bytes[rule] + b_bytes[rule]
+            share = moved / rate / statistics.median(taken["BP"])
+            at += f"; B's update moves {moved / 1e6:.0f} MB, {share:.3f} of BP's step at the speed of a pass"
         yield benchmarks.ratio(f"{name}: {rule} over BP, time", taken, rule, "BP", at, at_most=1.02)
         if convolutions:
             note = "B = W in an engaged step: the same weight gradients"
@@ -89,6 +97,13 @@ def measure(name: str, settings: Settings) -> Iterator[Row]:
             at_most=0,
             detail={"copies": mine_copies, "backprop": its_copies},
         )
+
+
+def pass_rate(entries: int) -> float:
+    """Bytes a second, read and written, of a pass over so many float32 in place."""
+    add = models.chained(jax.jit(lambda x: (x + 1, x[0]), donate_argnums=0), jnp.ones(entries))
+    (seconds,) = benchmarks.in_turns({"pass": add}, 0, least=5).values()
+    return 8 * entries / statistics.median(seconds)
 
 
 def with_patches(case: models.Case) -> tuple[Any, models.Plain]:

@@ -70,9 +70,8 @@ def parts(settings: Settings) -> dict[str, Part]:
     """Mirror steps against their products, then the schedules; ResNet-50's is ResNet-18's."""
     found: dict[str, int] = {}
     runs = {name: run._replace(batch_size=2, steps=4) if settings.quick else run for name, run in RUNS.items()}
-    every = {}
+    every: dict[str, Part] = {f"{name}: products": partial(against_products, name, settings) for name in runs}
     for name, run in runs.items():
-        every[f"{name}: products"] = partial(against_products, name, settings)
         every[f"{name}: schedule"] = partial(schedules, name, run, settings, found)
         if name == "ResNet-18":
             every["ResNet-50: schedule"] = partial(at_224, "ResNet-50", 4, found, settings)

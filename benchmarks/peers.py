@@ -17,7 +17,7 @@ import wmkp
 from benchmarks import Part, Row, Settings, arrays, models, paper_numpy
 
 # Batch, how long all take turns, and the side of the images when trying the scripts out.
-SIZES = {"LeNet": (64, 12, 32), "ResNet-20": (128, 30, 32), "ViT-Ti": (8, 25, 32)}
+SIZES = {"ViT-Ti": (8, 25, 32), "LeNet": (64, 12, 32), "ResNet-20": (128, 30, 32)}
 BIOTORCH = {"fa": wmkp.feedback_alignment, "usf": wmkp.sign_symmetry}  # modes of BioTorch, and the rule here
 
 
