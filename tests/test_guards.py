@@ -113,7 +113,7 @@ def test_a_mirror_step_is_two_products_a_projection():
     assert sum(programs.products(compiled).values()) == 2 * 3  # the first layer has no B
 
 
-@pytest.mark.parametrize("noise", ["gaussian", "uniform"])
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher", "uniform"])
 def test_noise_is_drawn_in_one_pass(noise):
     """No loop over memory: jax.random's own generator is one on CPUs, and takes longer than a mirror step's products."""
     draw = lambda key: wmkp.mirror.draw_noise(key, wmkp.weight_mirror(noise).mirror, (1, 64, 32), jnp.float32)

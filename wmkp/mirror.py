@@ -163,7 +163,7 @@ def draw_noise(key: jax.Array, mirror: Mirror, shape: tuple[int, int, int], dtyp
     elif mirror.noise == "uniform":
         x = math.sqrt(3) * _uniform(key, shape, dtype)
     elif mirror.noise == "rademacher":
-        x = jax.random.rademacher(key, shape, dtype)
+        x = _signs(key, shape, dtype)
     else:
         x = _hartley_noise(key, shape, dtype)
     return x * mirror.noise_std
@@ -201,6 +201,15 @@ def _uniform(key: jax.Array, shape: tuple[int, int, int], dtype: Any, least: flo
     mantissa = _words(key, shape) >> np.uint32(9)
     unit = jax.lax.bitcast_convert_type(mantissa | np.uint32(0x3F800000), jnp.float32) - 1  # in [0, 1)
     return jnp.maximum(low, unit * (1 - low) + low)
+
+
+def _signs(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
+    """Random signs: 32 of each word, where jax.random.rademacher takes a word for each."""
+    blocks, samples, fan_in = shape
+    words = jax.random.bits(key, (blocks, samples, -(-fan_in // 32)), jnp.uint32)
+    words = jax.lax.optimization_barrier(words)  # or the compiler makes each word anew for each of its bits
+    bits = words[..., None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)
+    return (1 - 2 * bits.astype(dtype)).reshape(blocks, samples, -1)[..., :fan_in]
 
 
 def _hartley_noise(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
