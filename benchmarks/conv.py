@@ -1,7 +1,7 @@
 """A convolution's weight gradient on a CPU: by patches (wmkp/patches.py) against XLA's own.
 
-``python -m benchmarks.conv`` times both in turns on the 3x3 convolutions of ResNet-20 (batch 128) and ResNet-18 (batch
-16), and writes ``benchmarks/results/conv.json``.
+``python -m benchmarks.conv`` times both in turns on layers of ResNet-20 (batch 128), ResNet-18 (8) and ResNet-50 (4), says
+where wmkp goes by patches, and writes ``benchmarks/results/conv.json``.
 """
 
 import functools
@@ -11,23 +11,50 @@ import jax
 import benchmarks
 from wmkp import patches
 
-SHAPES = [(128, 32, 16), (128, 16, 32), (128, 8, 64), (16, 56, 64), (16, 28, 128), (16, 14, 256), (16, 7, 512)]
+# Images, their size, features in and out, the kernel's size, stride.
+SHAPES = [
+    (128, 32, 3, 16, 3, 1),
+    (128, 32, 16, 16, 3, 1),
+    (128, 16, 32, 32, 3, 1),
+    (128, 8, 64, 64, 3, 1),
+    (8, 224, 3, 64, 7, 2),
+    (8, 56, 64, 64, 3, 1),
+    (8, 56, 64, 128, 3, 2),
+    (8, 28, 128, 128, 3, 1),
+    (8, 14, 256, 256, 3, 1),
+    (8, 7, 512, 512, 3, 1),
+    (4, 56, 64, 256, 1, 1),
+    (4, 28, 512, 128, 1, 1),
+    (4, 14, 1024, 256, 1, 1),
+    (4, 7, 2048, 512, 1, 1),
+]
 
 
-def measure(count: int, size: int, features: int) -> dict[str, object]:
-    """Milliseconds of both, for ``count`` images of ``size`` squared."""
+def measure(count: int, size: int, features: int, outputs: int, taps: int, stride: int) -> dict[str, object]:
+    """Seconds of both, for ``count`` images of ``size`` squared."""
     x = jax.random.normal(jax.random.key(0), (count, size, size, features))
-    delta = jax.random.normal(jax.random.key(1), x.shape)
-    w = jax.random.normal(jax.random.key(2), (3, 3, features, features))
+    w = jax.random.normal(jax.random.key(2), (taps, taps, features, outputs))
 
     def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(x, w, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        padding = [(taps // 2, taps // 2)] * 2
+        return jax.lax.conv_general_dilated(x, w, [stride] * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     (eqn,) = jax.make_jaxpr(convolve)(x, w).eqns
+    out = jax.eval_shape(convolve, x, w)
+    delta = jax.random.normal(jax.random.key(1), out.shape)
     xla = jax.jit(lambda x, delta: jax.linear_transpose(functools.partial(convolve, x), w)(delta)[0])
     ours = jax.jit(lambda x, delta: patches.weight_gradient(eqn.params, x, delta, w.shape))
     calls = {"xla": lambda: xla(x, delta).block_until_ready(), "patches": lambda: ours(x, delta).block_until_ready()}
-    return {"images": count, "size": size, "features": features, "seconds": benchmarks.interleaved(calls, 5)}
+    return {
+        "images": count,
+        "size": size,
+        "features": features,
+        "outputs": outputs,
+        "taps": taps,
+        "stride": stride,
+        "by_patches": patches.applies(eqn.params, x, w, out),
+        "seconds": benchmarks.interleaved(calls, 5),
+    }
 
 
 def main() -> None:
@@ -39,7 +66,8 @@ def main() -> None:
         times = {name: 1e3 * s["median"] for name, s in row["seconds"].items()}  # type: ignore[attr-defined]
         print(
             shape,
-            f"XLA {times['xla']:.1f} ms, patches {times['patches']:.1f} ms, {times['xla'] / times['patches']:.1f}x",
+            f"XLA {times['xla']:.1f} ms, patches {times['patches']:.1f} ms, {times['xla'] / times['patches']:.2f}x",
+            "by patches" if row["by_patches"] else "by XLA",
         )
     benchmarks.save("conv", {"rows": rows})
 

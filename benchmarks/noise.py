@@ -47,6 +47,11 @@ def gaussian(key: jax.Array, fan_in: int) -> jax.Array:
     return draw_noise(key, Mirror("gaussian"), (1, fan_in, fan_in), jnp.float32)[0]
 
 
+def jax_gaussian(key: jax.Array, fan_in: int) -> jax.Array:
+    """The same by ``jax.random``."""
+    return jax.random.normal(key, (fan_in, fan_in))
+
+
 def qr(key: jax.Array, fan_in: int) -> jax.Array:
     """The orthogonal factor of a Gaussian matrix, which is uniform over rotations."""
     q, r = jnp.linalg.qr(jax.random.normal(key, (fan_in, fan_in)))
@@ -88,6 +93,7 @@ def products(noise: jax.Array, w: jax.Array) -> jax.Array:
 
 METHODS: dict[str, Callable[[jax.Array, int], jax.Array]] = {
     "gaussian": gaussian,
+    "gaussian by jax.random": jax_gaussian,
     "library": library,
     "hadamard": hadamard,
     "fast hadamard": fast_hadamard,
@@ -124,7 +130,7 @@ def main(args: Args) -> None:
     """Runs all sizes, prints milliseconds and shares of the products' time, and saves them."""
     names = [*METHODS, "products"]
     print(f"milliseconds (share of the products' time), fan_out {args.fan_out}")
-    print(f"{'fan_in':>6} " + " ".join(f"{name:>18}" for name in names))
+    print(f"{'fan_in':>6} " + " ".join(f"{name:>22}" for name in names))
     runs = []
     for _ in range(args.repeats):
         rows = []
@@ -133,10 +139,10 @@ def main(args: Args) -> None:
             rows.append(row)
             times = {name: s["median"] for name, s in row["seconds"].items()}
             cells = [
-                f"{1e3 * times[n]:10.2f} ({times[n] / times['products']:5.2f})" if n in times else " " * 18
+                f"{1e3 * times[n]:10.2f} ({times[n] / times['products']:5.2f})" if n in times else " " * 22
                 for n in names
             ]
-            print(f"{fan_in:6} " + " ".join(f"{c:>18}" for c in cells), flush=True)
+            print(f"{fan_in:6} " + " ".join(f"{c:>22}" for c in cells), flush=True)
         runs.append(rows)
     if args.save:
         benchmarks.save("noise", {"settings": dataclasses.asdict(args), "runs": runs})

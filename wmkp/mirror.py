@@ -172,9 +172,8 @@ def draw_noise(key: jax.Array, mirror: Mirror, shape: tuple[int, int, int], dtyp
 def _words(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     """Random uint32 of a shape: Threefry-2x32 (Salmon et al. 2011) of each element's place, one word of its two.
 
-    It is jax.random's own cipher. That runs its rounds on CPUs as a loop over memory; written out, they are one pass. With
-    Gaussian noise a whole mirror step takes 0.57 of the time for it on 784-500-10, 0.68 on ResNet-20, and a run of the
-    mlp-mnist recipe's schedule about a quarter less. An element depends on its place alone, so that devices share the work.
+    It is jax.random's own cipher. That runs its rounds on CPUs as a loop over memory; written out, they are one pass
+    (``python -m benchmarks.noise`` times both). An element depends on its place alone, so that devices share the work.
     """
     seed = jax.random.bits(key, (2,), jnp.uint32)
     block, row, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(3))
