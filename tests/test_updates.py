@@ -1,5 +1,7 @@
 """The updates of B: where eq. 14 holds and where it cannot, clipping W and B alike, the weight mirror's own."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -38,8 +40,10 @@ def like_feedback(tree, feedback):
     return jax.tree.map(lambda b, x: None if b is None else x, feedback, tree, is_leaf=lambda x: x is None)
 
 
-def differences(tx, scales, seed=0):
+def differences(tx, scales, seed=0, first_layer=1.0):
     """W - B^T at the start and after every step, W and B given the same signals, of differing sizes; by matrix.
+
+    At every fourth step the gradient of the first layer, which has no B, is multiplied by ``first_layer``.
 
     In float64, and by ``tx`` itself: nothing here depends on what ``updates.kolen_pollack`` accepts.
     """
@@ -48,11 +52,13 @@ def differences(tx, scales, seed=0):
         rng = np.random.default_rng(seed + 1)
         signals = jax.tree.map(lambda x: rng.normal(0.3, 1, (len(scales), *x.shape)), w)
         signals = jax.tree.map(lambda g: jnp.asarray(np.asarray(scales).reshape(-1, *[1] * (g.ndim - 1)) * g), signals)
+        signals["a first layer"]["w"] = signals["a first layer"]["w"].at[3::4].multiply(first_layer)
+        update = partial(optax.with_extra_args_support(tx).update, value=1.0)
 
         def step(carry, signal):
             w, b, state_w, state_b = carry
-            change, state_w = tx.update(signal, state_w, w)
-            change_b, state_b = tx.update(like_feedback(signal, b), state_b, b)
+            change, state_w = update(signal, state_w, w)
+            change_b, state_b = update(like_feedback(signal, b), state_b, b)
             w, b = optax.apply_updates(w, change), optax.apply_updates(b, change_b)
             return (w, b, state_w, state_b), (like_feedback(w, b), b)
 
@@ -81,6 +87,20 @@ def heavy_ball(momentum, nesterov=False):
         return d
 
     return law
+
+
+def schedule_free(t):
+    """z decays by what y is, x is its average so far, and y, which trains, lies between the two."""
+    x = y = z = 1.0
+    for s in range(1, t + 1):
+        z -= ETA * LAMBDA * y
+        x += (z - x) / s
+        y = 0.1 * z + 0.9 * x
+    return y
+
+
+def every_other(step, **extra):
+    return step % 2 == 0
 
 
 WARMUP = optax.warmup_cosine_decay_schedule(0.0, ETA, 6, STEPS)
@@ -113,7 +133,28 @@ ACCEPTED = {
         optax.inject_hyperparams(optax.adamw)(learning_rate=ETA, weight_decay=LAMBDA),
         plain(ETA * LAMBDA),
     ),
-    "if finite": (optax.apply_if_finite(optax.adamw(ETA, weight_decay=LAMBDA), 5), plain(ETA * LAMBDA)),
+    "schedule-free": (contrib.schedule_free(l2(optax.sgd(ETA)), ETA, b1=0.9), schedule_free),
+    # Its changes are small differences of averages: refused for rounding, were it tried in float32 alone.
+    "schedule-free adamw": (contrib.schedule_free_adamw(ETA, weight_decay=LAMBDA), schedule_free),
+    "cocob": (contrib.cocob(), constant),
+    "a scheduled hyperparameter": (
+        l2(optax.inject_hyperparams(optax.sgd)(learning_rate=optax.linear_schedule(ETA, 0.0, STEPS))),
+        lambda t: np.prod([1 - ETA * (1 - s / STEPS) * LAMBDA for s in range(t)]),
+    ),
+    "every other step transformed": (
+        optax.conditionally_transform(l2(optax.sgd(ETA)), every_other),
+        lambda t: (1 - ETA * LAMBDA) ** ((t + 1) // 2),
+    ),
+    "every other step masked": (
+        optax.conditionally_mask(l2(optax.sgd(ETA)), every_other),
+        lambda t: (1 - ETA * LAMBDA) ** ((t + 1) // 2),
+    ),
+    "on a plateau": (  # the loss that it is told here never gets better: halved after each ten steps
+        optax.chain(l2(optax.sgd(ETA)), contrib.reduce_on_plateau(factor=0.5, patience=10)),
+        lambda t: np.prod([1 - ETA * 0.5 ** (s // 10) * LAMBDA for s in range(t)]),
+    ),
+    "NaNs as zeros": (optax.chain(optax.zero_nans(), l2(optax.sgd(ETA))), plain(ETA * LAMBDA)),
+    "clipped by block": (optax.chain(optax.clip_by_block_rms(0.5), l2(optax.sgd(ETA))), plain(ETA * LAMBDA)),
     "warm-up from zero": (
         l2(optax.sgd(WARMUP)),
         lambda t: np.prod([1 - float(WARMUP(s)) * LAMBDA for s in range(t)]),
@@ -140,9 +181,15 @@ def test_accepts_where_equation_14_holds(name):
     chex.assert_trees_all_equal(state, tx.init(feedback))
     # Float32's eps in some optimizers' constants is all that may come between.
     predicted = np.array([law(t) for t in range(STEPS + 1)])
-    for difference in jax.tree.leaves(differences(tx, [1.0, 30.0] * (STEPS // 2))):
+    # What becomes of parameters that have no B is no matter.
+    trials = [differences(tx, [1.0, 30.0] * (STEPS // 2), first_layer=size) for size in (1.0, np.nan)]
+    for difference in jax.tree.leaves(trials):
         scaled = predicted.reshape(-1, *[1] * (difference.ndim - 1)) * difference[0]
         np.testing.assert_allclose(difference, scaled, rtol=0, atol=1e-6)
+
+
+def every_third(skip):
+    return optax.MultiSteps(l2(optax.sgd(ETA)), 3, should_skip_update_fn=skip).gradient_transformation()
 
 
 WEIGHTS, MOMENTS, TREE = "size of the weights", "moments", "influence each other"
@@ -159,6 +206,20 @@ REFUSED = {
     "L2, clip": (l2(optax.clip(0.5), optax.sgd(ETA)), "decay"),
     "clipped by global norm": (optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(ETA)), TREE),
     "clipped by a large global norm": (optax.chain(optax.clip_by_global_norm(50.0), optax.adamw(ETA)), TREE),
+    "clipped by a huge global norm": (optax.chain(optax.clip_by_global_norm(1e6), optax.sgd(ETA)), TREE),
+    "clipped by global norm, labelled": (
+        optax.partition(
+            {"m": optax.chain(optax.clip_by_global_norm(1e6), optax.sgd(ETA)), "v": optax.sgd(ETA)},
+            {name: {"b": "v", "w": "m"} for name in trees()[0]},
+        ),
+        TREE,
+    ),
+    "if finite": (optax.apply_if_finite(optax.adamw(ETA, weight_decay=LAMBDA), 5), TREE),
+    "every third finite step": (every_third(optax.skip_not_finite), TREE),
+    "every third step that is not large": (every_third(partial(optax.skip_large_updates, max_squared_norm=1e9)), TREE),
+    "normalized": (optax.chain(contrib.normalize(), optax.sgd(ETA)), TREE),
+    "prodigy": (contrib.prodigy(), TREE),
+    "Polyak's step": (optax.polyak_sgd(), TREE),
     "noise": (optax.chain(optax.add_noise(0.01, 0.55, key=0), optax.sgd(ETA)), "noise"),
 }
 
@@ -170,13 +231,53 @@ def test_refuses_where_equation_14_cannot_hold(name):
     with pytest.raises(ValueError, match=reason) as refusal:
         updates.kolen_pollack(tx).init(feedback)
     assert "Kolen-Pollack" in str(refusal.value) and len(str(refusal.value)) < 700
-    # And rightly so: no common factor explains what becomes of W - B^T.
-    worst = 0.0
-    for difference in jax.tree.leaves(differences(tx, [0.01, 1.0, 100.0] * (STEPS // 3))):
-        first, last = difference[0].ravel(), difference[-1].ravel()
-        rest = last - first * (first @ last) / (first @ first)
-        worst = max(worst, np.linalg.norm(rest) / np.linalg.norm(first))
-    assert worst > 1e-6
+    # And rightly so: no common factor explains what becomes of W - B^T, at the latest when another gradient is large or
+    # not finite.
+    worst = []
+    for size in (1.0, 1e6, np.nan):
+        worst.append(0.0)
+        for difference in jax.tree.leaves(differences(tx, [0.01, 1.0, 100.0] * (STEPS // 3), first_layer=size)):
+            first, last = difference[0].ravel(), difference[-1].ravel()
+            rest = last - first * (first @ last) / (first @ first)
+            worst[-1] = max(worst[-1], np.nan_to_num(np.linalg.norm(rest) / np.linalg.norm(first), nan=np.inf))
+    assert max(worst) > 1e-6
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [optax.lookahead(optax.sgd(ETA), 5, 0.5), contrib.sam(optax.sgd(ETA), optax.sgd(0.1), opaque_mode=True), optax.lbfgs()],
+    ids=["lookahead", "sam", "lbfgs"],
+)
+def test_refuses_what_cannot_be_tried(tx):
+    """They want pairs of parameters, or the loss as a function."""
+    _, feedback = float32(trees())
+    with pytest.raises(ValueError, match="optimizer cannot train Kolen-Pollack's B: tried .* it raised"):
+        updates.kolen_pollack(tx).init(feedback)
+
+
+@pytest.mark.parametrize("bad", ["W", "B", "both"])
+def test_skips_for_both_or_neither_around_an_optimizer_of_both(bad):
+    """The way out that the refusal of apply_if_finite names: W - B^T decays at the steps taken, and stands still else."""
+    tx = l2(optax.sgd(ETA))
+    pair = optax.partition({"W": tx, "B": updates.kolen_pollack(tx)}, ("W", "B"))
+    together = optax.apply_if_finite(pair, 5)
+    w, b = float32(trees())
+    first = jax.tree.map(jnp.subtract, like_feedback(w, b), b)
+    state = together.init((w, b))
+    for i in range(4):
+        grads = jax.tree.map(lambda x, i=i: jnp.sin((3.0 + i) * x), w)
+        signal = like_feedback(grads, b)
+        if i == 1 and bad in ("W", "both"):  # in W's alone: a bias has no B
+            grads["dense"]["b"] = grads["dense"]["b"].at[0].set(jnp.nan)
+        if i == 1 and bad in ("B", "both"):
+            signal["dense"]["w"] = signal["dense"]["w"].at[0, 0].set(jnp.inf)
+        before = w, b
+        change, state = together.update((grads, signal), state, (w, b))
+        w, b = optax.apply_updates((w, b), change)
+        if i == 1:
+            chex.assert_trees_all_equal((w, b), before)
+    last = jax.tree.map(jnp.subtract, like_feedback(w, b), b)
+    chex.assert_trees_all_close(last, jax.tree.map(lambda d: d * (1 - ETA * LAMBDA) ** 3, first), atol=1e-6)
 
 
 def test_refused_whatever_tree_it_is_tried_on():

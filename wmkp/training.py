@@ -274,6 +274,7 @@ def make_steps(
         check_as_given("params", params)
         check_as_given("model_state", model_state)
         checks.number("mirror_steps", mirror_steps, "not be negative", lambda n: n >= 0, numbers.Integral)
+        updates.check_usable(optimizer, params)
         updates.check_finite(optimizer, params)
         if mirror_steps and not mirrors:
             raise ValueError(

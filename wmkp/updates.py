@@ -1,5 +1,6 @@
 """optax gradient transformations for feedback weights."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -59,25 +60,40 @@ def _check_holds(optimizer: optax.GradientTransformation, tree: Any) -> None:
     """Tries the optimizer on small arrays in the tree's structure: the difference of two weights must only shrink."""
     if not jax.tree.leaves(tree):
         return
+    try:
+        _try(optimizer, tree, jnp.float32)
+    except ValueError:  # or was it rounding, as where a change is the small difference of large averages?
+        with jax.enable_x64(True):
+            _try(optimizer, tree, jnp.float64)
+
+
+def _try(optimizer: optax.GradientTransformation, tree: Any, dtype: Any) -> None:
+    update: Any = optimizer.update
     random = np.random.default_rng(0)
-    small = lambda offset: _small(random, tree, offset)
-    w, b = small(0.0), small(1.0)
-    state_w, state_b = optimizer.init(w), optimizer.init(b)
-    other = jnp.zeros((1,))  # before it, so that its place in the tree is another too
-    alone = {"a": other, "w": jax.tree.leaves(w)[0]}
-    state_alone = _try_init(optimizer, alone)
-    seen = 0
+    small = lambda offset: _small(random, tree, offset, dtype)
+    start, b = small(0.0), small(1.0)
+    try:
+        state_w, state_b = optimizer.init(start), optimizer.init(b)
+        try:
+            update(start, state_w, start)
+        except TypeError:  # one that is to be told the loss
+            update = partial(update, value=jnp.ones((), dtype))
+            update(start, state_w, start)
+    except Exception as error:
+        raise ValueError(
+            "optimizer cannot train Kolen-Pollack's B: tried on small arrays in the structure of B's tree, it raised "
+            f"{checks.first_line(error)}. It must do with gradients, parameters and at most the loss (as value), and with "
+            "a tree that has None where W has no B."
+        ) from error
+    w, steps, seen = start, [], 0
     for step in range(_TRIALS):
         gradient = small(0.5)
         if step % 2:  # a large one, so that clipping shows
             gradient = jax.tree.map(lambda g: 100 * g, gradient)
-        u, state_w = optimizer.update(gradient, state_w, w)
-        v, state_b = optimizer.update(gradient, state_b, b)
+        u, state_w = update(gradient, state_w, w)
+        v, state_b = update(gradient, state_b, b)
         _check_is_finite(u)
-        if state_alone is not None:
-            first, state_alone = optimizer.update({"a": other, "w": jax.tree.leaves(gradient)[0]}, state_alone, alone)
-            _compare_alone(jax.tree.leaves(u)[0], first["w"])
-            alone = optax.apply_updates(alone, first)
+        steps.append((gradient, u))
         moved = False
         for x, y, p, q in zip(*(jax.tree.leaves(t) for t in (u, v, w, b)), strict=True):
             change, difference, size = np.asarray(x - y), np.asarray(p - q), float(jnp.max(jnp.abs(x)))
@@ -101,14 +117,44 @@ def _check_holds(optimizer: optax.GradientTransformation, tree: Any) -> None:
                 )
         seen += moved
         if seen >= 4:
-            return
+            break
         w, b = optax.apply_updates(w, u), optax.apply_updates(b, v)
+    _check_others_do_not_matter(optimizer.init, update, start, steps)
 
 
-def _small(random: np.random.Generator, tree: Any, offset: float) -> Any:
+def _check_others_do_not_matter(init: Any, update: Any, start: Any, steps: list[tuple[Any, Any]]) -> None:
+    """An array gets the updates that it got in its tree whatever the others' gradients are, or were they left out."""
+    first = lambda tree: jax.tree.leaves(tree)[0]
+    tree, place = {"a": jnp.zeros_like(first(start)), "w": first(start)}, 1  # its place in the tree is another too
+    try:
+        init(tree)
+    except Exception:  # one made for B's structure alone (labels, masks)
+        tree, place = start, 0
+    leaves, treedef = jax.tree.flatten(tree)
+    for other in (0.0, 1e15, np.nan):  # nothing, beyond any threshold (its square is a float32 too), not finite
+        params, state = tree, init(tree)
+        for gradient, expected in steps:
+            gradients = [jnp.full_like(x, other) for x in leaves]
+            gradients[place] = first(gradient)
+            u, state = update(treedef.unflatten(gradients), state, params)
+            params = optax.apply_updates(params, u)
+            _compare_alone(first(expected), jax.tree.leaves(u)[place])
+
+
+def _small(random: np.random.Generator, tree: Any, offset: float, dtype: Any = jnp.float32) -> Any:
     """Small arrays around ``offset``, in the tree's structure."""
     draw = lambda x: random.normal(offset, 1, (3, 4) if x.ndim >= 2 else (4,) * x.ndim)
-    return jax.tree.map(lambda x: jnp.asarray(draw(x), jnp.float32), tree)
+    return jax.tree.map(lambda x: jnp.asarray(draw(x), dtype), tree)
+
+
+def check_usable(optimizer: optax.GradientTransformation, params: Any) -> None:
+    """ValueError if the optimizer cannot update params from gradients alone."""
+    try:
+        jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params)
+    except Exception as error:
+        raise ValueError(
+            f"optimizer cannot be used here: given gradients and params alone, it raised {checks.first_line(error)}"
+        ) from error
 
 
 def check_finite(optimizer: optax.GradientTransformation, params: Any) -> None:
@@ -128,21 +174,14 @@ def _check_is_finite(update: Any) -> None:
         raise ValueError("optimizer makes updates that are not finite of gradients that are; look at its learning rate")
 
 
-def _try_init(optimizer: optax.GradientTransformation, alone: Any) -> Any:
-    try:
-        return optimizer.init(alone)
-    except Exception:  # an optimizer made for one structure (labels, masks) cannot be tried on another
-        return None
-
-
 def _compare_alone(together: jax.Array, alone: jax.Array) -> None:
     if not np.allclose(together, alone, rtol=1e-4, atol=1e-7 * float(jnp.max(jnp.abs(together)) + 1e-30)):
         raise ValueError(
             "optimizer cannot train Kolen-Pollack's B: the arrays of a tree influence each other's updates (as in "
-            "clipping by the global norm, or noise drawn over the tree), and W's tree is not B's, so that the two "
-            "get different "
-            "changes from the same signal. Take that part out of the optimizer; wmkp.updates.clip_together clips "
-            "both alike."
+            "clipping by the global norm, leaving out a step in which one is not finite or large, or noise drawn over the "
+            "tree), and W's tree is not B's, so that the two get different changes from the same signal. Take that part "
+            "out of the optimizer; wmkp.updates.clip_together clips both alike, and optax.apply_if_finite can go around "
+            "an optimizer of both."
         )
 
 
