@@ -370,3 +370,26 @@ def test_activities_with_dropout_stay_activities():
     feedback = {"table": None, "place": None, "w": params["w"]}
     _, (grads, _) = wmkp.value_and_grad(fun, wmkp.kolen_pollack())(params, feedback, tokens, mask, mixing)
     chex.assert_trees_all_close(grads, jax.grad(fun)(params, tokens, mask, mixing), rtol=1e-4, atol=1e-5)
+
+
+REJOINED = {  # a matrix that data has selected, taken apart into rows and put together again: what it is made of still
+    "rolled": lambda w: jnp.roll(w, 1, 0),
+    "columns rolled": lambda w: jnp.roll(w, 1, 1),
+    "rows concatenated": lambda w: jnp.concatenate([w[1:], w[:1]]),
+    "rows padded": lambda w: jnp.pad(w[:1], ((0, 5), (0, 0))),
+    "rows written": lambda w: jax.lax.dynamic_update_slice(jnp.zeros((6, 6)), w[:1], (2, 0)),
+}
+
+
+@pytest.mark.parametrize("name", REJOINED)
+def test_rows_of_a_matrix_that_data_selects_make_a_matrix(name):
+    def loss(params, x, k):
+        return jnp.sin(tanh_first(params, x) @ REJOINED[name](params["w"][k])).sum()
+
+    params = {**weights("w", shape=(4, 6, 6)), **weights("first")}
+    feedback = wmkp.init_feedback(B_KEY, wmkp.kolen_pollack(), loss, params, X, 1)
+    assert feedback["first"] is None and feedback["w"] is not None
+    _, (grads, _) = wmkp.value_and_grad(loss, wmkp.kolen_pollack())(params, feedback, X, 1)
+    delta = jnp.cos(tanh_first(params, X) @ REJOINED[name](params["w"][1])) @ REJOINED[name](feedback["w"][1]).T
+    expected = X.T @ (delta * (1 - tanh_first(params, X) ** 2))
+    chex.assert_trees_all_close(grads["first"], expected, rtol=1e-4, atol=1e-5)

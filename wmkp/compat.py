@@ -30,6 +30,7 @@ INDEXED = frozenset({"gather", "dynamic_slice"})
 JOINED = frozenset({"concatenate", "stack", "pad", "select_n"})
 # Write their updates over a part of their first operand.
 WRITTEN = frozenset({"scatter", "dynamic_update_slice"})
+GROWN = WRITTEN | frozenset({"concatenate", "stack", "pad"})  # their result may be larger than an operand
 ADDED = frozenset({"scatter-add", "scatter_add", "scatter-sub", "scatter_sub"})
 AFFINE = ADDED | frozenset({"add", "sub", "add_any"})
 MULTIPLIED = frozenset(

@@ -330,6 +330,9 @@ def _elementwise_varying(eqn: Any, kinds: Sequence[Kind]) -> tuple[bool, ...]:
         if shape and (len(shape) != out.ndim or any(a not in (1, b) for a, b in zip(shape, out.shape, strict=True))):
             return everywhere(out)
     varying = [v for v, shape in weights if shape] or [(False,) * out.ndim]
+    if eqn.primitive.name in compat.GROWN and not any(k.active and not k.weight for k in kinds):
+        # Rows that are joined to a matrix vary from row to row. (Beside an activation they are tokens of their own.)
+        varying += [tuple(a != b for a, b in zip(shape, out.shape, strict=True)) for _, shape in weights if shape]
     return tuple(any(axis) for axis in zip(*varying, strict=True))
 
 
