@@ -245,7 +245,11 @@ def test_refuses_where_equation_14_cannot_hold(name):
 
 @pytest.mark.parametrize(
     "tx",
-    [optax.lookahead(optax.sgd(ETA), 5, 0.5), contrib.sam(optax.sgd(ETA), optax.sgd(0.1), opaque_mode=True), optax.lbfgs()],
+    [
+        optax.lookahead(optax.sgd(ETA), 5, 0.5),
+        contrib.sam(optax.sgd(ETA), optax.sgd(0.1), opaque_mode=True),
+        optax.lbfgs(),
+    ],
     ids=["lookahead", "sam", "lbfgs"],
 )
 def test_refuses_what_cannot_be_tried(tx):
