@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -188,6 +189,28 @@ def test_worker_processes_change_nothing_and_go_away(stream):
         while multiprocessing.active_children() and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not multiprocessing.active_children()
+
+
+def test_worker_processes_do_not_outlive_one_that_is_killed(directory, child_environment):
+    code = f"""
+import multiprocessing, time
+from wmkp.experiments import streaming
+batches = streaming.train_batches(streaming.open_stream({str(directory)!r}, None, {SIZE}), 4, seed=1, workers=1)
+next(batches)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=child_environment, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        (worker,) = map(int, parent.stdout.readline().split())
+        os.kill(worker, 0)  # it is there
+        parent.kill()
+    deadline = time.monotonic() + 20
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.kill(worker, 0)
+            time.sleep(0.05)
 
 
 def test_next_readable_record_stands_in_for_a_bad_one(stream):
@@ -376,6 +399,45 @@ def test_damaged_files_are_named_and_damaged_records_are_not_fatal(tmp_path, cap
         for read in (data.load, streaming.open_stream):
             with pytest.raises(InputError, match=f"cannot read .*{file.name}: .*{message}"):
                 read(str(where), None)
+
+
+@pytest.mark.parametrize("way", ["resident", "streamed"])
+def test_a_file_damaged_at_random_is_refused_or_its_records_are_left_out(way, tmp_path):
+    """Whatever is read is as it was written, for records carry checksums; and nothing but InputError is raised."""
+    feature, image = (FIXED, flat) if way == "resident" else (ANY, photograph)
+    where = make(tmp_path, feature, {"train": [image(i) for i in range(24)], "test": [image(3)]})
+    (file,) = Path(where).glob("*train*record*")
+    content, rng = bytearray(file.read_bytes()), np.random.default_rng(0)
+
+    def read():
+        """What was read: the images and labels, by their red or, where another record stands in, their position."""
+        if way == "resident":
+            train = data.load(where, None, max_bad=1.0).train
+            return {x[0, 0, 0]: (x, label) for x, label in zip(train["image"], train["label"], strict=True)}
+        batch = joined(take(6, streaming.open_stream(where, None, 8), 4, seed=0))
+        return {i: (batch["image"][i], batch["label"][i]) for i in np.flatnonzero(batch["bad"] < 0)}
+
+    whole = read()
+    assert len(whole) == 24
+    left_out = refused = 0
+    for i in range(16):
+        damaged = content.copy()
+        if i % 4 == 3:
+            del damaged[rng.integers(len(damaged)) :]
+        else:
+            for place in rng.integers(0, len(damaged) if i % 2 else 200, 8):
+                damaged[place] ^= 1 << rng.integers(8)
+        file.write_bytes(damaged)
+        try:
+            found = read()
+            left_out += 24 - len(found)
+            for key, (pixels, label) in found.items():
+                np.testing.assert_array_equal(pixels, whole[key][0])
+                assert label == whole[key][1]
+        except InputError as error:
+            refused += 1
+            assert file.name in str(error)
+    assert left_out and refused >= 4
 
 
 def test_characters():
