@@ -366,6 +366,11 @@ WRONG = {
         for bad in (-0.1, NAN, "0.1", jnp.ones(3))
     },
     # --- make_steps
+    "an optimizer that wants the loss": (
+        lambda: make(rule=wmkp.feedback_alignment(), optimizer=optax.contrib.reduce_on_plateau()).init(KEY, PARAMS),
+        "optimizer cannot be used here", "'value'"),
+    "an optimizer that wants pairs": (
+        lambda: updates.kolen_pollack(optax.lookahead(SGD, 5, 0.5)).init(made(KP)), "optimizer", "tried on small arrays"),
     **{
         f"make_steps({name}={bad!r})": (functools.partial(make, **{name: bad}), name)
         for name, values in {

@@ -22,8 +22,11 @@ def kolen_pollack(optimizer: optax.GradientTransformation) -> optax.GradientTran
     leaves. That holds for SGD with momentum and weight decay in its gradient, for AdamW, and for whatever else takes a
     gradient element by element and decays linearly. It cannot hold where the size of a weight scales its update (LAMB,
     LARS, Adafactor's parameter scale), where weight decay is divided by a gradient's moments (Adam with L2 in its
-    gradient), or where arrays of a tree influence each other (clipping by the global norm; see ``clip_together``).
-    Those are refused, by trying the optimizer, when B's state is made.
+    gradient), or where arrays of a tree influence each other (clipping by the global norm: see ``clip_together``; or
+    leaving out steps that are not finite, as ``optax.apply_if_finite`` does: W's tree is not B's, and one could be left
+    out without the other). Those are refused, by trying the optimizer, when B's state is made. What leaves out steps can
+    go around both: ``optax.apply_if_finite(optax.partition({"W": optimizer, "B": kolen_pollack(optimizer)}, ("W", "B")),
+    5)`` is an optimizer of the pair (params, feedback).
 
     Args:
       optimizer: the very transformation that updates W (same learning rate, decay and momentum).
@@ -130,13 +133,13 @@ def _check_others_do_not_matter(init: Any, update: Any, start: Any, steps: list[
         init(tree)
     except Exception:  # one made for B's structure alone (labels, masks)
         tree, place = start, 0
-    leaves, treedef = jax.tree.flatten(tree)
+    leaves = jax.tree.leaves(tree)
     for other in (0.0, 1e15, np.nan):  # nothing, beyond any threshold (its square is a float32 too), not finite
         params, state = tree, init(tree)
         for gradient, expected in steps:
             gradients = [jnp.full_like(x, other) for x in leaves]
             gradients[place] = first(gradient)
-            u, state = update(treedef.unflatten(gradients), state, params)
+            u, state = update(jax.tree.unflatten(jax.tree.structure(tree), gradients), state, params)
             params = optax.apply_updates(params, u)
             _compare_alone(first(expected), jax.tree.leaves(u)[place])
 
