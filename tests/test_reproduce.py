@@ -225,17 +225,52 @@ def test_orders_keep_the_order_from_epoch_to_epoch_and_span_the_published(datase
     arguments = ["akrout-orders", "--epochs", 2, "--only", "mnist", "--reference", tmp_path, "--out", out]
     assert run_command(monkeypatch, *arguments) == 0
     rows, (first, second) = read(out / "mnist.csv"), read(out / "summary.csv")
-    of_first = [float(row["test_accuracy_percent"]) for row in rows if row["epoch"] == "0"]
-    assert len(of_first) == 2 and [row["order"] for row in rows] == ["0", "0", "1", "1"]
-    assert rows[0]["train_loss"] != rows[2]["train_loss"]
+    own, *of_first = [float(row["test_accuracy_percent"]) for row in rows if row["epoch"] == "0"]
+    assert len(of_first) == 2 and [row["order"] for row in rows] == ["0", "0", "1", "1", "2", "2"]
+    assert len({row["train_loss"] for row in rows}) == 6
     assert float(first["accuracy_least"]) == min(of_first) and float(first["accuracy_most"]) == max(of_first)
+    assert float(first["accuracy_own"]) == own
     assert (first["accuracy_published"], second["accuracy_published"]) == ("50", "51")
     printed = capsys.readouterr().out
-    assert "51.00" in printed and "published" in printed
-    orders = np.random.default_rng((0, 1)).permutation(len(dataset.train["label"]))
-    ordered = dataset._replace(train={key: x[orders] for key, x in dataset.train.items()})
-    again = published.run(published.PUBLISHED["bp"], ordered, HIDDEN, 2, 0)
-    assert [float(row["train_loss"]) for row in rows[2:]] == pytest.approx([row.train_loss for row in again], rel=1e-5)
+    assert "51.00" in printed and "Of 2 published accuracies" in printed
+    order = np.random.default_rng((0, 1)).permutation(len(dataset.train["label"]))
+    ordered = dataset._replace(train={key: x[order] for key, x in dataset.train.items()})
+    for begin, data_of_run in ((0, dataset), (2, ordered)):
+        again = published.run(published.PUBLISHED["bp"], data_of_run, HIDDEN, 2, 0)
+        losses = [float(row["train_loss"]) for row in rows[begin : begin + 2]]
+        assert losses == pytest.approx([row.train_loss for row in again], rel=1e-5)
+
+
+def test_the_verdict_is_that_of_the_farthest_run_at_the_last_epoch():
+    nan = float("nan")
+    kpm = {"run": "kpm", "what": "", "epoch": 9, "accuracy": 90.0, "matrix_angle": 0.0, "delta_angle": 0.0}
+    kpm |= {"delta_angle_sd": 0.0}  # B = W^T: every example's angle is 0
+    fa = kpm | {"run": "fa", "accuracy_published": 90.2, "matrix_angle": 38.0, "matrix_angle_published": 41.5}
+    fa |= {"delta_angle": 38.0, "delta_angle_published": 34.0, "delta_angle_sd": 2.0}
+    bp = fa | {"run": "bp", "accuracy_published": 89.9}
+    bp |= {f"{name}{end}": nan for name in ("matrix_angle", "delta_angle") for end in ("", "_published")}
+    bp["delta_angle_sd"] = nan
+    assert reproduce.verdict([bp, kpm, fa]) == (
+        "Farthest from the published at epoch 9: accuracy 0.20 points (fa; bound 0.3, met); matrix angle 3.50 degrees "
+        "(fa; bound 3, missed); delta angle 4.00 degrees (fa; bound 3, missed), and 2.0 standard deviations of single "
+        "examples at most."
+    )
+    assert reproduce.verdict([kpm]) == "" and reproduce.verdict([{"run": "x", "test_error": 1.0}]) == ""
+    headings, *lines = reproduce.table([bp, kpm, fa])
+    column = headings.index("delta angle's sd, published in sd")
+    assert [line[column] for line in lines] == ["-", "0.00", "2.00, -2.00"]
+    before = {key: x for key, x in fa.items() if key != "delta_angle_sd"}  # a run that is older than the column
+    assert reproduce.verdict([before]).endswith("(fa; bound 3, missed).")
+    assert "standard deviation" not in reproduce.caption([before])
+
+
+def test_orders_say_how_far_outside_the_published_lies():
+    line = {"run": "mnist", "epoch": 1, "accuracy_least": 87.0, "accuracy_most": 89.0, "accuracy_own": 89.5}
+    lines = [line | {"accuracy_published": x} for x in (88.0, 86.0, 86.5)]
+    assert reproduce.verdict(lines) == (
+        "Of 3 published accuracies, 1 lie among the other orders', 2 below the lowest (by up to 1.00 points). "
+        "Of 3 in the dataset's own order, 0 lie among the other orders', 3 above the highest (by up to 0.50 points)."
+    )
 
 
 def test_a_battery_is_its_runs_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):

@@ -259,9 +259,9 @@ class Reproduce:
         ]
     ]
     """akrout-mnist and akrout-cifar10: the curves published with the paper's NumPy code. akrout-orders: how far their first
-    epochs hang on the order of the data. akrout-mended: what each of that code's quirks changes. akrout-resnet20, akrout-tiny, akrout-imagenet: the paper's figures, test error and every
-    layer's angles, with ResNet-20 on CIFAR-10, ResNet-18 on Tiny ImageNet-100, ResNet-18 and -50 on ImageNet.
-    biotorch-lenet: BioTorch's table for LeNet on MNIST."""
+    epochs hang on the order of the data. akrout-mended: what each of that code's quirks changes. akrout-resnet20,
+    akrout-tiny, akrout-imagenet: the paper's figures, test error and every layer's angles, with ResNet-20 on CIFAR-10,
+    ResNet-18 on Tiny ImageNet-100, ResNet-18 and -50 on ImageNet. biotorch-lenet: BioTorch's table for LeNet on MNIST."""
     data_dir: DataDir = None
     """Where TFDS has its datasets prepared. Nothing is downloaded."""
     reference: Annotated[

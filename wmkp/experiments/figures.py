@@ -169,7 +169,7 @@ def published(
                 )
     panels[0].set(title="Test accuracy", ylabel="%")
     panels[1].set(title="Matrix angle: W to B", ylabel="degrees")
-    panels[2].set(title="Delta angle: δ to backprop's δ", ylabel="degrees")
+    panels[2].set(title="Delta angle: δ to backprop's δ", ylabel="degrees: mean, and sd of single examples")
     for axes in panels:
         _plain(axes)
         axes.set(xscale="log")

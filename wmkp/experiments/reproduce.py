@@ -69,6 +69,8 @@ BATTERIES = {
     "biotorch-lenet": Battery(_runs("lenet-mnist", "bp fa dfa ss brsf frsf kp kpm wm"), {"clip_norm": 1.0}, BIOTORCH),
 }
 ORDERS, ORDERS_EPOCHS = 8, 3  # how many fixed orders of the data are compared, and for how long
+# How near a curve's last epoch is to come to the published one: in what, and how near.
+BOUNDS = {"accuracy": ("points", 0.3), "matrix_angle": ("degrees", 3.0), "delta_angle": ("degrees", 3.0)}
 CURVES = {  # dataset, variants
     "akrout-mnist": ("mnist", published.PUBLISHED),
     "akrout-cifar10": ("cifar10", published.PUBLISHED),
@@ -144,7 +146,7 @@ def _curves(config: Reproduce, out: Path) -> list[dict[str, Any]]:
 
 
 def _orders(config: Reproduce, out: Path) -> list[dict[str, Any]]:
-    """BP's first epochs with the data in other orders, each kept from epoch to epoch as the published one is."""
+    """BP's first epochs in the dataset's own order (0) and in others (1, 2, ...), each kept from epoch to epoch."""
     epochs = ORDERS_EPOCHS if config.epochs is None else max(1, round(config.epochs))
     _started(config, out, epochs=epochs, orders=ORDERS, seed=config.seed)
     variant, summary = published.PUBLISHED["bp"], []
@@ -152,28 +154,29 @@ def _orders(config: Reproduce, out: Path) -> list[dict[str, Any]]:
         dataset = data.load(name, config.data_dir)
         theirs = _reference(config.reference, name, "bp") if config.reference else None
         curves = []
-        for order in range(ORDERS):
-            random = np.random.default_rng((config.seed, order))
-            places = random.permutation(len(dataset.train["label"]))
+        for order in range(1 + ORDERS):
+            places = np.arange(len(dataset.train["label"]))
+            if order:
+                places = np.random.default_rng((config.seed, order)).permutation(places)
             ordered = dataset._replace(train={key: x[places] for key, x in dataset.train.items()})
             curves.append(published.run(variant, ordered, published.HIDDEN[name], epochs, config.seed))
             rows = [{"order": i, **row._asdict()} for i, curve in enumerate(curves) for row in curve]
             _write(out / f"{name}.csv", rows)
-        for rows_of_epoch in zip(*curves, strict=True):
-            epoch = rows_of_epoch[0].epoch
-            found = [row.test_accuracy_percent for row in rows_of_epoch]
+        for own, *others in zip(*curves, strict=True):
+            found = [row.test_accuracy_percent for row in others]
             line = {
                 "run": name,
                 "what": f"BP, {ORDERS} orders",
-                "epoch": epoch + 1,
-                "train_loss": sum(row.train_loss for row in rows_of_epoch) / ORDERS,
+                "epoch": own.epoch + 1,
+                "train_loss": sum(row.train_loss for row in others) / ORDERS,
                 "accuracy_least": min(found),
                 "accuracy_mean": sum(found) / ORDERS,
                 "accuracy_most": max(found),
+                "accuracy_own": own.test_accuracy_percent,
             }
             if theirs:
-                line["train_loss_published"] = theirs[epoch]["train_loss"]
-                line["accuracy_published"] = theirs[epoch]["test_accuracy_percent"]
+                line["train_loss_published"] = theirs[own.epoch]["train_loss"]
+                line["accuracy_published"] = theirs[own.epoch]["test_accuracy_percent"]
             summary.append(line)
     return summary
 
@@ -302,10 +305,12 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "train loss": lambda line: _held_against(line, "train_loss", "{:.3g}"),
     "accuracy %": lambda line: _held_against(line, "accuracy"),
     "accuracy %, least, mean, most": lambda line: _numbers(line, "accuracy_least", "accuracy_mean", "accuracy_most"),
-    "published": lambda line: _numbers(line, "accuracy_published") if "accuracy_least" in line else "",
+    "own order, published": lambda line: (
+        _numbers(line, "accuracy_own", "accuracy_published") if "accuracy_least" in line else ""
+    ),
     "matrix angle": lambda line: _held_against(line, "matrix_angle"),
     "delta angle": lambda line: _held_against(line, "delta_angle"),
-    "delta angle's sd": lambda line: _numbers(line, "delta_angle_sd"),
+    "delta angle's sd, published in sd": lambda line: _numbers(_in_sd(line), "delta_angle_sd", "published_in_sd"),
     "error %": lambda line: _numbers(line, "test_error", "test_error_published"),
     "matrix angle, mean, worst": lambda line: _numbers(line, "matrix_mean", "matrix_worst"),
     "delta angle, mean, worst": lambda line: _numbers(line, "delta_mean", "delta_worst"),
@@ -325,6 +330,15 @@ def _held_against(line: dict[str, Any], name: str, form: str = "{:.2f}") -> str:
     return _numbers(line, name, f"{name}_published", f"{name}_largest_difference", form=form)
 
 
+def _in_sd(line: dict[str, Any]) -> dict[str, Any]:
+    """The line, and where the published delta angle lies from our mean, in standard deviations of single examples."""
+    off = line.get("delta_angle_published", math.nan) - line.get("delta_angle", math.nan)
+    if math.isnan(off) or "delta_angle_sd" not in line:
+        return line
+    sd = line["delta_angle_sd"]
+    return {**line, "published_in_sd": off / sd if sd else math.nan}
+
+
 def table(summary: Sequence[dict[str, Any]]) -> list[list[str]]:
     """The table that is printed, its headings first, columns without a number left out."""
     columns = [[heading, *map(fill, summary)] for heading, fill in COLUMNS.items()]
@@ -334,13 +348,56 @@ def table(summary: Sequence[dict[str, Any]]) -> list[list[str]]:
 def caption(summary: Sequence[dict[str, Any]]) -> str:
     """What the table's numbers are."""
     if "accuracy_least" in summary[0]:
-        return "Train loss: the mean over the orders, and the published. Accuracy: on the test set, over the orders."
-    examples = f"A delta angle: one example's, the mean and the standard deviation over {published.EXAMPLES} of them."
+        return (
+            "Train loss: the mean over the orders, and the published. Accuracy: on the test set; over the orders, in the "
+            "dataset's own, and the published."
+        )
+    examples = ""
+    if "delta_angle_sd" in summary[0]:
+        examples = (
+            f" A delta angle: one example's, the mean and the standard deviation over {published.EXAMPLES} of them"
+        )
+        examples += (
+            ", and by how many of these a published one, of a single example, is off." if verdict(summary) else "."
+        )
     if "accuracy_published" in summary[0]:
-        return f"Ours, the published, and the largest difference over the curve. Angles in degrees. {examples}"
+        return f"Ours, the published, and the largest difference over the curve. Angles in degrees.{examples}"
     if "accuracy" in summary[0]:
-        return f"Accuracy: on the test set. Angles in degrees. At the end. {examples}"
+        return f"Accuracy: on the test set. Angles in degrees. At the end.{examples}"
     return "Error: on the test set, ours, and the published where there is one. Angles: degrees, over the layers, at the end."
+
+
+def verdict(summary: Sequence[dict[str, Any]]) -> str:
+    """How far the curves are from the published, and whether that is within BOUNDS; "" if none was published."""
+    if "accuracy_least" in summary[0]:
+        return _place(summary)
+    said = []
+    for name, (unit, bound) in BOUNDS.items():
+        off = {line["run"]: abs(line.get(name, math.nan) - line.get(f"{name}_published", math.nan)) for line in summary}
+        if off := {run: x for run, x in off.items() if not math.isnan(x)}:
+            far, run = max((x, run) for run, x in off.items())
+            met = "met" if far <= bound else "missed"
+            said.append(f"{name.replace('_', ' ')} {far:.2f} {unit} ({run}; bound {bound:g}, {met})")
+    if not said:
+        return ""
+    found = [abs(_in_sd(line).get("published_in_sd", math.nan)) for line in summary]
+    if found := [x for x in found if not math.isnan(x)]:
+        said[-1] += f", and {max(found):.1f} standard deviations of single examples at most"
+    return f"Farthest from the published at epoch {summary[0]['epoch']:g}: {'; '.join(said)}."
+
+
+def _place(summary: Sequence[dict[str, Any]]) -> str:
+    """Where the published accuracies, and those in the dataset's own order, lie among the other orders'."""
+    said = []
+    for name, what in (("accuracy_published", "published accuracies"), ("accuracy_own", "in the dataset's own order")):
+        lines = [line for line in summary if name in line]
+        below = [line["accuracy_least"] - line[name] for line in lines if line[name] < line["accuracy_least"]]
+        above = [line[name] - line["accuracy_most"] for line in lines if line[name] > line["accuracy_most"]]
+        parts = [f"{len(lines) - len(below) - len(above)} lie among the other orders'"]
+        parts += [f"{len(below)} below the lowest (by up to {max(below):.2f} points)"] if below else []
+        parts += [f"{len(above)} above the highest (by up to {max(above):.2f} points)"] if above else []
+        said += [f"Of {len(lines)} {what}, {', '.join(parts)}."] if lines else []
+    return " ".join(said)
 
 
 def _print(config: Reproduce, summary: list[dict[str, Any]]) -> None:
@@ -351,4 +408,6 @@ def _print(config: Reproduce, summary: list[dict[str, Any]]) -> None:
     for line in lines:
         shown.add_row(*line)
     Console().print(shown)
+    if said := verdict(summary):
+        print(said)
     print(f"Written: {config.out}")
