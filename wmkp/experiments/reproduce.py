@@ -55,7 +55,7 @@ _ALIGNING = {
     "schedule": "cosine",
     "drop_epochs": (),
     "epochs": 60.0,
-    "mirror_every": 4,
+    "mirror_every": 1,
     "mirror_angle": 5.0,
 }
 
