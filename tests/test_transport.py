@@ -154,6 +154,7 @@ LOCAL = {
     "a gain for all": lambda p, x: (x[:, :, None] * p["v"][0]).repeat(2, 2).reshape(3, 12),
     "biases of some": lambda p, x: jnp.tanh(x.at[0].add(p["v"])) + x.at[:, 0].add(p["v"][:3]),
     "places of some": lambda p, x: jnp.tanh(x.at[:2].add(p["u"][:2]).at[1].subtract(p["v"])),
+    "places, scaled and averaged": lambda p, x: (2 * (x[:, None] + p["u"])).mean(1),
     "copies among activations": lambda p, x: (pairs(x) - x[:, None]).max(1) * p["v"],
 }
 

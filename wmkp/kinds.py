@@ -408,7 +408,8 @@ def _weight_kind(eqn: Any, kinds: Sequence[Kind]) -> Kind:
             return _made_of(eqn, kinds)
         if not indexed and not masked and not _is_matrix(varying):
             return _made_of(eqn, kinds)._replace(gain=(union.params, varying) if name == "mul" else None)
-        gain = (union.params, varying) if name == "mul" or any(k.gain for k in kinds) else None
+        multiplied = name == "mul" and sum(k.data or k.weight for k in kinds) > 1  # not by a constant
+        gain = (union.params, varying) if multiplied or any(k.gain for k in kinds) else None
         whole = not indexed and masked and varying == everywhere(out)  # there is no axis of examples
         masked = union.masked or (whole and all(k.static or k.masked for k in kinds if k.weight))
         return union._replace(varying=varying, gain=gain, unmirrored="data", masked=masked)

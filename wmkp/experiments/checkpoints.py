@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 import wmkp
+from wmkp import checks
 from wmkp.experiments.config import InputError, first_line
 
 SHOWN = 8  # of the differences between a checkpoint and what was expected
@@ -122,8 +123,7 @@ def _readable(name: str, manager: ocp.CheckpointManager, step: int) -> Iterator[
     except Exception as error:  # damage shows in any layer: TensorStore, Orbax, JSON, or here
         older = [s for s in manager.all_steps() if s < step]
         way_out = f"; delete it, and step {max(older)} is the latest" if older else ""
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(f"cannot read the checkpoint {name} ({reason}){way_out}") from error
+        raise InputError(f"cannot read the checkpoint {name} ({checks.first_line(error)}){way_out}") from error
 
 
 def _digest(state: Any, progress: dict[str, Any]) -> str:

@@ -35,6 +35,7 @@ from rich.progress import (
 from rich.table import Table
 
 import wmkp
+from wmkp import checks
 from wmkp.experiments import checkpoints, devices, feeds, logs, outputs, tasks
 from wmkp.experiments.config import RULES, InputError, Train, first_line, flag
 from wmkp.training import state_sharding
@@ -463,7 +464,7 @@ def read_config(directory: Path) -> Train:
             typeguard.check_type(values[name], kind)
         config = Train(**values)
     except (TypeError, KeyError, typeguard.TypeCheckError) as error:
-        raise InputError(f"{path} is damaged: {type(error).__name__}: {first_line(error)}") from None
+        raise InputError(f"{path} is damaged: {checks.first_line(error)}") from None
     try:
         config.check()
     except InputError as error:
