@@ -39,8 +39,8 @@ TEXTS = {
         "What the order of the data does to the first epochs",
         "BP again, in orders drawn at random, each kept from epoch to epoch as the published code kept its own. Every epoch of a curve "
         "ends on the same batches, which puts its test accuracies off in the same direction; the training loss, a mean over the epoch, "
-        "hardly shows it. From our curves, in the dataset's own order, to the lowest of these is most of the way to the published; whether their "
-        "order did all of it cannot be tried, since we do not have it: our MNIST is in the order of TFDS, our CIFAR-10 in that of its copy.",
+        "hardly shows it. From our curves above, in the dataset's own order (their bp.csv), to the lowest of these is most of the way to the "
+        "published; whether their order did all of it cannot be tried, since we do not have it: our MNIST is in the order of TFDS, our CIFAR-10 in that of its copy.",
     ),
     "akrout-mended": (
         "What each quirk changes",

@@ -305,9 +305,8 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "train loss": lambda line: _held_against(line, "train_loss", "{:.3g}"),
     "accuracy %": lambda line: _held_against(line, "accuracy"),
     "accuracy %, least, mean, most": lambda line: _numbers(line, "accuracy_least", "accuracy_mean", "accuracy_most"),
-    "own order, published": lambda line: (
-        _numbers(line, "accuracy_own", "accuracy_published") if "accuracy_least" in line else ""
-    ),
+    "the dataset's order": lambda line: _numbers(line, "accuracy_own"),
+    "published": lambda line: _numbers(line, "accuracy_published") if "accuracy_least" in line else "",
     "matrix angle": lambda line: _held_against(line, "matrix_angle"),
     "delta angle": lambda line: _held_against(line, "delta_angle"),
     "delta angle's sd, published in sd": lambda line: _numbers(_in_sd(line), "delta_angle_sd", "published_in_sd"),
@@ -348,10 +347,7 @@ def table(summary: Sequence[dict[str, Any]]) -> list[list[str]]:
 def caption(summary: Sequence[dict[str, Any]]) -> str:
     """What the table's numbers are."""
     if "accuracy_least" in summary[0]:
-        return (
-            "Train loss: the mean over the orders, and the published. Accuracy: on the test set; over the orders, in the "
-            "dataset's own, and the published."
-        )
+        return "Train loss: the mean over the drawn orders, and the published. Accuracy: on the test set, over those orders."
     examples = ""
     if "delta_angle_sd" in summary[0]:
         examples = (
