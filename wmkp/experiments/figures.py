@@ -69,7 +69,10 @@ def runs(directories: Sequence[Path]) -> bytes:
     others = iter(itertools.cycle(OTHERS))
     taken: set[str] = set()
     lines = []
-    for directory in directories:
+    names = [directory.resolve().name for directory in directories]
+    if len(set(names)) < len(names):
+        names = [str(directory) for directory in directories]
+    for name, directory in zip(names, directories, strict=True):
         path = directory / "test.csv"
         rows = logs.read(path) if path.exists() else []
         if not rows:
@@ -80,7 +83,7 @@ def runs(directories: Sequence[Path]) -> bytes:
             raise InputError(f"{directory / 'config.json'} is damaged: {first_line(error)}") from None
         style = next(others) if rule in taken or rule not in STYLES else STYLES[rule]
         taken.add(rule)
-        lines.append((str(directory), style, rows))
+        lines.append((name, style, rows))
     return _curves(lines, "")
 
 
