@@ -58,6 +58,7 @@ class Builder:
     def __init__(self, draw, wild):
         self.draw, self.shapes, self.text, self.wild = draw, {}, [], wild
         self.must_refuse = False
+        self.gain = False  # whether what was drawn by hand is a gain
         self.selected = False  # whether data selects from the weight in hand
         self.rng = np.random.default_rng(draw(st.integers(0, 2**20)))
         self.active = False  # whether the activation in hand depends on a parameter
@@ -251,6 +252,9 @@ class Builder:
         if self.wild and self.draw(st.integers(0, 3)) == 0:
             op, weight = self.unfollowable(op, weight, shape, size, out)
         self.active = True
+        if self.gain:  # no projection: its error is backprop's
+            self.gain = False
+            return lambda env, a: op(a, weight(env.params, env.data))
         return lambda env, a: env.product(op, a, weight)
 
     def unfollowable(self, op, weight, shape, size, out):
@@ -295,23 +299,51 @@ class Builder:
             "fft": lambda a, w: jnp.fft.irfft(jnp.fft.rfft(a)[:, :, None] * jnp.fft.rfft(w, axis=0), size, axis=1)[
                 :, 0
             ],
+            "tanh of all": lambda a, w: jnp.tanh(a[:, :, None] * w).reshape(N, -1)[:, :out],
+            "gelu": lambda a, w: jax.nn.gelu(w.T * a[:, None]).sum(2),
+            "outer": lambda a, w: jnp.tanh(jnp.einsum("nj,k->njk", a, np.ones(out)) * w).sum(1),
+            "edges": lambda a, w: (
+                jax.ops.segment_sum(
+                    a.T[np.arange(size * out) // out] * w.reshape(-1, 1), np.arange(size * out) % out, out
+                ).T
+            ),
+            "gain": lambda a, w: jnp.tanh((a * w[:, 0])[:, :, None] + np.ones(out)).sum(1),
+            "scatter, gain": lambda a, w: jnp.sin(a.at[0].mul(2.0) * w[:, 0]) @ np.ones((size, out)),
         }
         kind = self.choose(*(("weight", k) for k in changed), *(("hand", k) for k in by_hand))
+        if kind[0] == "hand" and not self.fans_out(by_hand[kind[1]], size, out):
+            self.text.append(f"{kind}, a gain")
+            self.gain = True
+            return by_hand[kind[1]], matrix
         self.text.append(f"UNFOLLOWABLE {kind}, active {self.active}")
         self.must_refuse |= self.active
         if kind[0] == "weight":
             return op, changed[kind[1]]
         return by_hand[kind[1]], matrix
 
+    def fans_out(self, op, size, out):
+        """Whether W carries a neuron's errors back, by numbers alone: does more than one sum of them vary with W?
+
+        At activities of zero, where W is in the state of no neuron that it leads to.
+        """
+        error = jax.jacobian(lambda a, w: op(jnp.zeros((N, size)).at[0].set(a), w)[0])
+        errors = [error(jnp.zeros(size), jnp.asarray(self.constant(size, out))) for _ in range(4)]
+        changes = np.stack([e - errors[0] for e in errors[1:]])  # (draws of W, out, size)
+        return any(np.linalg.matrix_rank(changes[:, :, j], 1e-9) > 1 for j in range(size))
+
     def local(self, size):
         """What is no projection: biases, gains, nonlinearities, and all that goes on among activations."""
         kind = self.choose(
             "bias", "gain", "gelu", "relu", "layer norm", "softmax", "attention", "sort", "cumsum", "permute", "dynamic slice",
             "pad", "where", "max", "custom_jvp", "custom_vjp", "embedding", "gated", "logsumexp", "prelu", "clip", "while",
-            "stop", "layout", "segment", "embedding sum", "outer",
+            "stop", "layout", "segment", "embedding sum", "outer", "thresholds", "gain first", "bias of a part",
         )  # fmt: skip
         self.text.append(kind)
-        v = self.param((size,)) if kind in ("bias", "gain", "layer norm", "prelu") else None
+        v = (
+            self.param((size,))
+            if kind in ("bias", "gain", "layer norm", "prelu", "gain first", "bias of a part")
+            else None
+        )
         if kind == "bias":
             return lambda env, a: a + v(env.params, env.data)
         if kind == "gain":
@@ -322,6 +354,13 @@ class Builder:
             )
         if kind == "prelu":
             return lambda env, a: jnp.where(a > 0, a, a * v(env.params, env.data))
+        if kind == "gain first":  # as normalizations have it
+            return lambda env, a: (lax.rsqrt(a.var(1, keepdims=True) + 0.1) * v(env.params, env.data)) * a
+        if kind == "bias of a part":
+            return lambda env, a: a.at[0].add(v(env.params, env.data))
+        if kind == "thresholds":
+            matrix = self.param((size, 3))
+            return lambda env, a: jnp.tanh(a[:, :, None] + matrix(env.params, env.data)).sum(2)
         if kind in ("embedding", "embedding sum"):
             self.active = True
             e = self.param((5, size))

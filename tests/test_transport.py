@@ -394,3 +394,118 @@ def test_rows_of_a_matrix_that_data_selects_make_a_matrix(name):
     delta = jnp.cos(tanh_first(params, X) @ REJOINED[name](params["w"][1])) @ REJOINED[name](feedback["w"][1]).T
     expected = X.T @ (delta * (1 - tanh_first(params, X) ** 2))
     chex.assert_trees_all_close(grads["first"], expected, rtol=1e-4, atol=1e-5)
+
+
+# --- a neuron's activity that fans out through weights ----------------------------------------------------------------
+
+
+def edges(p, h):
+    source, target = jnp.arange(36) // 6, jnp.arange(36) % 6
+    return jax.ops.segment_sum(h.T[source] * p["w"].reshape(36, 1), target, 6).T
+
+
+def chosen(p, k):
+    return jax.lax.cond(k > 0, lambda: p["w"], lambda: 2 * p["w"])
+
+
+copied = lambda h: h[:, :, None]
+FANS = {
+    "a custom derivative": lambda p, h, k: jax.nn.silu(copied(h) * p["w"]).sum(1),
+    "a power": lambda p, h, k: (jnp.exp(copied(h)) ** p["w"]).sum(1),
+    "a contraction": lambda p, h, k: jnp.einsum("njo,j->no", copied(h) * p["w"], jnp.ones(6)),
+    "a nonlinear weight": lambda p, h, k: jnp.tanh(copied(h) * jnp.tanh(p["w"])).sum(1),
+    "a gate among copies": lambda p, h, k: jnp.tanh(copied(h) * p["w"] * copied(jnp.exp(h))).sum(1),
+    "thresholds before it": lambda p, h, k: (jnp.tanh(copied(h) + 0 * p["first"]) * p["w"]).max(1),
+    "no sum at all": lambda p, h, k: copied(h) * p["w"],
+    "a repetition": lambda p, h, k: jnp.tanh(jnp.repeat(h, 6, 1) * p["w"].reshape(-1)).reshape(3, 6, 6).sum(1),
+    "an outer product": lambda p, h, k: jnp.tanh(jnp.einsum("nj,o->njo", h, jnp.ones(6)) * p["w"]).sum(1),
+    "one activity": lambda p, h, k: jnp.tanh(h[0, 0] * p["w"][0]),
+    "one activity at a time": lambda p, h, k: sum(jnp.tanh(h[0, i] * p["w"][i]) for i in range(6)),
+    "a mean": lambda p, h, k: jnp.tanh(h.mean(1, keepdims=True) * p["w"][0]),
+    "pooled activity": lambda p, h, k: jnp.tanh(copied(jnp.tanh(h.reshape(3, 2, 3).mean(1))) * p["w"][:3]).sum(1),
+    "the greatest activity": lambda p, h, k: jnp.tanh(copied(h.reshape(3, 2, 3).max(1)) * p["w"][:3]).sum(1),
+    "attended activity": lambda p, h, k: jnp.tanh(copied((X[:, None] * copied(h)).sum(1)) * p["w"]).sum(1),
+    "copies kept in a scan": lambda p, h, k: jnp.tanh(
+        jax.lax.scan(lambda c, _: (jnp.tanh(c), None), copied(h) * jnp.ones(6), None, 2)[0] * p["w"]
+    ).sum(1),
+    "edges of a graph": lambda p, h, k: edges(p, h),
+    "vmap": lambda p, h, k: jax.vmap(lambda w: jnp.tanh(h * w).sum(-1), 1, 1)(p["w"]),
+    "jit": lambda p, h, k: jnp.tanh(jax.jit(jnp.multiply)(copied(h), p["w"])).sum(1),
+    "a barrier": lambda p, h, k: jnp.tanh(jax.lax.optimization_barrier((h, copied(h) * p["w"]))[1]).sum(1),
+    "a branch": lambda p, h, k: jax.lax.cond(k > 0, lambda: copied(h) * p["w"], lambda: copied(h) * jnp.ones((6, 6))),
+    "a modulated weight": lambda p, h, k: jnp.einsum("ni,nio->no", X, copied(h) * p["w"]),
+    "a vector that data chooses": lambda p, h, k: jnp.tanh(h[:, :1] * chosen(p, k)[0]),
+    "a matrix that data chooses": lambda p, h, k: jnp.tanh(copied(h) * chosen(p, k)).sum(1),
+    "a matrix that data looks up": lambda p, h, k: jnp.tanh(copied(h) * p["w"].reshape(1, 6, 6)[k - 1]).sum(1),
+    "a nonlinear matrix that data looks up": lambda p, h, k: h @ jnp.tanh(p["w"].reshape(1, 6, 6)[k - 1]),
+    "a nonlinear matrix that data chooses": lambda p, h, k: h @ jnp.tanh(chosen(p, k)),
+    "a nonlinear vector that data masks": lambda p, h, k: h[:, :1] * jnp.tanh(p["w"][0] * X[0]),
+}
+
+
+@pytest.mark.parametrize("name", FANS)
+def test_activity_that_fans_out_through_weights_is_refused(name):
+    """It would be transport: where h is zero no state of any neuron depends on W, and yet the error at h does."""
+    params, k = weights("first", "w"), jnp.int32(1)
+    errors = []
+    for scale in (1.0, 1.5):
+        out, vjp = jax.vjp(lambda h, s=scale: FANS[name]({**params, "w": s * params["w"]}, h, k), jnp.zeros((3, 6)))
+        errors.append((out, vjp(jax.random.normal(KEY, out.shape))[0]))
+    chex.assert_trees_all_close(errors[0][0], errors[1][0])
+    assert not np.allclose(errors[0][1], errors[1][1])
+
+    fun = lambda p, x, k: jnp.sum(FANS[name](p, tanh_first(p, x), k) ** 2)
+    with pytest.raises(wmkp.WeightTransportError, match=r"params\['w'\].*through.*wmkp.backprop\(\)"):
+        wmkp.init_feedback(B_KEY, wmkp.kolen_pollack(), fun, params, X, k)
+    rules = {"^w$": wmkp.backprop(), ".*": wmkp.kolen_pollack()}
+    feedback = wmkp.init_feedback(B_KEY, rules, fun, params, X, k)
+    _, (grads, _) = wmkp.value_and_grad(fun, rules)(params, feedback, X, k)
+    chex.assert_trees_all_close(grads, jax.grad(fun)(params, X, k), rtol=1e-4, atol=1e-5)
+
+
+NO_FANS = {
+    "squeeze and excite": lambda p, h: h * jax.nn.sigmoid(h.mean(-1, keepdims=True)) * p["w"][0],
+    "copies in a table": lambda p, h: (h[:, None] * jax.nn.softmax(h)[:, :, None]).sum(1) * p["w"][0],
+    "thresholds": lambda p, h: jnp.tanh(copied(h) + p["w"]).sum(1),
+    "thresholds, the larger": lambda p, h: jnp.maximum(copied(h), p["w"]).sum(1),
+    "a gain along no copies": lambda p, h: jnp.tanh(jnp.broadcast_to(h[:, None], (3, 2, 6)) * p["w"][0]).sum(1),
+    "upsampling": lambda p, h: jnp.tanh(jnp.repeat(h[:, None], 4, 1) * p["w"][0]).mean(1),
+    "a permutation": lambda p, h: h[:, jnp.arange(6)[::-1]] * p["w"][0],
+    "a gain of a layer with one input": lambda p, h: jnp.tanh((h[:, :1] @ p["w"][:1]) * p["w"][0]),
+    "data's copies": lambda p, h: h + jnp.tanh(copied(X) * p["w"]).sum(1),
+}
+
+
+@pytest.mark.parametrize("name", NO_FANS)
+def test_gains_thresholds_and_biases_are_let_be(name):
+    params = weights("first", "w", "last")
+    fun = lambda p, x: jnp.sum((NO_FANS[name](p, tanh_first(p, x)) @ p["last"]) ** 2)
+    feedback = wmkp.init_feedback(B_KEY, wmkp.kolen_pollack(), fun, params, X)
+    mirrored = {path: None if b is None else params[path] for path, b in feedback.items()}
+    _, (grads, _) = wmkp.value_and_grad(fun, wmkp.kolen_pollack())(params, mirrored, X)
+    chex.assert_trees_all_close(grads, jax.grad(fun)(params, X), rtol=1e-4, atol=1e-5)
+
+
+SCALED = {
+    "all of a weight": lambda w, h: w / jnp.linalg.norm(h),
+    "its outputs": lambda w, h: w * jnp.exp(h.mean(0)),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_activity_that_scales_a_weights_outputs_is_a_gain_of_theirs(name):
+    """x (W s) is (x W) s, whose gradient it has, B in its place for x alone."""
+    params = weights("first", "w")
+    product = lambda w, h: h @ SCALED[name](w, h)
+    fun = lambda p, x: jnp.sum(product(p["w"], tanh_first(p, x)) ** 2)
+    other = jax.random.normal(B_KEY, (6, 6))
+    for b in (params["w"], other):
+        _, (grads, _) = wmkp.value_and_grad(fun, wmkp.kolen_pollack())(params, {"first": None, "w": b}, X)
+
+        def reference(p, b=b):
+            h = tanh_first(p, X)
+            stop = jax.lax.stop_gradient
+            back = h @ stop(SCALED[name](b, h))
+            return jnp.sum((stop(h) @ SCALED[name](p["w"], h) + back - stop(back)) ** 2)
+
+        chex.assert_trees_all_close(grads, jax.grad(reference)(params), rtol=1e-4, atol=1e-5)

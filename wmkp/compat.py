@@ -33,9 +33,8 @@ WRITTEN = frozenset({"scatter", "dynamic_update_slice"})
 GROWN = WRITTEN | frozenset({"concatenate", "stack", "pad"})  # their result may be larger than an operand
 ADDED = frozenset({"scatter-add", "scatter_add", "scatter-sub", "scatter_sub"})
 AFFINE = ADDED | frozenset({"add", "sub", "add_any"})
-MULTIPLIED = frozenset(
-    {"mul", "div", "pow", "atan2", "rem"}
-)  # elementwise, with a derivative that holds the other operand
+# Elementwise, with a derivative that holds the other operand.
+MULTIPLIED = frozenset({"mul", "div", "pow", "atan2", "rem", "igamma", "igammac"})
 
 # Elementwise or structural primitives in which a parameter beside an activation stays local to its own neuron.
 LOCAL = (

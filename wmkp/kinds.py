@@ -25,19 +25,18 @@ class Kind(NamedTuple):
     active: bool = False  # it depends on a parameter, so that an error must reach it
     obstacle: str | None = None  # a weight that B cannot follow: through which primitive
     unmirrored: str | None = None  # a weight that B can follow, but that mirror mode cannot reach: why
-    masked: bool = False  # a weight that data which no parameter enters has scaled or masked, element by element
+    masked: bool = False  # a weight that data which no parameter enters has scaled, masked or selected as a whole
     plain: bool = True  # each of its elements is one element of a parameter, unscaled
     varying: tuple[bool, ...] = ()  # of a weight: along which axes it varies (it is broadcast along the others)
     # Of an activation: which parameters it has just been multiplied by, elementwise, and along which axes these vary.
     gain: tuple[frozenset[int], tuple[bool, ...]] | None = None
+    product: Any = None  # an activation that is a product's output, untouched
+    stack: tuple[int, ...] = ()  # of a weight inside scans: the lengths of those along which it changes
     # Of an activation: along which axes it is the same active values over again. What weights multiply such copies by is a
     # projection written by hand: the error of a value copied is the sum of its copies' errors, each times its weight.
     copied: tuple[bool, ...] = ()
-    pooled: bool = (
-        False  # an activation made of sums over neurons (a norm's mean and variance): copies of it do not count
-    )
-    product: Any = None  # an activation that is a product's output, untouched
-    stack: tuple[int, ...] = ()  # of a weight inside scans: the lengths of those along which it changes
+    # The weights that copies have just been multiplied by, and along which axes; what comes next may show them to be gains.
+    fans: tuple[tuple["Product", tuple[bool, ...]], ...] = ()
 
     @property
     def weight(self) -> bool:
@@ -47,6 +46,11 @@ class Kind(NamedTuple):
     def static(self) -> bool:
         """A weight that no data has touched."""
         return bool(self.params) and not self.data
+
+    @property
+    def synaptic(self) -> bool:
+        """A weight still, and no activity made of one."""
+        return bool(self.params) and (not self.data or self.masked)
 
 
 CONSTANT = Kind()
@@ -88,6 +92,7 @@ class Product:
             and patches.applies(eqn.params, self.input_avals[0], self.weight_aval, self.output_aval)
         )
         self.bind = bind
+        self.pending = False  # whether what comes next may yet show it to be a gain (``Kind.fans``)
         self.bias: Any = None  # the weight added to its output, if one is: (plan, variable)
 
     def multiply(self, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -205,7 +210,7 @@ class Plan(NamedTuple):
     def products(self) -> Iterator[Product]:
         """Every product, those of inner plans included, in the order of evaluation."""
         for step in self.steps:
-            if step.product is not None:
+            if step.product is not None and not step.product.pending:
                 yield step.product
             for plan in step.plans:
                 yield from plan.products()
@@ -222,7 +227,7 @@ def _union(kinds: Sequence[Kind]) -> Kind:
         active=any(k.active for k in kinds),
         obstacle=next((k.obstacle for k in kinds if k.obstacle), None),
         unmirrored=next((k.unmirrored for k in kinds if k.unmirrored), None),
-        masked=any(k.masked for k in kinds) and not any(k.active and not k.weight for k in kinds),
+        masked=any(k.masked for k in kinds) and all(k.synaptic or not k.active for k in kinds),
         plain=all(k.plain for k in kinds if k.weight),
         stack=max((k.stack for k in kinds if k.weight), key=len, default=()),
     )
@@ -230,39 +235,6 @@ def _union(kinds: Sequence[Kind]) -> Kind:
 
 def _activation(kinds: Sequence[Kind]) -> Kind:
     return Kind(data=True, active=any(k.active for k in kinds))
-
-
-def _errs(kind: Kind) -> bool:
-    """Whether it is an activation that an error goes back through."""
-    return kind.active and kind.data and not kind.weight
-
-
-def _made_of(eqn: Any, kinds: Sequence[Kind]) -> Kind:
-    """An activation made of others, constants and weights: what it is a copy of, if it is one, and what it is pooled from.
-
-    What no error enters (a mask, dropout's noise) and weights leave copies copies; another active value ends them.
-    """
-    out = _activation(kinds)
-    name, shape = eqn.primitive.name, getattr(eqn.outvars[0].aval, "shape", ())
-    active = [(k, v.aval.shape) for k, v in zip(kinds, eqn.invars, strict=True) if _errs(k)]
-    summed = name.startswith("reduce_") and "axes" in eqn.params
-    if not active or summed or all(k.pooled for k, _ in active):
-        return out._replace(pooled=summed or bool(active))
-    if name in compat.LAYOUT:
-        return out._replace(copied=_layout_copied(eqn, active[0][0].copied))
-    # What is pooled, or one value for all, is nobody's copy, and ends none.
-    active = [(k, before) for k, before in active if not k.pooled and math.prod(before) > 1]
-    if active and all(len(before) == len(shape) for _, before in active):
-        copies = [_spread(k, before, shape) for k, before in active]
-        return out._replace(copied=tuple(map(all, zip(*copies, strict=True))))
-    return out
-
-
-def _spread(kind: Kind, before: tuple[int, ...], shape: tuple[int, ...]) -> tuple[bool, ...]:
-    """Along which axes an activation is copied as it meets others elementwise, in this shape: an axis of size one is too."""
-    if kind.pooled or math.prod(before) == 1:
-        return (False,) * len(shape)
-    return tuple(c or m < n for c, m, n in zip(kind.copied or (False,) * len(shape), before, shape, strict=True))
 
 
 def everywhere(aval: Any) -> tuple[bool, ...]:
@@ -288,22 +260,6 @@ def _layout_varying(eqn: Any, varying: tuple[bool, ...]) -> tuple[bool, ...]:
     return everywhere(eqn.outvars[0].aval)
 
 
-def _layout_copied(eqn: Any, copied: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Along which axes an activation is copied after a layout change."""
-    before, shape, name = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape, eqn.primitive.name
-    copied = copied or (False,) * len(before)
-    if name == "broadcast_in_dim":
-        result = [size > 1 and math.prod(before) > 1 for size in shape]  # one value for all is no neuron's
-        for axis, out in enumerate(eqn.params["broadcast_dimensions"]):
-            result[out] = copied[axis] or (math.prod(before) > 1 and before[axis] < shape[out])
-        return tuple(result)
-    if name in {"transpose", "squeeze", "reshape"}:
-        return _layout_varying(eqn, copied)
-    if len(before) != len(shape):
-        return ()
-    return tuple(c or (name == "tile" and n > m) for c, m, n in zip(copied, before, shape, strict=True))
-
-
 def _reshape_varying(old: tuple[int, ...], new: tuple[int, ...], varying: tuple[bool, ...]) -> tuple[bool, ...]:
     """Axes are split or merged in runs of equal size; a run that varies anywhere varies along all that it becomes."""
     result: list[bool] = []
@@ -320,6 +276,77 @@ def _reshape_varying(old: tuple[int, ...], new: tuple[int, ...], varying: tuple[
                 i += 1
         result.extend(any_varies and size > 1 for size in new[start:stop])
     return tuple(result)
+
+
+def _copied(eqn: Any, kinds: Sequence[Kind], shape: tuple[int, ...]) -> tuple[bool, ...]:
+    """Along which axes an equation's result, of this shape, is the same active values over again.
+
+    Weights, constants and data do not end a repetition (with zeros added, or ones multiplied, there would be one still);
+    an activation that is none does.
+    """
+    name = eqn.primitive.name
+    active = [i for i, k in enumerate(kinds) if k.active and not k.synaptic]
+    if not active or name == "conv_general_dilated":
+        return ()
+    a = active[0]
+    old = eqn.invars[a].aval.shape
+    was = kinds[a].copied or (False,) * len(old)
+    if name == "broadcast_in_dim":
+        again = [True] * len(shape)
+        for axis, out in enumerate(eqn.params["broadcast_dimensions"]):
+            again[out] = was[axis] or old[axis] != shape[out]
+    elif name in {"transpose", "squeeze", "reshape"}:
+        again = list(_layout_varying(eqn, was))
+    elif name == "tile":
+        again = [r or reps > 1 for r, reps in zip(was, eqn.params["reps"], strict=True)]
+    elif name == "dot_general":
+        if len(active) == 2:
+            return ()
+        again = _copied_by_dot(eqn, a, was)
+    elif name == "gather" and active == [0]:
+        again = _copied_by_gather(eqn, old)
+    elif len(old) == len(shape) and (name in compat.LAYOUT or name == "dynamic_slice"):
+        again = list(was)
+    elif name.startswith("reduce_") and "axes" in eqn.params:
+        again = [r for axis, r in enumerate(was) if axis not in eqn.params["axes"]]
+    else:
+        again = [True] * len(shape)
+        for i in active:
+            old = eqn.invars[i].aval.shape
+            if old and len(old) != len(shape):
+                return ()
+            was = kinds[i].copied or (False,) * len(old)
+            if old:
+                again = [g and (r or n != m) for g, r, n, m in zip(again, was, old, shape, strict=True)]
+    return tuple(r and size > 1 for r, size in zip(again, shape, strict=True))
+
+
+def _copied_by_dot(eqn: Any, active: int, was: tuple[bool, ...]) -> list[bool]:
+    """A product with data that sums over nothing copies the activation along the axes that are the data's alone."""
+    contract, batch = eqn.params["dimension_numbers"]
+    rank = [len(v.aval.shape) for v in eqn.invars]
+    free = [[a for a in range(rank[i]) if a not in (*contract[i], *batch[i])] for i in (0, 1)]
+    copies = all(eqn.invars[active].aval.shape[a] == 1 for a in contract[active])
+    own = lambda i: [was[a] for a in free[i]] if i == active else [copies] * len(free[i])
+    return [*(was[a] for a in batch[active]), *own(0), *own(1)]
+
+
+def _copied_by_gather(eqn: Any, old: tuple[int, ...]) -> list[bool]:
+    """More places than there are values to fill them repeat some (fewer are a permutation or a choice)."""
+    numbers, shape = eqn.params["dimension_numbers"], eqn.outvars[0].aval.shape
+    places = [a for a in range(len(shape)) if a not in numbers.offset_dims]
+    from_which = [*numbers.collapsed_slice_dims, *numbers.operand_batching_dims]
+    more = math.prod(shape[a] for a in places) > math.prod(old[a] for a in from_which)
+    batched = len(numbers.operand_batching_dims)
+    return [more and a in places[batched:] for a in range(len(shape))]
+
+
+def _places(eqn: Any) -> bool:
+    """Whether an index has axes of its own: one lookup for each example."""
+    if eqn.primitive.name == "dynamic_slice":
+        return False
+    offset = eqn.params["dimension_numbers"].offset_dims
+    return any(size > 1 and a not in offset for a, size in enumerate(eqn.outvars[0].aval.shape))
 
 
 def _elementwise_varying(eqn: Any, kinds: Sequence[Kind]) -> tuple[bool, ...]:
@@ -403,14 +430,15 @@ def _weight_kind(eqn: Any, kinds: Sequence[Kind]) -> Kind:
         if not follows:
             # What is made of a masked matrix is no activity of neurons: it would carry W's own transpose unseen.
             local = name in compat.LOCAL and (union.obstacle or any(k.static for k in kinds))
-            if _is_matrix(varying) and (local or union.masked):
+            if (_is_matrix(varying) and local) or (any(varying) and union.masked):
                 return union._replace(obstacle=union.obstacle or name, varying=varying)
-            return _made_of(eqn, kinds)
+            return _activation(kinds)
         if not indexed and not masked and not _is_matrix(varying):
-            return _made_of(eqn, kinds)._replace(gain=(union.params, varying) if name == "mul" else None)
+            return _activation(kinds)._replace(gain=(union.params, varying) if name == "mul" else None)
         multiplied = name == "mul" and sum(k.data or k.weight for k in kinds) > 1  # not by a constant
         gain = (union.params, varying) if multiplied or any(k.gain for k in kinds) else None
-        whole = not indexed and masked and varying == everywhere(out)  # there is no axis of examples
+        # There is no axis of examples. (A vector that is looked up is an embedding.)
+        whole = masked and varying == everywhere(out) and not (indexed and (_places(eqn) or not _is_matrix(varying)))
         masked = union.masked or (whole and all(k.static or k.masked for k in kinds if k.weight))
         return union._replace(varying=varying, gain=gain, unmirrored="data", masked=masked)
     if not follows:
@@ -424,13 +452,27 @@ def _weight_kind(eqn: Any, kinds: Sequence[Kind]) -> Kind:
 
 def join(a: Kind, b: Kind, varying: tuple[bool, ...], name: str) -> Kind:
     """The kind of a value that may be either (a loop's carry, a branch's result)."""
-    a, b = (k._replace(gain=None, product=None, copied=(), pooled=False) for k in (a, b))
+    a, b = _outside(a), _outside(b)
     if a == b:
         return a
     union = _union([a, b])
+    active = [k.copied for k in (a, b) if k.active and not k.synaptic]
+    copied = tuple(all(r) for r in zip(*active, strict=True)) if all(active) else ()
     if not union.weight or (union.data and not _is_matrix(varying)):
-        return Kind(data=union.data, active=union.active)
-    return union._replace(plain=False, unmirrored=union.unmirrored or name, varying=varying)
+        return Kind(data=union.data, active=union.active, copied=copied)
+    return union._replace(plain=False, unmirrored=union.unmirrored or name, varying=varying, copied=copied)
+
+
+def _outside(kind: Kind) -> Kind:
+    """A kind beyond a loop's or a branch's border: what it has just come from is forgotten."""
+    return kind._replace(gain=None, product=None, fans=())
+
+
+def settle(kinds: Sequence[Kind]) -> None:
+    """What fans out here goes where nothing can show it to be a gain."""
+    for kind in kinds:
+        for product, _ in kind.fans:
+            product.pending = False
 
 
 class Analyser:
@@ -453,6 +495,7 @@ class Analyser:
             operands = [read(v) for v in eqn.invars]
             step, outs = self.step(eqn, bind, operands, lengths, plan)
             if not step.plans:
+                step, outs = self.fan_out(step, bind, operands, outs, lengths)
                 self.note_uses(step, operands, outs)
             plan.steps.append(step)
             env.update(zip(eqn.outvars, outs, strict=True))
@@ -487,7 +530,7 @@ class Analyser:
         if compat.has_jaxpr(eqn):
             return self.opaque(eqn, bind, kinds, lengths)
         if not weights:
-            out = _made_of(eqn, kinds)
+            out = _activation(kinds)
             if name in compat.LAYOUT:
                 if kinds[0].gain:
                     out = out._replace(gain=(kinds[0].gain[0], _layout_varying(eqn, kinds[0].gain[1])))
@@ -505,15 +548,6 @@ class Analyser:
                 eqn, bind, [k.weight for k in kinds].index(True), kinds, "mul of complex numbers", lengths
             )
             return Step(eqn, "bind", bind, (), product), [_activation(kinds)] * count
-        if name in compat.MULTIPLIED:
-            shape = eqn.outvars[0].aval.shape
-            copies = [_spread(k, v.aval.shape, shape) for k, v in zip(kinds, eqn.invars, strict=True) if _errs(k)]
-            for i, kind in enumerate(kinds):
-                if kind.weight and any(
-                    c and v for copied in copies for c, v in zip(copied, kind.varying, strict=False)
-                ):
-                    product = Product(eqn, bind, i, kinds, f"{name} by copies of an activation", lengths)
-                    return Step(eqn, "bind", bind, (), product), [_activation(kinds)] * count
         if name in compat.AFFINE:
             self.note_bias(eqn, kinds, plan)
         out = _weight_kind(eqn, kinds)
@@ -548,6 +582,50 @@ class Analyser:
         step = Step(eqn, "bind" if obstacle else "product", bind, (), product)
         return step, [out._replace(product=product)]
 
+    def fan_out(
+        self, step: Step, bind: Bind, kinds: list[Kind], outs: list[Kind], lengths: tuple[int, ...]
+    ) -> tuple[Step, list[Kind]]:
+        """Finds the weights through which a neuron's activity fans out to several: w_k x, x a copy for each k.
+
+        The error of x is the sum over k of w_k delta_k, whatever comes then, unless that is another activation y_k: for
+        w_k x y_k is a gain of x y_k (a normalization's, say), and W x y a projection's output under one.
+        """
+        eqn, name = step.eqn, step.eqn.primitive.name
+        if name == "optimization_barrier":
+            return step, [o._replace(copied=k.copied, fans=k.fans) for o, k in zip(outs, kinds, strict=True)]
+        if not any(k.active for k in outs):  # no error comes back
+            return step, outs
+        # What a projection makes are neurons of their own.
+        copied = () if step.product else _copied(eqn, kinds, eqn.outvars[0].aval.shape)
+        among = lambda along: tuple(map(all, zip(copied, along, strict=False)))
+        fans: list[tuple[Product, tuple[bool, ...]]] = []
+        for i, kind in enumerate(kinds):
+            for product, along in kind.fans:
+                if name in compat.LAYOUT and any(copied):
+                    fans.append((product, _layout_varying(eqn, along)))
+                elif name in {"neg", "mul"} or (name == "div" and i == 0):
+                    if any(among(along)):
+                        fans.append((product, along))
+                elif step.action == "product" and step.product is not None and step.product.weight == i:
+                    inputs, size = step.product.axes()[1], eqn.invars[i].aval.shape
+                    product.pending &= all(kind.copied[a] or size[a] == 1 for a in inputs)
+                else:
+                    product.pending = False
+        if name in compat.MULTIPLIED and any(copied):
+            for i, kind in enumerate(kinds):
+                along = _elementwise_varying(eqn, [k if j == i else CONSTANT for j, k in enumerate(kinds)])
+                if kind.synaptic and any(among(along)):
+                    others = [kind if j == i else _activation([k]) for j, k in enumerate(kinds)]
+                    product = Product(eqn, bind, i, others, f"{name} by copies of an activation", lengths)
+                    product.pending = True
+                    step = step._replace(product=product)
+                    fans.append((product, among(along)))
+        for i, out in enumerate(outs):
+            if out.active:
+                again = copied if i == 0 or not any(copied) else _copied(eqn, kinds, eqn.outvars[i].aval.shape)
+                outs[i] = out._replace(copied=again, fans=tuple(fans))
+        return step, outs
+
     def note_uses(self, step: Step, kinds: list[Kind], outs: list[Kind]) -> None:
         """A weight may be laid out anew and multiply an activation; any other use adds a gradient that B has not."""
         for i, kind in enumerate(kinds):
@@ -578,9 +656,10 @@ class Analyser:
         step = Step(eqn, "bind", bind)
         weights = [i for i, k in enumerate(kinds) if k.weight]
         if not weights:
-            return step, [_made_of(eqn, kinds) if count == 1 else _activation(kinds)] * count
+            return step, [_activation(kinds)] * count
         if name in compat.CUSTOM:
             inner = self.plan(compat.inner_jaxpr(eqn), kinds, lengths)
+            settle(inner.outputs)
             hidden = sorted(inner.products(), key=lambda p: p.obstacle is None)
             outs = [k._replace(obstacle=k.obstacle or name) if k.weight else k for k in inner.outputs]
             if not hidden:
@@ -599,24 +678,26 @@ class Analyser:
     def shard_map(self, eqn: Any, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
         """Each device's part of a weight has its part of B; what mirror mode would need is the whole."""
         inner = [
-            k._replace(gain=None, product=None, unmirrored=(k.unmirrored or "shard_map") if k.weight else None)
+            _outside(k)._replace(unmirrored=(k.unmirrored or "shard_map") if k.weight else None, copied=())
             for k in kinds
         ]
         plan = self.plan(compat.inner_jaxpr(eqn), inner, (*lengths, compat.sharding(eqn.params).devices))
         outs = [k._replace(obstacle=k.obstacle or "shard_map") if k.weight else k for k in plan.outputs]
-        return Step(eqn, "shard_map", None, (plan,)), [k._replace(gain=None, product=None) for k in outs]
+        settle([*kinds, *outs])
+        return Step(eqn, "shard_map", None, (plan,)), [_outside(k)._replace(copied=()) for k in outs]
 
     def cond(self, eqn: Any, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
         plans = tuple(self.plan(branch, kinds[1:], lengths) for branch in eqn.params["branches"])
+        settle([k for plan in plans for k in plan.outputs])
         outs = plans[0].outputs
         for plan in plans[1:]:
             avals = [v.aval for v in eqn.outvars]
             outs = [join(a, b, everywhere(v), "cond") for a, b, v in zip(outs, plan.outputs, avals, strict=True)]
         if kinds[0].data:
-            outs = [k._replace(data=True, unmirrored="cond") if k.weight else k._replace(data=True) for k in outs]
+            outs = [k._replace(data=True, unmirrored="cond" if k.weight else None, masked=k.synaptic) for k in outs]
         for plan in plans:
             self.note_joined(plan.outputs, outs)
-        return Step(eqn, "cond", None, plans), [k._replace(gain=None, product=None) for k in outs]
+        return Step(eqn, "cond", None, plans), [_outside(k) for k in outs]
 
     def scan(self, eqn: Any, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
         jaxpr, _ = compat.open_jaxpr(eqn.params["jaxpr"])
@@ -628,10 +709,12 @@ class Analyser:
             varying = kind.varying[1:] if sliced else kind.varying
             stack = (*kind.stack, eqn.params["length"]) if sliced and kind.weight else kind.stack
             copied = kind.copied[1:] if sliced else kind.copied
-            inner[i] = kind._replace(varying=varying, gain=None, product=None, copied=copied, stack=stack)
+            inner[i] = _outside(kind)._replace(varying=varying, stack=stack, copied=copied)
+        settle(kinds)
         lengths = (*lengths, eqn.params["length"])
         while True:
             plan = self.plan(eqn.params["jaxpr"], inner, lengths)
+            settle(plan.outputs)
             settled = True
             for c in range(carries):
                 i = consts + c
@@ -648,6 +731,7 @@ class Analyser:
         outs = list(inner[consts : consts + carries])
         for kind in plan.outputs[carries:]:
             varying = (kind.weight, *kind.varying)
+            copied = (False, *kind.copied) if kind.copied else ()
             stack = kind.stack[: len(lengths) - 1]
-            outs.append(kind._replace(varying=varying, gain=None, product=None, copied=(), stack=stack))
+            outs.append(_outside(kind)._replace(varying=varying, stack=stack, copied=copied))
         return Step(eqn, "scan", None, (plan,)), outs

@@ -11,7 +11,7 @@ import numpy as np
 
 from wmkp import checks
 from wmkp.interpreter import collect
-from wmkp.kinds import Analyser, Kind, Plan, Product, everywhere
+from wmkp.kinds import Analyser, Kind, Plan, Product, everywhere, settle
 
 
 class WeightTransportError(ValueError):
@@ -231,6 +231,7 @@ def analyse(fun: Callable[..., Any], params: Any, *args: Any) -> Analysis:
     ]
     analyser = Analyser()
     plan = analyser.plan(jaxpr, kinds + [Kind(data=True)] * len(traced), ())
+    settle(plan.outputs)
     shared = analyser.shared.union(*(kind.params for kind in plan.outputs))
     return Analysis(plan, paths, out_tree, frozenset(shared))
 
