@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 LEAST = 2**24  # multiplications below which it is not worth it
-FEW = 32  # outputs beyond which XLA's own is as fast or faster, and needs less memory
+FEW = 32  # outputs beyond which XLA's own is mostly as fast or faster, and needs less memory
 CHUNK = 2**19  # entries of the patches that are laid out at a time: 2 MB
 
 

@@ -133,7 +133,7 @@ def initial(key: jax.Array, sizes: tuple[int, int, int]) -> Any:
 def moving(images: np.ndarray, variant: Variant) -> Any:
     """An index of the pixels whose weights training moves: where no image is lit, a weight has no gradient.
 
-    Of MNIST's 784 that leaves 717, and the two products of the hidden layer a tenth less to do.
+    Of MNIST's 784 that leaves 717, and the two products of the hidden layer a twelfth less to do.
     """
     lit = np.flatnonzero(images.any(0))
     return slice(None) if variant.weight_decay or len(lit) == images.shape[1] else lit
