@@ -450,6 +450,70 @@ def test_hessian_vector_products_through_an_engaged_function():
     chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def gated(params, x, s):
+    """A hidden layer's matrix scaled by data, by itself and by parts; s (6, 6)."""
+    h = jnp.tanh(x @ params[0])
+    h = jnp.tanh(h @ (s * params[1]))
+    return jnp.sum(jnp.tanh(h @ (params[2] / (1 + s[0]))) ** 2)
+
+
+def gated_in_a_scan(params, x, s):
+    h, _ = jax.lax.scan(lambda h, gate: (jnp.tanh(h @ (gate * params[1])), None), jnp.tanh(x @ params[0]), s)
+    return jnp.sum((h @ params[2]) ** 2)
+
+
+def gated_in_a_branch(params, x, s):
+    h = jnp.tanh(x @ params[0])
+    w = jax.lax.cond(x[0, 0] < 9, lambda: s * params[1], lambda: s @ s)
+    return jnp.sum(jnp.tanh(h @ w) @ params[2])
+
+
+def gated_under_remat(params, x, s):
+    return jnp.sum(jax.checkpoint(lambda w: jnp.tanh(jnp.tanh(x @ params[0]) @ (w * s)))(params[1]) @ params[2])
+
+
+def selected_and_gated(params, x, s):
+    h = jnp.tanh(x @ params[0])
+    return jnp.sum(jnp.tanh(h @ (s * params[1][jnp.argsort(s[0])])) @ params[2])
+
+
+GATED = (gated, gated_in_a_scan, gated_in_a_branch, gated_under_remat, selected_and_gated)
+
+
+@pytest.mark.parametrize("loss", GATED, ids=lambda f: f.__name__)
+def test_an_engaged_gradient_may_be_differentiated_by_data_that_scale_a_weight(loss):
+    params, x = list(layers(3, 6)), jax.random.normal(KEY, (3, 6))
+    s = 0.5 + jax.random.uniform(KEY, (6, 6))
+    rule = wmkp.kolen_pollack()
+    feedback = mirrored(wmkp.init_feedback(KEY, rule, loss, params, x, s), params)
+    engaged = wmkp.engage(loss, rule)
+    of_data = lambda fun, *more: lambda s: fun(params, *more, x, s)
+    within = lambda params, feedback, x, s: wmkp.engage(lambda p, x: loss(p, x, s), rule)(params, feedback, x)
+
+    # B = W does not move with s: what s does to the engaged gradient is what it does to the gradient.
+    theirs = jax.jacobian(of_data(jax.grad(loss)))(s)
+    assert float(jnp.abs(theirs[0]).max()) > 1e-3
+    by_value_and_grad = lambda s: wmkp.value_and_grad(loss, rule)(params, feedback, x, s)[1]
+    ours = {
+        "reverse": jax.jacrev(of_data(jax.grad(engaged), feedback))(s),
+        "forward": jax.jacfwd(of_data(jax.grad(engaged), feedback))(s),
+        "compiled": jax.jit(jax.jacrev(of_data(jax.grad(engaged), feedback)))(s),
+        "a closure": jax.jacrev(of_data(jax.grad(within), feedback))(s),
+        "value_and_grad": jax.jacfwd(by_value_and_grad)(s)[0],
+    }
+    for name, found in ours.items():
+        chex.assert_trees_all_close(found, theirs, rtol=1e-3, atol=1e-4, custom_message=name)
+    # The signal for B is W's own gradient, through whatever W is made of by then.
+    _, signal = jax.jacrev(by_value_and_grad)(s)
+    chex.assert_trees_all_close(signal[1:], theirs[1:], rtol=1e-3, atol=1e-4)
+
+    # Other orders: by x first, or by s. (By params afterwards B = W would have to move with them.)
+    for first, then in ((1, 2), (2, 1), (2, 2)):
+        found = jax.jacrev(jax.grad(engaged, first + 1), then + 1)(params, list(params), x, s)
+        expected = jax.jacrev(jax.grad(loss, first), then)(params, x, s)
+        chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-4, custom_message=f"{first}, {then}")
+
+
 def test_inside_shard_map_and_with_shard_map_outside():
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec

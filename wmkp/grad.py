@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from wmkp import checks, pathways
 from wmkp.alignment import activity_gradient
-from wmkp.interpreter import Direct, Handler, run
+from wmkp.interpreter import Direct, Handler, anchored, run
 from wmkp.kinds import Product
 from wmkp.projections import Analysis, Projection, analyse, explained, is_array, named_leaves
 from wmkp.rules import Rule, RuleOrRules, check_rule, resolve
@@ -165,7 +165,8 @@ def evaluate(
     data = [leaf for leaf in jax.tree.leaves(args) if is_array(leaf)]
     inputs = [*zip(leaves, carriers, strict=True), *((x, x) for x in data)]
     channel = None if last is None else jnp.zeros(last.output_aval.shape, last.output_aval.dtype)
-    outs = run(analysis.plan, inputs, Handler(on_product, taps, channel))
+    anchor = anchored((inputs, analysis.plan.consts))
+    outs = run(analysis.plan, inputs, Handler(on_product, taps, channel, anchor))
     return jax.tree.unflatten(analysis.out_tree, [value for value, _ in outs])
 
 

@@ -24,12 +24,20 @@ class Handler:
       taps: an array for some products, with a leading axis for each scan (and for the devices of a shard_map) around it; the others get ``None``.
       channel: an array that goes from each product to the next, through every loop and branch (or None): its cotangent
         travels from the last product straight to all before it.
+      anchor: a zero that all inputs went into (``anchored``).
     """
 
-    def __init__(self, on_product: Callable[["Handler", Product, Any, Any, Any, Any], Any], taps: dict, channel: Any):
+    def __init__(
+        self,
+        on_product: Callable[["Handler", Product, Any, Any, Any, Any], Any],
+        taps: dict,
+        channel: Any,
+        anchor: jax.Array,
+    ):
         self.on_product = on_product
         self.taps = taps
         self.channel = channel
+        self.anchor = anchor
 
 
 class Direct:
@@ -88,22 +96,50 @@ def _evaluate(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
         if any(b is not direct[0] for b in direct):
             raise ValueError("parameters joined to one weight cannot each have direct feedback; give them another rule")
         return [(y, direct[0]) for y in outs]
-    return list(zip(outs, step.bind(*(_companion(pair) for pair in operands)), strict=True))
+    companions = [_companion(pair, handler) for pair in operands]
+    if step.eqn.primitive.name == "pad":  # JAX does not transpose it with respect to the padding alone
+        companions[0] = _beside(companions[0], handler.anchor)
+    return list(zip(outs, step.bind(*companions), strict=True))
 
 
-def _companion(pair: Pair) -> Any:
+def _companion(pair: Pair, handler: Handler) -> Any:
     """What stands for a value among feedback arrays: a weight's own B, or the value, to which no error goes twice."""
     a, b = pair
-    return _held(a) if b is a and jnp.issubdtype(jnp.result_type(a), jnp.floating) else b
+    errors = isinstance(a, jax.core.Tracer) and jnp.issubdtype(a.dtype, jnp.floating)  # whether one could reach it
+    return _held(a, handler.anchor) if b is a and errors else b
 
 
 @jax.custom_vjp
-def _held(x: Any) -> Any:
-    """``x``, to which no error goes back. Unlike behind stop_gradient, the gradient may itself be differentiated by it."""
+def _held(x: Any, anchor: jax.Array) -> Any:
+    """``x``, to which no error goes back. Unlike behind stop_gradient, the gradient may itself be differentiated by it.
+
+    The derivative that is taken first is the one that is cut off, whatever it is with respect to: the anchor is there for
+    it to find something that it differentiates by. Any derivative of that one meets ``x`` as it is.
+    """
     return x
 
 
-_held.defvjp(lambda x: (x, None), lambda _, error: (None,))
+_held.defvjp(lambda x, anchor: (x, None), lambda _, error: (None, None))
+
+
+@jax.custom_vjp
+def _beside(b: Any, anchor: jax.Array) -> Any:
+    """``b``, differentiated by whatever the anchor is."""
+    return b
+
+
+_beside.defvjp(lambda b, anchor: (b, None), lambda _, error: (error, None))
+
+
+def anchored(inputs: Any) -> jax.Array:
+    """A zero that depends on all inputs for JAX, and by no more than that: no error goes back from it."""
+
+    @jax.custom_vjp
+    def anchor(inputs: list[Any]) -> jax.Array:
+        return jnp.zeros(())
+
+    anchor.defvjp(lambda inputs: (jnp.zeros(()), None), lambda _, error: (None,))
+    return anchor([x for x in jax.tree.leaves(inputs) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)])
 
 
 class _Packed:
@@ -131,7 +167,7 @@ def _remat(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
 
     def body(arrays: list[Any], taps: list[Any], channel: Any) -> tuple[list[Any], Any]:
         nonlocal outs
-        inner = Handler(handler.on_product, dict(zip(mine, taps, strict=True)), channel)
+        inner = Handler(handler.on_product, dict(zip(mine, taps, strict=True)), channel, handler.anchor)
         pairs = run(step.plans[0], packed.unflatten(arrays), inner)
         outs = _Packed(pairs)
         return _Packed.flatten(pairs), inner.channel
@@ -153,7 +189,9 @@ def _shard_map(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]
 
     def body(arrays: list[Any], taps: list[Any]) -> list[Any]:
         own = {p: sharding.alike(tap[0], p.output_aval) for p, tap in zip(mine, taps, strict=True)}
-        return [a for a, _ in run(plan, packed.unflatten(arrays), Handler(handler.on_product, own, None))]
+        return [
+            a for a, _ in run(plan, packed.unflatten(arrays), Handler(handler.on_product, own, None, handler.anchor))
+        ]
 
     spread = jax.sharding.PartitionSpec(sharding.axes)
     mapped = sharding.map(body, (specs, [spread] * len(mine)), list(sharding.out_specs))
@@ -173,10 +211,10 @@ def _cond(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
 
     def branch(plan: Plan) -> Callable[[], tuple[list[Any], list[Any], Any]]:
         def evaluate() -> tuple[list[Any], list[Any], Any]:
-            inner = Handler(handler.on_product, handler.taps, handler.channel)
+            inner = Handler(handler.on_product, handler.taps, handler.channel, handler.anchor)
             pairs = run(plan, rest, inner)
             lost.update(i for i in followed if pairs[i][1] is None)
-            companions = [pairs[i][0] if i in lost else _companion(pairs[i]) for i in followed]
+            companions = [pairs[i][0] if i in lost else _companion(pairs[i], handler) for i in followed]
             return [a for a, _ in pairs], companions, inner.channel
 
         return evaluate
@@ -214,7 +252,7 @@ def _scan(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
         carry: tuple[list[Any], Any], slices: tuple[list[Any], list[Any]]
     ) -> tuple[tuple[list[Any], Any], list[Any]]:
         nonlocal ys_pack
-        inner = Handler(handler.on_product, dict(zip(mine, slices[1], strict=True)), carry[1])
+        inner = Handler(handler.on_product, dict(zip(mine, slices[1], strict=True)), carry[1], handler.anchor)
         pairs = run(plan, [*fixed, *carry_pack.unflatten(carry[0]), *xs_pack.unflatten(slices[0])], inner)
         out = []
         for i, (pair, mode) in enumerate(zip(pairs[:carries], carry_pack.modes, strict=True)):
@@ -222,7 +260,7 @@ def _scan(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
             if mode == "own":
                 if pair[1] is None:
                     lost.add(i)
-                out.append(pair[0] if pair[1] is None else _companion(pair))
+                out.append(pair[0] if pair[1] is None else _companion(pair, handler))
         ys_pack = _Packed(pairs[carries:])
         return (out, inner.channel), _Packed.flatten(pairs[carries:])
 
