@@ -145,7 +145,7 @@ def published(
 ) -> bytes:
     """Curves of one hidden layer: test accuracy, matrix angle and delta angle; published ones dotted, by epoch.
 
-    A band is a standard deviation over examples to each side.
+    A band is the mean over examples and their standard deviation to each side.
     """
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     figure.suptitle(title, fontsize=11, color=TEXT)
@@ -160,9 +160,9 @@ def published(
             axes.plot(
                 [r["epoch"] + 1 for r in rows], [r[column] for r in rows], linewidth=1.4, label=name.upper(), **style
             )
-            spread = f"{column.removesuffix('_deg')}_sd_deg"
+            mean, spread = (f"{column.removesuffix('_deg')}_{what}_deg" for what in ("mean", "sd"))
             if spread in rows[0]:
-                low, high = ([r[column] + sign * r[spread] for r in rows] for sign in (-1, 1))
+                low, high = ([r[mean] + sign * r[spread] for r in rows] for sign in (-1, 1))
                 axes.fill_between([r["epoch"] + 1 for r in rows], low, high, color=style["color"], alpha=0.12, lw=0)
             if curve := theirs.get(name):
                 epochs = range(1 + int(rows[-1]["epoch"]))
@@ -172,7 +172,7 @@ def published(
                 )
     panels[0].set(title="Test accuracy", ylabel="%")
     panels[1].set(title="Matrix angle: W to B", ylabel="degrees")
-    panels[2].set(title="Delta angle: δ to backprop's δ", ylabel="degrees: mean, and sd of single examples")
+    panels[2].set(title="Delta angle: δ to backprop's δ", ylabel="degrees: one example's; all within 1 sd")
     for axes in panels:
         _plain(axes)
         axes.set(xscale="log")

@@ -1,8 +1,10 @@
 """The NumPy experiments published with Akrout et al. (2019), each of their quirks kept, and each of them mended."""
 
+import hashlib
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +13,8 @@ import numpy as np
 import optax
 
 import wmkp
+from wmkp.experiments import checkpoints, data
+from wmkp.experiments.config import InputError
 from wmkp.experiments.data import Dataset
 
 BATCH = 128
@@ -18,7 +22,7 @@ HIDDEN = {"mnist": 500, "cifar10": 1000}
 EPOCHS = 400
 NOISE = 0.05  # the mirror's, uniform in [-NOISE, NOISE]
 MIRROR_RATE = 0.01  # eta_B, of the sum over a batch
-EXAMPLES = 128  # whose delta angles are averaged
+EXAMPLES = 128  # whose delta angles are measured, each by itself
 EVERY_UNTIL, EVERY = 20, 10  # evaluated after each of the first epochs, then after every tenth
 
 
@@ -67,15 +71,37 @@ MENDED = {
 class Epoch(NamedTuple):
     """A line of a curve, the published ones' columns and one more; NaN where there is no B.
 
-    A delta angle is that of one example: here the mean over ``EXAMPLES`` of them, and their standard deviation.
+    A delta angle is that of one example: the first of the training set, then the mean and the standard deviation over
+    the first ``EXAMPLES``.
     """
 
     epoch: int
     train_loss: float
     test_accuracy_percent: float
     delta_angle_hidden_deg: float
+    delta_angle_hidden_mean_deg: float
     delta_angle_hidden_sd_deg: float
     matrix_angle_W2_deg: float
+
+
+def load(name: str, data_dir: Path | None) -> Dataset:
+    """A dataset in the order in which it was published, as far as it can be had.
+
+    TFDS keeps examples in the order of an MD5 of their split and number, which for MNIST can be undone. CIFAR-10 stays in
+    the order of its copy.
+    """
+    dataset = data.load(name, data_dir)
+    if name != "mnist":
+        return dataset
+    return dataset._replace(train=unhashed(dataset.train, "train"), test=unhashed(dataset.test, "test"))
+
+
+def unhashed(examples: data.Examples, split: str) -> data.Examples:
+    """Examples that TFDS has put in its order, by the numbers that it gave them."""
+    numbers = range(len(examples["label"]))
+    kept = sorted(numbers, key=lambda i: hashlib.md5(f"{split}{i}".encode(), usedforsecurity=False).digest())
+    places = np.argsort(kept)
+    return {key: x[places] for key, x in examples.items()}
 
 
 def make_rule(variant: Variant, fan_in: int, fan_out: int) -> wmkp.Rule:
@@ -151,8 +177,8 @@ class Trial(NamedTuple):
       state: the TrainState, B mirrored already where there is a mirror.
       train: the training set, on the device: of each image the pixels that move weights.
       run_epoch: ``(state, train, epoch) -> (state, mean loss)``, an epoch in one compiled call; donates the state.
-      measure: ``(state, examples, test) -> (test accuracy, delta angle, its deviation, matrix angle)``, percent and
-        degrees; the delta angle is the mean, and the standard deviation, over the examples, each by itself.
+      measure: ``(state, examples, test) -> (test accuracy, delta angle, its mean, its deviation, matrix angle)``, percent
+        and degrees; the delta angle is the first example's, the mean and the deviation all examples'.
     """
 
     state: wmkp.TrainState
@@ -168,6 +194,7 @@ def run(
     epochs: int,
     seed: int = 0,
     report: Callable[[list[Epoch]], None] = lambda rows: None,
+    directory: Path | None = None,
 ) -> list[Epoch]:
     """Trains one variant and gives its curve, a line an evaluation.
 
@@ -175,15 +202,30 @@ def run(
       variant, dataset, hidden, seed: as ``start``.
       epochs: how many.
       report: called with all lines so far after each evaluation.
+      directory: for checkpoints, one every ``EVERY`` epochs; from what is there already the curve goes on.
+
+    Raises:
+      InputError: ``directory`` is of another run, or as ``checkpoints`` says.
     """
     some, test = jax.device_put((jax.tree.map(lambda x: x[:EXAMPLES], dataset.train), dataset.test))
     state, train, run_epoch, measure = start(variant, dataset, hidden, seed)
+    manager = None if directory is None else checkpoints.open_manager(directory, keep=1)
     rows: list[Epoch] = []
-    for epoch in range(epochs):
+    made = {"variant": variant._asdict(), "seed": seed}
+    if manager is not None and manager.latest_step() is not None:
+        state, kept = checkpoints.restore(manager, state)
+        if {key: kept[key] for key in made} != made:
+            raise InputError(f"{directory} is of {kept['variant']} with seed {kept['seed']}; choose another --out")
+        rows = [Epoch(*row) for row in kept["rows"] if row[0] < epochs]
+    for epoch in range(int(state.step) // (len(train["label"]) // BATCH), epochs):
         state, loss = run_epoch(state, train, epoch)
         if epoch < EVERY_UNTIL or (epoch + 1) % EVERY == 0 or epoch == epochs - 1:
             rows.append(Epoch(epoch, *(float(x) for x in jax.device_get((loss, *measure(state, some, test))))))
             report(rows)
+        if manager is not None and ((epoch + 1) % EVERY == 0 or epoch == epochs - 1):
+            checkpoints.save(manager, state, {**made, "rows": [list(row) for row in rows]})
+    if manager is not None:
+        checkpoints.finish(manager)
     return rows
 
 
@@ -240,11 +282,11 @@ def start(variant: Variant, dataset: Dataset, hidden: int, seed: int = 0) -> Tri
     @jax.jit
     def measure(state: wmkp.TrainState, some: Any, test: Any) -> tuple[jax.Array, ...]:
         right = forward(state.params, test["image"]).argmax(-1) == test["label"]
-        delta = deviation = matrix = jnp.full((), jnp.nan)
+        delta = mean = deviation = matrix = jnp.full((), jnp.nan)
         if rule.backward is not None:
             each = jax.vmap(lambda one: delta_angle(state, one))(some)
-            delta, deviation = jnp.nanmean(each), jnp.nanstd(each)
+            delta, mean, deviation = each[0], jnp.nanmean(each), jnp.nanstd(each)
             matrix = wmkp.matrix_angles(state.params, state.feedback)["output/kernel"]
-        return 100 * right.mean(), delta, deviation, matrix
+        return 100 * right.mean(), delta, mean, deviation, matrix
 
     return Trial(state, train, run_epoch, measure)

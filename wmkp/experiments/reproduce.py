@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from wmkp.experiments import data, devices, figures, logs, outputs, published, recipes, train
+from wmkp.experiments import devices, figures, logs, outputs, published, recipes, train
 from wmkp.experiments.config import RULES, InputError, Reproduce, Train
 from wmkp.experiments.provenance import provenance
 from wmkp.training import batch_sharding
@@ -115,26 +116,27 @@ def _started(config: Reproduce, out: Path, **settings: Any) -> None:
 
 
 def _curves(config: Reproduce, out: Path) -> list[dict[str, Any]]:
-    """The published NumPy experiments: trained two at a time on CPUs, whose matrix products here are small."""
+    """The published NumPy experiments: trained two at a time on CPUs, whose matrix products here are small.
+
+    What is there already goes on from its last checkpoint, or is done.
+    """
     name, variants = CURVES[config.figure]
-    dataset = data.load(name, config.data_dir)
+    dataset = published.load(name, config.data_dir)
     epochs = published.EPOCHS if config.epochs is None else max(1, round(config.epochs))
     theirs = {key: _reference(config.reference, name, key) for key in config.only} if config.reference else {}
     _started(config, out, epochs=epochs, seed=config.seed, variants={k: variants[k]._asdict() for k in config.only})
     console, begin = Console(soft_wrap=True), time.perf_counter()
 
     def one(key: str) -> list[dict[str, float]]:
-        curve: list[dict[str, float]] = []
-
         def report(rows: list[published.Epoch]) -> None:
-            curve[:] = [row._asdict() for row in rows]
-            _write(out / f"{key}.csv", curve)
-            if len(rows) % 20 == 0 or rows[-1].epoch == epochs - 1:
+            _write(out / f"{key}.csv", [row._asdict() for row in rows])
+            if len(rows) % 20 == 0:
                 last, seconds = rows[-1], time.perf_counter() - begin
                 console.print(f"{key}: epoch {last.epoch}, {last.test_accuracy_percent:.2f} %, {seconds:.0f} s")
 
-        published.run(variants[key], dataset, published.HIDDEN[name], epochs, config.seed, report)
-        return curve
+        rows = published.run(variants[key], dataset, published.HIDDEN[name], epochs, config.seed, report, out / key)
+        report(rows)
+        return [row._asdict() for row in rows]
 
     at_a_time = min(2, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
     with ThreadPoolExecutor(at_a_time) as pool:
@@ -151,7 +153,7 @@ def _orders(config: Reproduce, out: Path) -> list[dict[str, Any]]:
     _started(config, out, epochs=epochs, orders=ORDERS, seed=config.seed)
     variant, summary = published.PUBLISHED["bp"], []
     for name in config.only:
-        dataset = data.load(name, config.data_dir)
+        dataset = published.load(name, config.data_dir)
         theirs = _reference(config.reference, name, "bp") if config.reference else None
         curves = []
         for order in range(1 + ORDERS):
@@ -193,7 +195,7 @@ def _compared(key: str, title: str, ours: list[dict[str, float]], theirs: dict[i
     """A variant's line: each quantity at the last epoch, the published one there, and the largest difference so far."""
     last = ours[-1]
     line: dict[str, Any] = {"run": key, "what": title, "epoch": int(last["epoch"]) + 1}
-    line["delta_angle_sd"] = last["delta_angle_hidden_sd_deg"]
+    line |= {f"delta_angle_{what}": last[f"delta_angle_hidden_{what}_deg"] for what in ("mean", "sd")}
     for name, column in COMPARED.items():
         line[name] = last[column]
         if theirs:
@@ -309,7 +311,9 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "published": lambda line: _numbers(line, "accuracy_published") if "accuracy_least" in line else "",
     "matrix angle": lambda line: _held_against(line, "matrix_angle"),
     "delta angle": lambda line: _held_against(line, "delta_angle"),
-    "delta angle's sd, published in sd": lambda line: _numbers(_in_sd(line), "delta_angle_sd", "published_in_sd"),
+    "all examples': mean, sd, published in sd": lambda line: _numbers(
+        _in_sd(line), "delta_angle_mean", "delta_angle_sd", "published_in_sd"
+    ),
     "error %": lambda line: _numbers(line, "test_error", "test_error_published"),
     "matrix angle, mean, worst": lambda line: _numbers(line, "matrix_mean", "matrix_worst"),
     "delta angle, mean, worst": lambda line: _numbers(line, "delta_mean", "delta_worst"),
@@ -331,11 +335,9 @@ def _held_against(line: dict[str, Any], name: str, form: str = "{:.2f}") -> str:
 
 def _in_sd(line: dict[str, Any]) -> dict[str, Any]:
     """The line, and where the published delta angle lies from our mean, in standard deviations of single examples."""
-    off = line.get("delta_angle_published", math.nan) - line.get("delta_angle", math.nan)
-    if math.isnan(off) or "delta_angle_sd" not in line:
-        return line
-    sd = line["delta_angle_sd"]
-    return {**line, "published_in_sd": off / sd if sd else math.nan}
+    off = line.get("delta_angle_published", math.nan) - line.get("delta_angle_mean", math.nan)
+    sd = line.get("delta_angle_sd", math.nan)
+    return line if math.isnan(off) else {**line, "published_in_sd": off / sd if sd else math.nan}
 
 
 def table(summary: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -350,12 +352,8 @@ def caption(summary: Sequence[dict[str, Any]]) -> str:
         return "Train loss: the mean over the drawn orders, and the published. Accuracy: on the test set, over those orders."
     examples = ""
     if "delta_angle_sd" in summary[0]:
-        examples = (
-            f" A delta angle: one example's, the mean and the standard deviation over {published.EXAMPLES} of them"
-        )
-        examples += (
-            ", and by how many of these a published one, of a single example, is off." if verdict(summary) else "."
-        )
+        examples = f" A delta angle is that of the first training example; then over {published.EXAMPLES} of them"
+        examples += ", and how far from their mean the published one lies." if verdict(summary) else "."
     if "accuracy_published" in summary[0]:
         return f"Ours, the published, and the largest difference over the curve. Angles in degrees.{examples}"
     if "accuracy" in summary[0]:
@@ -378,21 +376,25 @@ def verdict(summary: Sequence[dict[str, Any]]) -> str:
         return ""
     found = [abs(_in_sd(line).get("published_in_sd", math.nan)) for line in summary]
     if found := [x for x in found if not math.isnan(x)]:
-        said[-1] += f", and {max(found):.1f} standard deviations of single examples at most"
+        said[-1] += f", and at most {max(found):.1f} standard deviations from the mean over examples"
     return f"Farthest from the published at epoch {summary[0]['epoch']:g}: {'; '.join(said)}."
 
 
 def _place(summary: Sequence[dict[str, Any]]) -> str:
-    """Where the published accuracies, and those in the dataset's own order, lie among the other orders'."""
+    """How far the published accuracies are from those in the dataset's own order, and from other orders'."""
     said = []
-    for name, what in (("accuracy_published", "published accuracies"), ("accuracy_own", "in the dataset's own order")):
-        lines = [line for line in summary if name in line]
-        below = [line["accuracy_least"] - line[name] for line in lines if line[name] < line["accuracy_least"]]
-        above = [line[name] - line["accuracy_most"] for line in lines if line[name] > line["accuracy_most"]]
-        parts = [f"{len(lines) - len(below) - len(above)} lie among the other orders'"]
-        parts += [f"{len(below)} below the lowest (by up to {max(below):.2f} points)"] if below else []
-        parts += [f"{len(above)} above the highest (by up to {max(above):.2f} points)"] if above else []
-        said += [f"Of {len(lines)} {what}, {', '.join(parts)}."] if lines else []
+    for name, lines in itertools.groupby(
+        (line for line in summary if "accuracy_published" in line), lambda line: line["run"]
+    ):
+        own, others = [], []
+        for line in lines:
+            theirs = line["accuracy_published"]
+            own.append(abs(theirs - line["accuracy_own"]))
+            others.append(max(line["accuracy_least"] - theirs, theirs - line["accuracy_most"], 0.0))
+        said.append(
+            f"{name}: the published accuracies are up to {max(own):.2f} points from those in the dataset's own order, and "
+            f"{sum(x > 0 for x in others)} of {len(others)} outside the other orders' (by up to {max(others):.2f})."
+        )
     return " ".join(said)
 
 
