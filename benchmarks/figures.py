@@ -22,25 +22,24 @@ KEPT = benchmarks.RESULTS / "figures"
 TEXTS = {
     "akrout-mnist": (
         "The curves published with the paper's code: MNIST",
-        "784-500-10, the settings of the NumPy code that was published with Akrout et al. (2019), every quirk kept: one order of the "
-        "data, never shuffled; ten independent sigmoids at the output; a bias learns 128 times more slowly; WM's noise uniform in "
+        "784-500-10, the settings of the NumPy code that was published with Akrout et al. (2019), every quirk kept: the data in the order "
+        "in which MNIST was published, never shuffled (TFDS keeps an order of its own, which is undone); ten independent sigmoids at the output; a bias learns 128 times more slowly; WM's noise uniform in "
         "[-0.05, 0.05], its response a sigmoid with the bias kept, and its B growing without decay. Ours is float32, the published "
-        "float64. A published delta angle is that of a single example; ours is the mean over 128, each by itself (the band in the "
-        "picture: their standard deviation). In the first epochs the published accuracies lie below ours at the same training loss; how "
-        "much of that the order of the data can do is a section of its own, below.",
+        "float64. A published delta angle is that of one training example, which one is not known; ours is that of the first, and "
+        "then over the first 128, each by itself (the band in the picture: their mean, a standard deviation to each side).",
     ),
     "akrout-cifar10": (
         "The curves published with the paper's code: CIFAR-10",
         "3072-1000-10, as above. Our copy of CIFAR-10 has been through JPEG, and has an order of its own. Under BP, WM and KP the "
         "training loss hardly differs from the published at any epoch. What JPEG does to the accuracy cannot be told from the first epochs, "
-        "which hang on the order as well (next section). The last column is the accuracy's mean difference over the curve.",
+        "which hang on the order as well (next section); later on it is the last column of BP. The last column is the accuracy's mean difference over the curve.",
     ),
     "akrout-orders": (
         "What the order of the data does to the first epochs",
-        "BP again, in orders drawn at random, each kept from epoch to epoch as the published code kept its own. Every epoch of a curve "
-        "ends on the same batches, which puts its test accuracies off in the same direction; the training loss, a mean over the epoch, "
-        "hardly shows it. From our curves above, in the dataset's own order (their bp.csv), to the lowest of these is most of the way to the "
-        "published; whether their order did all of it cannot be tried, since we do not have it: our MNIST is in the order of TFDS, our CIFAR-10 in that of its copy.",
+        "BP again, in the dataset's own order and in others drawn at random, each kept from epoch to epoch as the published code kept its "
+        "own. Every epoch of a curve ends on the same batches, which puts its test accuracies off in the same direction; the training loss, "
+        "a mean over the epoch, hardly shows it. MNIST's own order is the one in which it was published; CIFAR-10's is that of our copy, from "
+        "which the published one cannot be had.",
     ),
     "akrout-mended": (
         "What each quirk changes",

@@ -13,7 +13,7 @@ import pytest
 from matplotlib.image import imread
 
 import wmkp
-from wmkp.experiments import cli, data, published, recipes, reproduce, train
+from wmkp.experiments import cli, data, outputs, published, recipes, reproduce, train
 from wmkp.experiments.config import InputError, Reproduce
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -23,7 +23,7 @@ HIDDEN, CLASSES = 7, 4
 
 @pytest.fixture(scope="module")
 def dataset():
-    """Three batches of 2x3 pixels and a rest that must be dropped; one pixel is lit in tests only."""
+    """Three batches of 2x3 pixels and a rest that must be dropped; one pixel is lit in tests only, one not in one batch."""
     random = np.random.default_rng(0)
 
     def examples(count, dark=False):
@@ -32,7 +32,9 @@ def dataset():
         images[:, 1, 1] *= not dark
         return {"image": images.astype(np.uint8), "label": labels}
 
-    return data.Dataset(examples(3 * published.BATCH + 50, dark=True), examples(200), CLASSES)
+    train = examples(3 * published.BATCH + 50, dark=True)
+    train["image"][published.BATCH : 2 * published.BATCH, 0, 0] = 0
+    return data.Dataset(train, examples(200), CLASSES)
 
 
 def sigmoid(z):
@@ -102,11 +104,13 @@ def test_a_published_experiment_is_its_equations(name, dataset):
         assert np.array(deltas) == pytest.approx([angles[0], angles.mean(), angles.std()], abs=0.02)
 
 
-def test_pixels_that_are_never_lit_are_left_out_unless_their_weights_decay(dataset):
-    images = dataset.train["image"].reshape(len(dataset.train["label"]), -1)
-    assert published.moving(images, published.PUBLISHED["kp"]).tolist() == [0, 1, 2, 3, 5]
-    assert published.moving(images, published.MENDED["kp-decay"]) == slice(None)
-    assert published.moving(images + 1, published.PUBLISHED["kp"]) == slice(None)
+def test_pixels_that_a_batch_does_not_light_are_left_out_unless_weights_decay_or_batches_change(dataset):
+    for name, size in (("kp", 5), ("kp-decay", 6), ("kp-shuffled", 6)):
+        train = published.start(published.MENDED[name], dataset, HIDDEN).train
+        assert train["image"].shape[-1] == size and ("pixels" in train) == (size == 5), name
+    batches = np.zeros((2, 3, 4), np.uint8)
+    batches[0, 1, 3] = batches[0, 2, 1] = batches[1, 0, 2] = 9
+    assert published.lit(batches).tolist() == [[1, 3], [0, 2]]
 
 
 def test_the_start_is_gaussian_with_the_published_variance():
@@ -147,6 +151,11 @@ def test_the_published_mirror_adds_the_sum_over_a_batch(dataset, monkeypatch):
     x = drawn[0][0]
     expected = np.asarray(unmirrored) + 3 * published.MIRROR_RATE * x.T @ sigmoid(x @ w + bias)
     np.testing.assert_allclose(trial.state.feedback["output"]["kernel"], expected, atol=1e-6)
+    before = np.asarray(trial.state.params["hidden"]["kernel"])
+    state, _ = trial.run_epoch(trial.state, trial.train, 0)  # among its steps too, which see but the lit pixels
+    assert np.abs(np.asarray(state.feedback["output"]["kernel"]) - expected).max() > 1e-4
+    moved = np.abs(np.asarray(state.params["hidden"]["kernel"]) - before).max(1)
+    assert (moved > 0).tolist() == [True, True, True, True, False, True]
 
 
 def test_mended_mirrors_reach_the_transpose(dataset):
@@ -290,6 +299,12 @@ def test_a_curve_goes_on_from_its_checkpoint_to_the_bit(dataset, tmp_path):
     assert published.run(variant, dataset, HIDDEN, 5, 3, directory=tmp_path) == whole[:5]
     with pytest.raises(InputError, match=r"kp.*seed 3.*--out"):
         published.run(variant, dataset, HIDDEN, 12, 4, directory=tmp_path)
+
+
+def test_a_second_run_in_a_directory_is_refused(tmp_path, monkeypatch, capsys):
+    with outputs.claim(tmp_path):
+        assert run_command(monkeypatch, "akrout-mnist", "--out", tmp_path) != 0
+    assert "another run is at work" in capsys.readouterr().err
 
 
 def test_a_battery_is_its_runs_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):

@@ -122,6 +122,10 @@ BY_HAND |= {
         x[:, :, None] * jnp.tanh(p["w"][jnp.arange(18).reshape(3, 6) % 6])
     ).sum(1),
     "one neuron to many": lambda p, x: x[:, :1] * p["w"][0],
+    "one neuron to many, and beside a gain": lambda p, x: (
+        x[:, :1] * p["w"][0] + x[:, 1:2] * (x * p["w"][0]) + x[:, 2:3] * p["w"][0]
+    ),
+    "a neuron and a bias as a gate": lambda p, x: (x[:, :1] * p["w"][0] + p["w"][1]) * x,
     "a selective state space": lambda p, x: jnp.exp(-x[..., None] * jnp.exp(p["w"])).sum(-1),
 }
 
@@ -140,11 +144,22 @@ def layer_norm(x, axes, gain):
     return (x - mean) * (jax.lax.rsqrt(var + 1e-5) * gain)
 
 
+def layer_norm_in_two_terms(x, axes, gain, bias):
+    """In the order in which Keras multiplies: x and its mean each meet the gains."""
+    mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+    scale = jax.lax.rsqrt(var + 1e-5) * gain
+    return x * scale + (-mean * scale + bias)
+
+
 pairs = lambda x: x[:, :, None] * x[:, None]
 
 # Each weight belongs to one neuron: no error goes through it to another.
 LOCAL = {
     "a layer norm": lambda p, x: layer_norm(x, -1, p["v"]),
+    "a layer norm in two terms": lambda p, x: layer_norm_in_two_terms(x, -1, p["v"], p["u"][0]),
+    "a norm over images in two terms": lambda p, x: layer_norm_in_two_terms(pairs(x), (1, 2), p["u"], p["v"]).reshape(
+        3, 36
+    ),
     "a norm over images": lambda p, x: layer_norm(pairs(x), (1, 2), p["u"]).reshape(3, 36),
     "a group norm": lambda p, x: layer_norm(x.reshape(3, 2, 3), 2, p["u"][:2, :3]).reshape(3, 6),
     "gains of a map": lambda p, x: (pairs(x) * p["u"]).reshape(3, 36),

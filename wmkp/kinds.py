@@ -35,8 +35,8 @@ class Kind(NamedTuple):
     # Of an activation: along which axes it is the same active values over again. What weights multiply such copies by is a
     # projection written by hand: the error of a value copied is the sum of its copies' errors, each times its weight.
     copied: tuple[bool, ...] = ()
-    # The weights that copies have just been multiplied by, and along which axes; what comes next may show them to be gains.
-    fans: tuple[tuple["Product", tuple[bool, ...]], ...] = ()
+    # The weights that copies have just been multiplied by; what comes next may show them to be gains.
+    fans: tuple["Fan", ...] = ()
 
     @property
     def weight(self) -> bool:
@@ -186,6 +186,20 @@ class Product:
         patches = jnp.moveaxis(patches, numbers.out_spec[1], -1)  # features come before the patch's own positions
         patches = patches.reshape(-1, split, fan_in // math.prod(space), math.prod(space))
         return patches.transpose(1, 0, 3, 2).reshape(split, -1, fan_in)
+
+
+class Fan(NamedTuple):
+    """A weight that copies of an activation were multiplied by: w_k x, along the axes where both are so.
+
+    Attributes:
+      shifted: whether a bias was added since.
+      gain: whether an activation y_k was multiplied since: w_k x y_k. Then w_k is its gain, and there are no axes.
+    """
+
+    product: Product
+    along: tuple[bool, ...]
+    shifted: bool = False
+    gain: bool = False
 
 
 class Step(NamedTuple):
@@ -471,8 +485,8 @@ def _outside(kind: Kind) -> Kind:
 def settle(kinds: Sequence[Kind]) -> None:
     """What fans out here goes where nothing can show it to be a gain."""
     for kind in kinds:
-        for product, _ in kind.fans:
-            product.pending = False
+        for fan in kind.fans:
+            fan.product.pending &= fan.gain
 
 
 class Analyser:
@@ -588,7 +602,8 @@ class Analyser:
         """Finds the weights through which a neuron's activity fans out to several: w_k x, x a copy for each k.
 
         The error of x is the sum over k of w_k delta_k, whatever comes then, unless that is another activation y_k: for
-        w_k x y_k is a gain of x y_k (a normalization's, say), and W x y a projection's output under one.
+        w_k x y_k is a gain of x y_k (a normalization's, say), and W x y a projection's output under one; and so is
+        w_k x y_k + (w_k x z + b_k), of x (y_k + z).
         """
         eqn, name = step.eqn, step.eqn.primitive.name
         if name == "optimization_barrier":
@@ -598,14 +613,21 @@ class Analyser:
         # What a projection makes are neurons of their own.
         copied = () if step.product else _copied(eqn, kinds, eqn.outvars[0].aval.shape)
         among = lambda along: tuple(map(all, zip(copied, along, strict=False)))
-        fans: list[tuple[Product, tuple[bool, ...]]] = []
+        fans: list[Fan] = []
+        gains = {fan.product for k in kinds for fan in k.fans if fan.gain}
+        alone = sum(k.active and not k.synaptic for k in kinds) == 1
         for i, kind in enumerate(kinds):
-            for product, along in kind.fans:
-                if name in compat.LAYOUT and any(copied):
-                    fans.append((product, _layout_varying(eqn, along)))
-                elif name in {"neg", "mul"} or (name == "div" and i == 0):
-                    if any(among(along)):
-                        fans.append((product, along))
+            for fan in kind.fans:
+                product = fan.product
+                if product in gains:
+                    if name in compat.LAYOUT or name == "neg" or name in compat.AFFINE:
+                        fans.append(Fan(product, (), gain=True))
+                elif name in compat.LAYOUT and any(copied):
+                    fans.append(fan._replace(along=_layout_varying(eqn, fan.along)))
+                elif name == "neg" or (name in compat.AFFINE and alone):
+                    fans.append(fan._replace(shifted=fan.shifted or name != "neg"))
+                elif not fan.shifted and (name == "mul" or (name == "div" and i == 0)):
+                    fans.append(fan if any(among(fan.along)) else Fan(product, (), gain=True))
                 elif step.action == "product" and step.product is not None and step.product.weight == i:
                     inputs, size = step.product.axes()[1], eqn.invars[i].aval.shape
                     product.pending &= all(kind.copied[a] or size[a] == 1 for a in inputs)
@@ -619,7 +641,7 @@ class Analyser:
                     product = Product(eqn, bind, i, others, f"{name} by copies of an activation", lengths)
                     product.pending = True
                     step = step._replace(product=product)
-                    fans.append((product, among(along)))
+                    fans.append(Fan(product, among(along)))
         for i, out in enumerate(outs):
             if out.active:
                 again = copied if i == 0 or not any(copied) else _copied(eqn, kinds, eqn.outvars[i].aval.shape)

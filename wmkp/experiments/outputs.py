@@ -1,7 +1,10 @@
 """Results on disk: a directory that is known to be writable beforehand, and files that are whole or not there."""
 
+import contextlib
+import fcntl
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from wmkp.experiments.config import InputError
@@ -17,6 +20,20 @@ def make_directory(path: Path) -> None:
         raise InputError(f"cannot write to {path}: it is not a directory") from None
     except OSError as error:
         raise InputError(f"cannot write to {path}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def claim(path: Path) -> Iterator[None]:
+    """Makes the directory, this run's alone. Raises InputError if that cannot be done, or another run is at work there."""
+    make_directory(path)
+    with (path / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"another run is at work in {path}; give another --out") from None
+        for left in path.glob(".*.partial"):  # by a run that was killed while it wrote
+            left.unlink()
+        yield
 
 
 def write_atomically(files: dict[Path, bytes]) -> None:

@@ -1,5 +1,6 @@
 """wmkp reproduce: published figures, run anew and held against what was published."""
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -90,9 +91,7 @@ def reproduce(config: Reproduce) -> None:
     """
     config.check()
     figure = config.figure
-    names = (
-        CURVES[figure][1] if figure in CURVES else BATTERIES[figure].runs if figure in BATTERIES else published.HIDDEN
-    )
+    names, make = _parts(figure)
     if unknown := [name for name in config.only if name not in names]:
         raise InputError(f"--only: {config.figure} has no {unknown[0]!r}; choose from {', '.join(names)}")
     config = dataclasses.replace(
@@ -101,11 +100,20 @@ def reproduce(config: Reproduce) -> None:
     assert config.out is not None
     if config.distributed:
         devices.start(settings(config, config.only[0]))
-    outputs.make_directory(config.out)
-    summary = (_curves if figure in CURVES else _battery if figure in BATTERIES else _orders)(config, config.out)
-    if devices.is_first():
-        _write(config.out / "summary.csv", summary)
-        _print(config, summary)
+    with outputs.claim(config.out) if devices.is_first() else contextlib.nullcontext():
+        summary = make(config, config.out)
+        if devices.is_first():
+            _write(config.out / "summary.csv", summary)
+            _print(config, summary)
+
+
+def _parts(figure: str) -> tuple[Sequence[str], Callable[[Reproduce, Path], list[dict[str, Any]]]]:
+    """The names of a figure's runs, and what makes it."""
+    if figure in CURVES:
+        return list(CURVES[figure][1]), _curves
+    if figure in BATTERIES:
+        return BATTERIES[figure].runs, _battery
+    return list(published.HIDDEN), _orders
 
 
 def _started(config: Reproduce, out: Path, **settings: Any) -> None:
@@ -405,7 +413,10 @@ def _print(config: Reproduce, summary: list[dict[str, Any]]) -> None:
         shown.add_column(heading.replace(", ", ",\n"), justify="left" if heading == "run" else "right", no_wrap=True)
     for line in lines:
         shown.add_row(*line)
-    Console().print(shown)
+    console = Console()
+    if not console.is_terminal:  # a log or a notebook: nothing is cut off
+        console = Console(width=max(console.width, 160))
+    console.print(shown)
     if said := verdict(summary):
         print(said)
     print(f"Written: {config.out}")

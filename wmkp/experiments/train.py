@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -415,14 +414,7 @@ def claim(config: Train) -> Iterator[None]:
       InputError: another run is at work there, a finished one is and --resume was not given, or it was started with
         other settings.
     """
-    outputs.make_directory(config.out)
-    with (config.out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"another run is at work in {config.out}; give another --out") from None
-        for left in config.out.glob(".*.partial"):  # by a run that was killed while it wrote
-            left.unlink()
+    with outputs.claim(config.out):
         path = config.out / "config.json"
         if path.exists():
             if not config.resume:
