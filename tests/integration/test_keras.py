@@ -79,6 +79,11 @@ def cnn(x):
     return layers.Dense(3)(layers.GlobalAveragePooling2D()(x))
 
 
+def densely_connected(x):
+    x = layers.Concatenate()([x, layers.Dense(4)(x)])
+    return layers.Dense(3)(layers.ReLU()(layers.BatchNormalization()(x)))
+
+
 def transformer(x):
     x = layers.Dense(6)(x) + layers.Embedding(4, 6)(ops.broadcast_to(ops.arange(4), x.shape[:2]))
     y = layers.LayerNormalization()(x)
@@ -134,6 +139,8 @@ CASES = {
         chain(lambda: layers.SpectralNormalization(layers.Dense(5))), 4, 6,
         refused={"model/spectral_normalization/dense/kernel": "div"},
     ),
+    # A false refusal: what is joined passes for copies, and a gain on it for a product by hand (all of DenseNet's after joining).
+    "densely connected": model(densely_connected, 8, 6, refused={"model/batch_normalization/gamma": "mul"}),
     "LoRA": model(lora, 4, 6, refused={f"model/dense/lora_kernel_{k}": "dot_general" for k in "ab"}),
     "RematScope": model(remat, 4, 6),
     "convolutional net": model(cnn, 2, 8, 8, 3),
