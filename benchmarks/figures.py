@@ -25,14 +25,15 @@ TEXTS = {
         "784-500-10, the settings of the NumPy code that was published with Akrout et al. (2019), every quirk kept: the data in the order "
         "in which MNIST was published, never shuffled (TFDS keeps an order of its own, which is undone); ten independent sigmoids at the output; a bias learns 128 times more slowly; WM's noise uniform in "
         "[-0.05, 0.05], its response a sigmoid with the bias kept, and its B growing without decay. Ours is float32, the published "
-        "float64. A published delta angle is that of one training example, which one is not known; ours is that of the first, and "
-        "then over the first 128, each by itself (the band in the picture: their mean, a standard deviation to each side).",
+        "float64. A published delta angle is that of one training example, which one was not said; the first's has their very "
+        "shape, WM's dip and rise included, and so ours is the first's. Beside it, over the first 128, each by itself: the mean and the "
+        "standard deviation (the band in the picture).",
     ),
     "akrout-cifar10": (
         "The curves published with the paper's code: CIFAR-10",
         "3072-1000-10, as above. Our copy of CIFAR-10 has been through JPEG, and has an order of its own. Under BP, WM and KP the "
         "training loss hardly differs from the published at any epoch. What JPEG does to the accuracy cannot be told from the first epochs, "
-        "which hang on the order as well (next section); later on it is the last column of BP. The last column is the accuracy's mean difference over the curve.",
+        "which hang on the order as well (next section). The last column is the accuracy's mean difference over the curve.",
     ),
     "akrout-orders": (
         "What the order of the data does to the first epochs",

@@ -266,7 +266,7 @@ def test_the_verdict_is_that_of_the_farthest_run_at_the_last_epoch():
     )
     assert reproduce.verdict([kpm]) == "" and reproduce.verdict([{"run": "x", "test_error": 1.0}]) == ""
     headings, *lines = reproduce.table([bp, kpm, fa])
-    column = headings.index("all examples': mean, sd, published in sd")
+    column = headings.index("of 128: mean, sd, published in sd")
     assert [line[column] for line in lines] == ["-, -", "0.00, 0.00", "37.00, 2.00, -1.50"]
 
 

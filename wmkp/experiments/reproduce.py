@@ -319,7 +319,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "published": lambda line: _numbers(line, "accuracy_published") if "accuracy_least" in line else "",
     "matrix angle": lambda line: _held_against(line, "matrix_angle"),
     "delta angle": lambda line: _held_against(line, "delta_angle"),
-    "all examples': mean, sd, published in sd": lambda line: _numbers(
+    f"of {published.EXAMPLES}: mean, sd, published in sd": lambda line: _numbers(
         _in_sd(line), "delta_angle_mean", "delta_angle_sd", "published_in_sd"
     ),
     "error %": lambda line: _numbers(line, "test_error", "test_error_published"),
