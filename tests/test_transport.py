@@ -125,6 +125,16 @@ BY_HAND |= {
     "one neuron to many, and beside a gain": lambda p, x: (
         x[:, :1] * p["w"][0] + x[:, 1:2] * (x * p["w"][0]) + x[:, 2:3] * p["w"][0]
     ),
+    "one activation joined to itself": lambda p, x: (
+        jnp.tanh(jnp.concatenate([x, x], 1) * p["w"][:2].reshape(-1)).reshape(3, 2, 6).sum(1)
+    ),
+    "columns joined": lambda p, x: jnp.tanh(jnp.concatenate([x[:, :1]] * 6, 1) * p["w"][0]),
+    "in a branch, bent behind it": lambda p, x: jnp.tanh(
+        jax.lax.cond(x[0, 0] < 9, lambda: x[:, :1] * p["w"][0], lambda: 2 * x)
+    ),
+    "in a branch, scaled and bent behind it": lambda p, x: jnp.tanh(
+        3 * jax.lax.cond(x[0, 0] < 9, lambda: x[:, :1] * p["w"][0], lambda: 2 * x)
+    ),
     "a neuron and a bias as a gate": lambda p, x: (x[:, :1] * p["w"][0] + p["w"][1]) * x,
     "a selective state space": lambda p, x: jnp.exp(-x[..., None] * jnp.exp(p["w"])).sum(-1),
 }
@@ -170,6 +180,12 @@ LOCAL = {
     "biases of some": lambda p, x: jnp.tanh(x.at[0].add(p["v"])) + x.at[:, 0].add(p["v"][:3]),
     "places of some": lambda p, x: jnp.tanh(x.at[:2].add(p["u"][:2]).at[1].subtract(p["v"])),
     "places, scaled and averaged": lambda p, x: (2 * (x[:, None] + p["u"])).mean(1),
+    "gains of joined layers": lambda p, x: jnp.concatenate([x, jnp.sin(x)], 1) * jnp.repeat(p["v"], 2),
+    "gains of what is padded": lambda p, x: jnp.pad(x, ((0, 0), (2, 2))) * jnp.arange(10.0) * p["v"][0] + p["u"][0, 0],
+    "gains of maps that are pooled": lambda p, x: x.reshape(3, 2, 3).max(2) * p["v"][:2],
+    "gains of the largest": lambda p, x: jax.lax.top_k(x, 3)[0] * p["v"][:3],
+    "gains of what is shifted": lambda p, x: jnp.roll(x, 1, 1) * p["v"],
+    "gains of what is written": lambda p, x: jnp.zeros((3, 8)).at[:, :6].set(x)[:, 1:7] * p["v"],
     "copies among activations": lambda p, x: (pairs(x) - x[:, None]).max(1) * p["v"],
 }
 

@@ -331,7 +331,11 @@ def _copied(eqn: Any, kinds: Sequence[Kind], shape: tuple[int, ...]) -> tuple[bo
                 return ()
             was = kinds[i].copied or (False,) * len(old)
             if old:
-                again = [g and (r or n != m) for g, r, n, m in zip(again, was, old, shape, strict=True)]
+                # Only an axis of one is spread; a longer one is joined to others, padded, pooled or chosen from.
+                again = [g and (r or n == 1 != m) for g, r, n, m in zip(again, was, old, shape, strict=True)]
+        joined = [eqn.invars[i] for i in active]
+        if name == "concatenate" and len({*joined}) < len(joined):
+            again[eqn.params["dimension"]] = True
     return tuple(r and size > 1 for r, size in zip(again, shape, strict=True))
 
 
@@ -710,7 +714,6 @@ class Analyser:
 
     def cond(self, eqn: Any, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
         plans = tuple(self.plan(branch, kinds[1:], lengths) for branch in eqn.params["branches"])
-        settle([k for plan in plans for k in plan.outputs])
         outs = plans[0].outputs
         for plan in plans[1:]:
             avals = [v.aval for v in eqn.outvars]
@@ -719,7 +722,13 @@ class Analyser:
             outs = [k._replace(data=True, unmirrored="cond" if k.weight else None, masked=k.synaptic) for k in outs]
         for plan in plans:
             self.note_joined(plan.outputs, outs)
-        return Step(eqn, "cond", None, plans), [_outside(k) for k in outs]
+        outs = [_outside(k) for k in outs]
+        for plan in plans:  # what fans out in a branch goes on behind it, as long as there are copies
+            for i, kind in enumerate(plan.outputs):
+                fans = tuple(f for f in kind.fans if any(map(all, zip(outs[i].copied, f.along, strict=False))))
+                settle([kind._replace(fans=tuple(f for f in kind.fans if f not in fans))])
+                outs[i] = outs[i]._replace(fans=outs[i].fans + fans)
+        return Step(eqn, "cond", None, plans), outs
 
     def scan(self, eqn: Any, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
         jaxpr, _ = compat.open_jaxpr(eqn.params["jaxpr"])

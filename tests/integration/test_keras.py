@@ -133,14 +133,11 @@ CASES = {
     "BatchNormalization by its statistics": model(
         chain(dense, layers.BatchNormalization, layers.ReLU, dense), 8, 6, training=False
     ),
-    # A false refusal: the kernel over its norm comes out of a cond (by whether the kernel is all zeros), which ends the search
-    # for what comes next. Without the cond, as Flax, Equinox and Haiku have it, B follows.
+    # The kernel over its norm comes out of a cond: by whether the kernel is all zeros.
     "SpectralNormalization": model(
-        chain(lambda: layers.SpectralNormalization(layers.Dense(5))), 4, 6,
-        refused={"model/spectral_normalization/dense/kernel": "div"},
+        chain(lambda: layers.SpectralNormalization(layers.Dense(5))), 4, 6, unmirrored="."
     ),
-    # A false refusal: what is joined passes for copies, and a gain on it for a product by hand (all of DenseNet's after joining).
-    "densely connected": model(densely_connected, 8, 6, refused={"model/batch_normalization/gamma": "mul"}),
+    "densely connected": model(densely_connected, 8, 6),
     "LoRA": model(lora, 4, 6, refused={f"model/dense/lora_kernel_{k}": "dot_general" for k in "ab"}),
     "RematScope": model(remat, 4, 6),
     "convolutional net": model(cnn, 2, 8, 8, 3),
