@@ -157,6 +157,14 @@ def test_resuming_what_is_finished_or_never_began(finished, tmp_path, capsys):
     assert (tmp_path / "new" / "checkpoints" / "2").exists()
 
 
+def test_examples_per_second_are_those_of_compiled_steps(tmp_path):
+    begin = time.perf_counter()
+    run(tmp_path, steps=3, log_every=5)
+    whole = 3 * SMALL.batch_size / (time.perf_counter() - begin)
+    (row,) = logs.read(tmp_path / "train.csv")
+    assert row["examples_per_second"] > 4 * whole  # compiling takes far longer than two steps
+
+
 def test_eval_export_and_plot(finished, tmp_path, capsys, monkeypatch):
     last = logs.read(finished.out / "test.csv")[-1]
     monkeypatch.chdir(tmp_path)

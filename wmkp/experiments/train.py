@@ -306,7 +306,7 @@ def _train(config: Train, stack: contextlib.ExitStack) -> None:
         progress |= {name: float(getattr(host, name)) for name in ("loss", "error", "count")}
         checkpoints.save(manager, state, progress)
 
-    begin, first = time.perf_counter(), step
+    begin, first, start = time.perf_counter(), step, step
     while step < run.total:
         state, tally = run.advance(state, tally, next(batches))
         step += 1
@@ -345,6 +345,9 @@ def _train(config: Train, stack: contextlib.ExitStack) -> None:
             begin, first = time.perf_counter(), step
         if step % save_steps == 0 or done or stop:
             save(read())
+        if step == start + 1 and not done:  # what compiling took is no part of the rate
+            jax.block_until_ready(state)
+            begin, first = time.perf_counter(), step
         if stop and not done:
             checkpoints.finish(manager)
             console.print(f"Stopped at step {step} of {run.total} and saved; --resume goes on from there.")
