@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,11 @@ def provenance() -> dict[str, Any]:
         cpu = names[0] if names else cpu
     root, commit = Path(__file__).parents[2], ""
     if (root / ".git").exists():  # a checkout, not an installed package that lies in somebody's repository
-        describe = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-        commit = subprocess.run(describe, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+        git = partial(subprocess.run, cwd=root, capture_output=True, text=True, check=False)
+        commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+        # Results that were just written are no part of what made them.
+        changed = git(["git", "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results", ":!RESULTS.md"]).returncode
+        commit += "-dirty" if commit and changed else ""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit or None,
