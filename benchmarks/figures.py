@@ -93,7 +93,8 @@ def take(directory: Path) -> None:
         hidden = word in ("--data-dir", "--reference", "--out")
     run["command"] = " ".join(words)
     (kept / "run.json").write_text(json.dumps(run, indent=1) + "\n")
-    for path in (*directory.glob("*.csv"), *directory.glob("*.png")):
+    some_steps = any(settings.get("steps") for settings in run.get("runs", {}).values())  # one point is no curve
+    for path in (*directory.glob("*.csv"), *(() if some_steps else directory.glob("*.png"))):
         shutil.copy(path, kept)
 
 
