@@ -94,6 +94,8 @@ def by_scanned_rows(x, w):
     return jax.lax.scan(step, jnp.zeros((3, 6)), (x.T, w))[0]
 
 
+beside = lambda t, gain: jnp.tanh(t + gain(t)).sum(1)
+
 # An activation is copied, and weights multiply its copies: whatever becomes of them then, its error is a sum over W.
 BY_HAND |= {
     "a nonlinearity at each synapse": lambda p, x: jnp.tanh(x[:, :, None] * p["w"]).sum(1),
@@ -134,6 +136,30 @@ BY_HAND |= {
     ),
     "in a branch, scaled and bent behind it": lambda p, x: jnp.tanh(
         3 * jax.lax.cond(x[0, 0] < 9, lambda: x[:, :1] * p["w"][0], lambda: 2 * x)
+    ),
+    "the same joined by parts": lambda p, x: (
+        jnp.tanh(jnp.concatenate([jnp.roll(x, i, 1) for i in range(6)], 1) * p["w"].reshape(-1)).reshape(3, 6, 6).sum(1)
+    ),
+    "copies joined to others": lambda p, x: jnp.tanh(
+        jnp.concatenate([jnp.broadcast_to(x[:, :1], (3, 4)), x[:, 1:3]], 1) * p["w"][0]
+    ),
+    "reflected at the edge": lambda p, x: jnp.tanh(jnp.pad(x[:, :4], ((0, 0), (0, 2)), mode="reflect") * p["w"][0]),
+    **{
+        f"one neuron to many, and {name}": lambda p, x, then=then: then(
+            x[:, 1:2] * p["w"][0], x[:, 1:2] * p["w"][0] * x
+        )
+        for name, then in {
+            "a gain apart": lambda t, gain: jnp.tanh(gain[:, :1] + t),
+            "a gain in another order": lambda t, gain: gain + t[:, ::-1],
+            "a gain joined": lambda t, gain: jnp.concatenate([gain, t], 1)[:, 6:],
+            "a gain chosen": lambda t, gain: jnp.where(jnp.arange(6) < 1, gain, t),
+            "a gain that is less": lambda t, gain: jnp.maximum(gain - 100, t),
+            "a gain written over": lambda t, gain: jax.lax.dynamic_update_slice(gain, t[:, 1:], (0, 1)),
+        }.items()
+    },
+    "a matrix beside its gates": lambda p, x: beside(x[:, :, None] * p["w"], lambda t: t * x[:, None]),
+    "a matrix beside one gate": lambda p, x: beside(
+        x[:, :, None] * p["w"], lambda t: (t * x[:, :, None] * x[:, None])[:, :1, :1]
     ),
     "a neuron and a bias as a gate": lambda p, x: (x[:, :1] * p["w"][0] + p["w"][1]) * x,
     "a selective state space": lambda p, x: jnp.exp(-x[..., None] * jnp.exp(p["w"])).sum(-1),

@@ -35,6 +35,8 @@ class Kind(NamedTuple):
     # Of an activation: along which axes it is the same active values over again. What weights multiply such copies by is a
     # projection written by hand: the error of a value copied is the sum of its copies' errors, each times its weight.
     copied: tuple[bool, ...] = ()
+    # Of an activation that was cut or laid out anew: from which variables, and how many elements each has.
+    sources: tuple[tuple[Any, int], ...] = ()
     # The weights that copies have just been multiplied by; what comes next may show them to be gains.
     fans: tuple["Fan", ...] = ()
 
@@ -192,12 +194,14 @@ class Fan(NamedTuple):
     """A weight that copies of an activation were multiplied by: w_k x, along the axes where both are so.
 
     Attributes:
+      whole: whether the weight varies along no other axes.
       shifted: whether a bias was added since.
       gain: whether an activation y_k was multiplied since: w_k x y_k. Then w_k is its gain, and there are no axes.
     """
 
     product: Product
     along: tuple[bool, ...]
+    whole: bool = False
     shifted: bool = False
     gain: bool = False
 
@@ -333,10 +337,21 @@ def _copied(eqn: Any, kinds: Sequence[Kind], shape: tuple[int, ...]) -> tuple[bo
             if old:
                 # Only an axis of one is spread; a longer one is joined to others, padded, pooled or chosen from.
                 again = [g and (r or n == 1 != m) for g, r, n, m in zip(again, was, old, shape, strict=True)]
-        joined = [eqn.invars[i] for i in active]
-        if name == "concatenate" and len({*joined}) < len(joined):
-            again[eqn.params["dimension"]] = True
+        if name == "concatenate":  # of more elements than there are, some are there twice
+            sizes: dict[tuple[Any, int], int] = {}
+            for i in active:
+                for source in _sources(eqn, kinds, i):
+                    sizes[source] = sizes.get(source, 0) + math.prod(eqn.invars[i].aval.shape)
+            dimension = eqn.params["dimension"]
+            again[dimension] |= any(joined > whole for (_, whole), joined in sizes.items())
+            again[dimension] |= any(kinds[i].copied and kinds[i].copied[dimension] for i in active)
     return tuple(r and size > 1 for r, size in zip(again, shape, strict=True))
+
+
+def _sources(eqn: Any, kinds: Sequence[Kind], operand: int) -> tuple[tuple[Any, int], ...]:
+    """The variables that an operand was cut from, and itself, and how many elements each has; the last few."""
+    var = eqn.invars[operand]
+    return (*kinds[operand].sources[-7:], (var, math.prod(var.aval.shape)))
 
 
 def _copied_by_dot(eqn: Any, active: int, was: tuple[bool, ...]) -> list[bool]:
@@ -483,7 +498,7 @@ def join(a: Kind, b: Kind, varying: tuple[bool, ...], name: str) -> Kind:
 
 def _outside(kind: Kind) -> Kind:
     """A kind beyond a loop's or a branch's border: what it has just come from is forgotten."""
-    return kind._replace(gain=None, product=None, fans=())
+    return kind._replace(gain=None, product=None, sources=(), fans=())
 
 
 def settle(kinds: Sequence[Kind]) -> None:
@@ -527,6 +542,7 @@ class Analyser:
         if not any(k.active for k in kinds):
             return Step(eqn, "bind", bind), [Kind(data=any(k.data for k in kinds))] * count
         if name in compat.INLINED or name in compat.REMAT:
+            kinds = [k._replace(sources=_sources(eqn, kinds, i)) if k.active else k for i, k in enumerate(kinds)]
             inner = self.plan(compat.inner_jaxpr(eqn), kinds, lengths)
             return Step(eqn, "remat" if name in compat.REMAT else "inline", None, (inner,)), inner.outputs
         if name == "scan":
@@ -550,10 +566,14 @@ class Analyser:
         if not weights:
             out = _activation(kinds)
             if name in compat.LAYOUT:
+                out = out._replace(sources=_sources(eqn, kinds, 0))
                 if kinds[0].gain:
                     out = out._replace(gain=(kinds[0].gain[0], _layout_varying(eqn, kinds[0].gain[1])))
                 if eqn.outvars[0].aval.shape == eqn.invars[0].aval.shape and name not in {"transpose", "rev"}:
                     out = out._replace(product=kinds[0].product)
+            if name == "concatenate":
+                parts = [_sources(eqn, kinds, i) for i, k in enumerate(kinds) if k.active]
+                out = out._replace(sources=tuple(s for s in parts[0] if all(s in other for other in parts)))
             if name == "stop_gradient" or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
                 out = Kind(data=True)
             return Step(eqn, "bind", bind), [out] * count
@@ -618,13 +638,14 @@ class Analyser:
         copied = () if step.product else _copied(eqn, kinds, eqn.outvars[0].aval.shape)
         among = lambda along: tuple(map(all, zip(copied, along, strict=False)))
         fans: list[Fan] = []
-        gains = {fan.product for k in kinds for fan in k.fans if fan.gain}
+        # A sum with a gain's own terms is one, place by place; anything else may bring a weight to another neuron.
+        gains = {fan.product for k in kinds for fan in k.fans if fan.gain and name in {"add", "sub", "add_any"}}
         alone = sum(k.active and not k.synaptic for k in kinds) == 1
         for i, kind in enumerate(kinds):
             for fan in kind.fans:
                 product = fan.product
-                if product in gains:
-                    if name in compat.LAYOUT or name == "neg" or name in compat.AFFINE:
+                if fan.gain or (product in gains and fan.whole):
+                    if product in gains or name in {"neg", "convert_element_type"}:
                         fans.append(Fan(product, (), gain=True))
                 elif name in compat.LAYOUT and any(copied):
                     fans.append(fan._replace(along=_layout_varying(eqn, fan.along)))
@@ -645,7 +666,7 @@ class Analyser:
                     product = Product(eqn, bind, i, others, f"{name} by copies of an activation", lengths)
                     product.pending = True
                     step = step._replace(product=product)
-                    fans.append(Fan(product, among(along)))
+                    fans.append(Fan(product, among(along), among(along) == along))
         for i, out in enumerate(outs):
             if out.active:
                 again = copied if i == 0 or not any(copied) else _copied(eqn, kinds, eqn.outvars[i].aval.shape)
