@@ -194,14 +194,15 @@ class Fan(NamedTuple):
     """A weight that copies of an activation were multiplied by: w_k x, along the axes where both are so.
 
     Attributes:
-      whole: whether the weight varies along no other axes.
+      varying: the axes along which the weight varies.
       shifted: whether a bias was added since.
-      gain: whether an activation y_k was multiplied since: w_k x y_k. Then w_k is its gain, and there are no axes.
+      gain: whether an activation y_k was multiplied since, with a value of its own for each w_k: w_k x y_k. Then w_k is its
+        gain, and there are no axes.
     """
 
     product: Product
     along: tuple[bool, ...]
-    whole: bool = False
+    varying: tuple[bool, ...] = ()
     shifted: bool = False
     gain: bool = False
 
@@ -644,15 +645,23 @@ class Analyser:
         for i, kind in enumerate(kinds):
             for fan in kind.fans:
                 product = fan.product
-                if fan.gain or (product in gains and fan.whole):
+                if fan.gain or product in gains:
                     if product in gains or name in {"neg", "convert_element_type"}:
                         fans.append(Fan(product, (), gain=True))
                 elif name in compat.LAYOUT and any(copied):
-                    fans.append(fan._replace(along=_layout_varying(eqn, fan.along)))
+                    along, varying = (_layout_varying(eqn, axes) for axes in (fan.along, fan.varying))
+                    fans.append(fan._replace(along=along, varying=varying))
                 elif name == "neg" or (name in compat.AFFINE and alone):
                     fans.append(fan._replace(shifted=fan.shifted or name != "neg"))
                 elif not fan.shifted and (name == "mul" or (name == "div" and i == 0)):
-                    fans.append(fan if any(among(fan.along)) else Fan(product, (), gain=True))
+                    # The other's own copies: of what it is, and by its axes of one.
+                    shape = eqn.invars[1 - i].aval.shape or (1,) * len(fan.varying)
+                    again = kinds[1 - i].copied or (False,) * len(shape)
+                    shared = [c or n == 1 for c, n in zip(again, shape, strict=True)]
+                    if any(among(fan.along)):
+                        fans.append(fan)
+                    elif not any(map(all, zip(shared, fan.varying, strict=False))):
+                        fans.append(Fan(product, (), gain=True))
                 elif step.action == "product" and step.product is not None and step.product.weight == i:
                     inputs, size = step.product.axes()[1], eqn.invars[i].aval.shape
                     product.pending &= all(kind.copied[a] or size[a] == 1 for a in inputs)
@@ -666,7 +675,7 @@ class Analyser:
                     product = Product(eqn, bind, i, others, f"{name} by copies of an activation", lengths)
                     product.pending = True
                     step = step._replace(product=product)
-                    fans.append(Fan(product, among(along), among(along) == along))
+                    fans.append(Fan(product, among(along), along))
         for i, out in enumerate(outs):
             if out.active:
                 again = copied if i == 0 or not any(copied) else _copied(eqn, kinds, eqn.outvars[i].aval.shape)
