@@ -81,6 +81,13 @@ BY_HAND = {
     "a convolution by Fourier transform": lambda p, x: jnp.fft.irfft(jnp.fft.rfft(x) * jnp.fft.rfft(p["w"][0]), 6),
     "a triangular solve": lambda p, x: jax.scipy.linalg.solve_triangular(p["w"] + 3 * jnp.eye(6), x.T),
     "a ragged product": lambda p, x: jax.lax.ragged_dot(x, p["w"].reshape(1, 6, 6), jnp.array([3])),
+    "a masked weight, mixed": lambda p, x: x @ (np.cos(np.arange(36.0)).reshape(6, 6) @ (p["w"] * (x[0] > 0))),
+    "a chosen weight, mixed": lambda p, x: (
+        x @ (np.cos(np.arange(36.0)).reshape(6, 6) @ jax.lax.cond(x[0, 0] > 0, lambda: p["w"], lambda: -p["w"]))
+    ),
+    "a scaled weight, smoothed": lambda p, x: (
+        x @ jnp.convolve((p["w"] * x[0, 0]).reshape(-1), np.ones(3), mode="same").reshape(6, 6)
+    ),
     "a masked nonlinear weight": lambda p, x: x @ (jnp.tanh(p["w"]) * (x[0] > 0)),
     "a sampled weight": lambda p, x: x @ (p["first"] + jnp.exp(p["w"]) * jnp.cos(x.T @ x)),
 }

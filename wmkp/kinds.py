@@ -598,8 +598,8 @@ class Analyser:
         union = _union(kinds)
         statics = [i for i, k in enumerate(kinds) if k.static]
         weights = [i for i, k in enumerate(kinds) if k.weight]
-        if not union.data:
-            # No data: a map of weights alone. With a constant it is linear, but it mixes elements.
+        if not union.data or (union.masked and any(not k.data and not k.weight for k in kinds)):
+            # A map of weights alone, or of one that data has masked. With a constant it is linear, but it mixes elements.
             reason = f"{name} of two parameters" if len(weights) == 2 else f"{name} with a constant array"
             out = union._replace(obstacle=union.obstacle or reason, varying=everywhere(eqn.outvars[0].aval))
             return Step(eqn, "bind", bind), [out]

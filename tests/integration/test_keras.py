@@ -89,7 +89,8 @@ def transformer(x):
     y = layers.LayerNormalization()(x)
     x = x + layers.Dropout(0.1, seed=1)(layers.MultiHeadAttention(2, 3)(y, y))
     y = layers.Dense(8, activation="gelu")(layers.LayerNormalization()(x))
-    return layers.Dense(3)(x + layers.Dropout(0.1, seed=2)(layers.Dense(6)(y)))
+    x = x + layers.Dropout(0.1, seed=2)(layers.Dense(6)(y))
+    return layers.Dense(3)(layers.LayerNormalization()(x))  # without it training runs away, to the brink of float32
 
 
 def mobilenet(x):
