@@ -152,12 +152,13 @@ BY_HAND |= {
     ),
     "reflected at the edge": lambda p, x: jnp.tanh(jnp.pad(x[:, :4], ((0, 0), (0, 2)), mode="reflect") * p["w"][0]),
     **{
-        f"one neuron to many, and {name}": lambda p, x, then=then: then(
-            x[:, 1:2] * p["w"][0], x[:, 1:2] * p["w"][0] * x
-        )
+        f"one neuron to many, and {name}": lambda p, x, then=then: (lambda t: then(t, t * x))(x[:, 1:2] * p["w"][0])
         for name, then in {
             "a gain apart": lambda t, gain: jnp.tanh(gain[:, :1] + t),
             "a gain in another order": lambda t, gain: gain + t[:, ::-1],
+            "a gain, itself in another order": lambda t, gain: gain[:, ::-1] + t,
+            "a gain that it is scattered to": lambda t, gain: gain + jnp.zeros((3, 6)).at[:, np.arange(6)[::-1]].add(t),
+            "a gain that is scattered to": lambda t, gain: gain.at[:, np.zeros(6, int)].add(t),
             "a gain joined": lambda t, gain: jnp.concatenate([gain, t], 1)[:, 6:],
             "a gain chosen": lambda t, gain: jnp.where(jnp.arange(6) < 1, gain, t),
             "a gain that is less": lambda t, gain: jnp.maximum(gain - 100, t),
@@ -214,7 +215,7 @@ LOCAL = {
     "places of some": lambda p, x: jnp.tanh(x.at[:2].add(p["u"][:2]).at[1].subtract(p["v"])),
     "places, scaled and averaged": lambda p, x: (2 * (x[:, None] + p["u"])).mean(1),
     "gains of joined layers": lambda p, x: jnp.concatenate([x, jnp.sin(x)], 1) * jnp.repeat(p["v"], 2),
-    "gains of what is padded": lambda p, x: jnp.pad(x, ((0, 0), (2, 2))) * jnp.arange(10.0) * p["v"][0] + p["u"][0, 0],
+    "gains of what is padded": lambda p, x: jnp.pad(x, ((0, 0), (2, 2))) * jnp.repeat(p["v"], 2)[:10],
     "gains of maps that are pooled": lambda p, x: x.reshape(3, 2, 3).max(2) * p["v"][:2],
     "gains of the largest": lambda p, x: jax.lax.top_k(x, 3)[0] * p["v"][:3],
     "gains of what is shifted": lambda p, x: jnp.roll(x, 1, 1) * p["v"],

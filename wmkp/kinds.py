@@ -195,6 +195,7 @@ class Fan(NamedTuple):
 
     Attributes:
       varying: the axes along which the weight varies.
+      moves: how it was laid out anew since.
       shifted: whether a bias was added since.
       gain: whether an activation y_k was multiplied since, with a value of its own for each w_k: w_k x y_k. Then w_k is its
         gain, and there are no axes.
@@ -203,6 +204,7 @@ class Fan(NamedTuple):
     product: Product
     along: tuple[bool, ...]
     varying: tuple[bool, ...] = ()
+    moves: tuple[tuple[str, str], ...] = ()
     shifted: bool = False
     gain: bool = False
 
@@ -639,19 +641,21 @@ class Analyser:
         copied = () if step.product else _copied(eqn, kinds, eqn.outvars[0].aval.shape)
         among = lambda along: tuple(map(all, zip(copied, along, strict=False)))
         fans: list[Fan] = []
-        # A sum with a gain's own terms is one, place by place; anything else may bring a weight to another neuron.
-        gains = {fan.product for k in kinds for fan in k.fans if fan.gain and name in {"add", "sub", "add_any"}}
+        # In a sum, place by place, a gain shows the same weight to be one; anything else may bring it to another neuron.
+        adds = name in compat.AFFINE - compat.ADDED
+        gains = {(fan.product, fan.moves) for k in kinds for fan in k.fans if fan.gain and adds}
         alone = sum(k.active and not k.synaptic for k in kinds) == 1
         for i, kind in enumerate(kinds):
             for fan in kind.fans:
                 product = fan.product
-                if fan.gain or product in gains:
-                    if product in gains or name in {"neg", "convert_element_type"}:
-                        fans.append(Fan(product, (), gain=True))
+                if fan.gain or (product, fan.moves) in gains:
+                    if adds or name in {"neg", "convert_element_type"}:
+                        fans.append(Fan(product, (), moves=fan.moves, gain=True))
                 elif name in compat.LAYOUT and any(copied):
                     along, varying = (_layout_varying(eqn, axes) for axes in (fan.along, fan.varying))
-                    fans.append(fan._replace(along=along, varying=varying))
-                elif name == "neg" or (name in compat.AFFINE and alone):
+                    moves = (*fan.moves, (name, str(eqn.params))) if name != "convert_element_type" else fan.moves
+                    fans.append(fan._replace(along=along, varying=varying, moves=moves))
+                elif name == "neg" or (adds and alone):
                     fans.append(fan._replace(shifted=fan.shifted or name != "neg"))
                 elif not fan.shifted and (name == "mul" or (name == "div" and i == 0)):
                     # The other's own copies: of what it is, and by its axes of one.
@@ -661,7 +665,7 @@ class Analyser:
                     if any(among(fan.along)):
                         fans.append(fan)
                     elif not any(map(all, zip(shared, fan.varying, strict=False))):
-                        fans.append(Fan(product, (), gain=True))
+                        fans.append(Fan(product, (), moves=fan.moves, gain=True))
                 elif step.action == "product" and step.product is not None and step.product.weight == i:
                     inputs, size = step.product.axes()[1], eqn.invars[i].aval.shape
                     product.pending &= all(kind.copied[a] or size[a] == 1 for a in inputs)
