@@ -15,7 +15,8 @@ import optax
 import benchmarks
 import wmkp
 from benchmarks import Part, Row, Settings, arrays, models, paper_numpy
-from wmkp.experiments import data, published
+from wmkp.experiments import published
+from wmkp.experiments.data import Dataset
 
 # Batch, how long all take turns, and the side of the images when trying the scripts out.
 SIZES = {"ViT-Ti": (8, 25, 32), "LeNet": (64, 12, 32), "ResNet-20": (128, 30, 32)}
@@ -64,7 +65,7 @@ def wmkp_epoch(images: np.ndarray, targets: np.ndarray) -> Callable[[], Any]:
 def reproduced_epoch(images: np.ndarray, labels: np.ndarray) -> Callable[[], Any]:
     """The same epoch as ``wmkp reproduce akrout-mnist`` trains it: weights of pixels that a batch does not light rest."""
     train = {"image": np.rint(255 * images).astype(np.uint8), "label": labels.astype(np.int32)}
-    trial = published.start(published.PUBLISHED["kp"], data.Dataset(train, train, 10), published.HIDDEN["mnist"])
+    trial = published.start(published.PUBLISHED["kp"], Dataset(train, train, 10), published.HIDDEN["mnist"])
     return models.chained(trial.run_epoch, trial.state, trial.train, 0)
 
 

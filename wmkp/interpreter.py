@@ -39,6 +39,10 @@ class Handler:
         self.channel = channel
         self.anchor = anchor
 
+    def within(self, taps: dict, channel: Any) -> "Handler":
+        """The same inside a loop, a branch or a call, with what goes in there."""
+        return Handler(self.on_product, taps, channel, self.anchor)
+
 
 class Direct:
     """Feedback weights of a shape of their own, which carry the output's error straight to a projection's input.
@@ -167,7 +171,7 @@ def _remat(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
 
     def body(arrays: list[Any], taps: list[Any], channel: Any) -> tuple[list[Any], Any]:
         nonlocal outs
-        inner = Handler(handler.on_product, dict(zip(mine, taps, strict=True)), channel, handler.anchor)
+        inner = handler.within(dict(zip(mine, taps, strict=True)), channel)
         pairs = run(step.plans[0], packed.unflatten(arrays), inner)
         outs = _Packed(pairs)
         return _Packed.flatten(pairs), inner.channel
@@ -189,9 +193,7 @@ def _shard_map(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]
 
     def body(arrays: list[Any], taps: list[Any]) -> list[Any]:
         own = {p: sharding.alike(tap[0], p.output_aval) for p, tap in zip(mine, taps, strict=True)}
-        return [
-            a for a, _ in run(plan, packed.unflatten(arrays), Handler(handler.on_product, own, None, handler.anchor))
-        ]
+        return [a for a, _ in run(plan, packed.unflatten(arrays), handler.within(own, None))]
 
     spread = jax.sharding.PartitionSpec(sharding.axes)
     mapped = sharding.map(body, (specs, [spread] * len(mine)), list(sharding.out_specs))
@@ -211,7 +213,7 @@ def _cond(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
 
     def branch(plan: Plan) -> Callable[[], tuple[list[Any], list[Any], Any]]:
         def evaluate() -> tuple[list[Any], list[Any], Any]:
-            inner = Handler(handler.on_product, handler.taps, handler.channel, handler.anchor)
+            inner = handler.within(handler.taps, handler.channel)
             pairs = run(plan, rest, inner)
             lost.update(i for i in followed if pairs[i][1] is None)
             companions = [pairs[i][0] if i in lost else _companion(pairs[i], handler) for i in followed]
@@ -252,7 +254,7 @@ def _scan(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
         carry: tuple[list[Any], Any], slices: tuple[list[Any], list[Any]]
     ) -> tuple[tuple[list[Any], Any], list[Any]]:
         nonlocal ys_pack
-        inner = Handler(handler.on_product, dict(zip(mine, slices[1], strict=True)), carry[1], handler.anchor)
+        inner = handler.within(dict(zip(mine, slices[1], strict=True)), carry[1])
         pairs = run(plan, [*fixed, *carry_pack.unflatten(carry[0]), *xs_pack.unflatten(slices[0])], inner)
         out = []
         for i, (pair, mode) in enumerate(zip(pairs[:carries], carry_pack.modes, strict=True)):

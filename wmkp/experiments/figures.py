@@ -172,7 +172,7 @@ def published(
                 )
     panels[0].set(title="Test accuracy", ylabel="%")
     panels[1].set(title="Matrix angle: W to B", ylabel="degrees")
-    panels[2].set(title="Delta angle: δ to backprop's δ", ylabel="degrees: one example's; all within 1 sd")
+    panels[2].set(title="Delta angle: δ to backprop's δ", ylabel="degrees: one example's; mean ± sd of all")
     for axes in panels:
         _plain(axes)
         axes.set(xscale="log")

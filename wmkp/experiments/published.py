@@ -1,6 +1,6 @@
 """The NumPy experiments published with Akrout et al. (2019), each of their quirks kept, and each of them mended."""
 
-import hashlib
+import contextlib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -69,7 +69,7 @@ MENDED = {
 
 
 class Epoch(NamedTuple):
-    """A line of a curve, the published ones' columns and one more; NaN where there is no B.
+    """A line of a curve, its columns named as the published ones'; NaN where there is no B.
 
     A delta angle is that of one example: the first of the training set, then the mean and the standard deviation over
     the first ``EXAMPLES``.
@@ -98,9 +98,9 @@ def load(name: str, data_dir: Path | None) -> Dataset:
 
 def unhashed(examples: data.Examples, split: str) -> data.Examples:
     """Examples that TFDS has put in its order, by the numbers that it gave them."""
-    numbers = range(len(examples["label"]))
-    kept = sorted(numbers, key=lambda i: hashlib.md5(f"{split}{i}".encode(), usedforsecurity=False).digest())
-    places = np.argsort(kept)
+    from tensorflow_datasets.core.hashing import Hasher
+
+    places = np.argsort(sorted(range(len(examples["label"])), key=Hasher(split).hash_key))
     return {key: x[places] for key, x in examples.items()}
 
 
@@ -159,8 +159,8 @@ def initial(key: jax.Array, sizes: tuple[int, int, int]) -> Any:
 def lit(batches: np.ndarray) -> np.ndarray:
     """Of each batch (steps, batch, pixels) the pixels that move weights, as many for all: (steps, most) indices, in order.
 
-    Where no image of a batch is lit, a weight has no gradient. Of MNIST's 784 pixels that leaves 555 at most, and some dark
-    ones in the other batches; the two products of the hidden layer have that much less to do.
+    Where no image of a batch is lit, a weight has no gradient, and the two products of the hidden layer have that much
+    less to do. A batch that lights fewer than the most gets dark ones besides.
     """
     shines = batches.any(1)
     return np.sort(np.argsort(~shines, 1, kind="stable")[:, : shines.sum(1).max()], 1)
@@ -211,24 +211,27 @@ def run(
     """
     some, test = jax.device_put((jax.tree.map(lambda x: x[:EXAMPLES], dataset.train), dataset.test))
     state, train, run_epoch, measure = start(variant, dataset, hidden, seed)
-    manager = None if directory is None else checkpoints.open_manager(directory, keep=1)
     rows: list[Epoch] = []
     made = {"variant": variant._asdict(), "seed": seed}
-    if manager is not None and manager.latest_step() is not None:
-        state, kept = checkpoints.restore(manager, state)
-        if {key: kept[key] for key in made} != made:
-            raise InputError(f"{directory} is of {kept['variant']} with seed {kept['seed']}; choose another --out")
-        rows = [Epoch(*row) for row in kept["rows"] if row[0] < epochs]
-    for epoch in range(int(state.step) // (len(dataset.train["label"]) // BATCH), epochs):
-        state, loss = run_epoch(state, train, epoch)
-        if epoch < EVERY_UNTIL or (epoch + 1) % EVERY == 0 or epoch == epochs - 1:
-            rows.append(Epoch(epoch, *(float(x) for x in jax.device_get((loss, *measure(state, some, test))))))
-            report(rows)
-        if manager is not None and ((epoch + 1) % EVERY == 0 or epoch == epochs - 1):
-            checkpoints.save(manager, state, {**made, "rows": [list(row) for row in rows]})
-    if manager is not None:
-        checkpoints.finish(manager)
-        manager.close()
+    with contextlib.ExitStack() as stack:
+        manager = None if directory is None else checkpoints.open_manager(directory, keep=1)
+        if manager is not None:
+            stack.callback(manager.close)
+            if manager.latest_step() is not None:
+                state, kept = checkpoints.restore(manager, state)
+                if {key: kept[key] for key in made} != made:
+                    raise InputError(f"{directory} is of {kept['variant']}, seed {kept['seed']}; choose another --out")
+                rows = [Epoch(*row) for row in kept["rows"] if row[0] < epochs]
+        for epoch in range(int(state.step) // (len(dataset.train["label"]) // BATCH), epochs):
+            state, loss = run_epoch(state, train, epoch)
+            last = epoch == epochs - 1
+            if epoch < EVERY_UNTIL or (epoch + 1) % EVERY == 0 or last:
+                rows.append(Epoch(epoch, *(float(x) for x in jax.device_get((loss, *measure(state, some, test))))))
+                report(rows)
+            if manager is not None and ((epoch + 1) % EVERY == 0 or last):
+                checkpoints.save(manager, state, {**made, "rows": [list(row) for row in rows]})
+        if manager is not None:
+            checkpoints.finish(manager)
     return rows
 
 
