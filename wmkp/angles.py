@@ -10,7 +10,7 @@ from wmkp import checks
 from wmkp.alignment import covariance
 from wmkp.grad import carried, check_loss, companions, evaluate, feedback_leaves
 from wmkp.interpreter import Direct
-from wmkp.kinds import Product
+from wmkp.products import Product
 from wmkp.projections import Analysis, analyse, named_leaves
 from wmkp.rules import ProductFeedback, Rule, RuleOrRules, check_rule, resolve
 

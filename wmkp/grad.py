@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from wmkp import checks, pathways
 from wmkp.alignment import activity_gradient
 from wmkp.interpreter import Direct, Handler, anchored, run
-from wmkp.kinds import Product
+from wmkp.products import Product
 from wmkp.projections import Analysis, Projection, analyse, explained, is_array, named_leaves
 from wmkp.rules import Rule, RuleOrRules, check_rule, resolve
 

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from wmkp import compat
-from wmkp.kinds import Bind, Kind, Plan, Product, Step, everywhere, join
+from wmkp.kinds import Kind, everywhere, join
+from wmkp.plans import Plan, Step
+from wmkp.products import Bind, Product
 
 # --- running the plan -------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from wmkp import checks
 from wmkp.alignment import local_gradient
 from wmkp.grad import feedback_leaves
 from wmkp.interpreter import collect
-from wmkp.kinds import Product
+from wmkp.products import Product
 from wmkp.projections import Analysis, WeightTransportError, analyse, is_array
 from wmkp.rules import Mirror, Rule, RuleOrRules, check_rule, resolve
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from wmkp.kinds import Product
+from wmkp.products import Product
 from wmkp.projections import WeightTransportError, direct_sizes
 
 LocalGradient = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from wmkp import checks
+from wmkp.copies import settle
 from wmkp.interpreter import collect
-from wmkp.kinds import Analyser, Kind, Plan, Product, everywhere, settle
+from wmkp.kinds import Kind, everywhere
+from wmkp.plans import Analyser, Plan
+from wmkp.products import Product
 
 
 class WeightTransportError(ValueError):

@@ -1,0 +1,279 @@
+"""The walk over a jaxpr that finds its products: what to do at each equation, loops and branches included."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from wmkp import compat
+from wmkp.copies import fan_out, settle, sources
+from wmkp.kinds import (
+    CONSTANT,
+    Kind,
+    activation,
+    everywhere,
+    is_matrix_operand,
+    join,
+    layout_varying,
+    outside,
+    union_of,
+    weight_kind,
+)
+from wmkp.products import Bind, Product
+
+
+class Step(NamedTuple):
+    """One equation, and what to do: "bind", "follow", "product", "inline", "remat", "scan", "cond" or "shard_map"."""
+
+    eqn: Any
+    action: str
+    bind: Bind | None = None
+    plans: tuple["Plan", ...] = ()
+    product: Product | None = None
+
+
+class Plan(NamedTuple):
+    """A jaxpr with what to do at each of its equations, and the kinds of its values."""
+
+    jaxpr: Any
+    consts: Sequence[Any]
+    steps: list[Step]
+    kinds: dict[Any, Kind]
+    outputs: list[Kind]
+
+    def products(self) -> Iterator[Product]:
+        """Every product, those of inner plans included, in the order of evaluation."""
+        for step in self.steps:
+            if step.product is not None and not step.product.pending:
+                yield step.product
+            for plan in step.plans:
+                yield from plan.products()
+
+
+class Analyser:
+    """Builds plans, and notes the parameters that do anything but multiply an activation."""
+
+    def __init__(self) -> None:
+        self.shared: set[int] = set()
+
+    def plan(self, jaxpr: Any, kinds: Sequence[Kind], lengths: tuple[int, ...]) -> Plan:
+        jaxpr, consts = compat.open_jaxpr(jaxpr)
+        env: dict[Any, Kind] = dict(zip(jaxpr.constvars, [CONSTANT] * len(jaxpr.constvars), strict=True))
+        env.update(zip(jaxpr.invars, kinds, strict=True))
+
+        def read(v: Any) -> Kind:
+            return env[v] if isinstance(v, compat.Var) else CONSTANT
+
+        plan = Plan(jaxpr, consts, [], env, [])
+        for eqn in jaxpr.eqns:
+            bind = compat.binder(eqn, jaxpr)
+            operands = [read(v) for v in eqn.invars]
+            step, outs = self.step(eqn, bind, operands, lengths, plan)
+            if not step.plans:
+                product, outs = fan_out(eqn, step.product, bind, operands, outs, lengths)
+                step = step._replace(product=product)
+                self.note_uses(step, operands, outs)
+            plan.steps.append(step)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        plan.outputs.extend(read(v) for v in jaxpr.outvars)
+        return plan
+
+    def step(
+        self, eqn: Any, bind: Bind, kinds: list[Kind], lengths: tuple[int, ...], plan: Plan
+    ) -> tuple[Step, list[Kind]]:
+        name, count = eqn.primitive.name, len(eqn.outvars)
+        if not any(k.active for k in kinds):
+            return Step(eqn, "bind", bind), [Kind(data=any(k.data for k in kinds))] * count
+        if name in compat.INLINED or name in compat.REMAT:
+            kinds = [k._replace(sources=sources(eqn, kinds, i)) if k.active else k for i, k in enumerate(kinds)]
+            inner = self.plan(compat.inner_jaxpr(eqn), kinds, lengths)
+            return Step(eqn, "remat" if name in compat.REMAT else "inline", None, (inner,)), inner.outputs
+        if name == "scan":
+            return self.scan(eqn, kinds, lengths)
+        if name == "cond":
+            return self.cond(eqn, kinds, lengths)
+        if name == "shard_map":
+            return self.shard_map(eqn, kinds, lengths)
+        if name in compat.BILINEAR:
+            return self.bilinear(eqn, bind, kinds, lengths)
+        weights = [k for k in kinds if k.weight]
+        if name == "reduce_sum" and kinds[0].gain and any(kinds[0].gain[1][a] for a in eqn.params["axes"]):
+            # x * w, then a sum along w: a projection written by hand.
+            params = kinds[0].gain[0]
+            kind = Kind(params, varying=everywhere(eqn.invars[0].aval))
+            product = Product(eqn, bind, 0, [kind, activation(kinds)], "mul, then reduce_sum", lengths)
+            product.needs_feedback = True
+            return Step(eqn, "bind", bind, (), product), [activation(kinds)] * count
+        if compat.has_jaxpr(eqn):
+            return self.opaque(eqn, bind, kinds, lengths)
+        if not weights:
+            out = activation(kinds)
+            if name in compat.LAYOUT:
+                out = out._replace(sources=sources(eqn, kinds, 0))
+                if kinds[0].gain:
+                    out = out._replace(gain=(kinds[0].gain[0], layout_varying(eqn, kinds[0].gain[1])))
+                if eqn.outvars[0].aval.shape == eqn.invars[0].aval.shape and name not in {"transpose", "rev"}:
+                    out = out._replace(product=kinds[0].product)
+            if name == "concatenate":
+                parts = [sources(eqn, kinds, i) for i, k in enumerate(kinds) if k.active]
+                out = out._replace(sources=tuple(s for s in parts[0] if all(s in other for other in parts)))
+            if name == "stop_gradient" or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
+                out = Kind(data=True)
+            return Step(eqn, "bind", bind), [out] * count
+        statics = [i for i, k in enumerate(kinds) if k.static]
+        if statics and any(k.data for k in kinds) and name not in compat.LOCAL:
+            product = Product(eqn, bind, statics[0], kinds, name, lengths)
+            return Step(eqn, "bind", bind, (), product), [activation(kinds)] * count
+        if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.complexfloating) and name == "mul" and union_of(kinds).data:
+            product = Product(
+                eqn, bind, [k.weight for k in kinds].index(True), kinds, "mul of complex numbers", lengths
+            )
+            return Step(eqn, "bind", bind, (), product), [activation(kinds)] * count
+        if name in compat.AFFINE:
+            self.note_bias(eqn, kinds, plan)
+        out = weight_kind(eqn, kinds)
+        action = "follow" if out.weight and not out.obstacle else "bind"
+        return Step(eqn, action, bind), [out] * count
+
+    def bilinear(self, eqn: Any, bind: Bind, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
+        name = eqn.primitive.name
+        union = union_of(kinds)
+        statics = [i for i, k in enumerate(kinds) if k.static]
+        weights = [i for i, k in enumerate(kinds) if k.weight]
+        if not union.data or (union.masked and any(not k.data and not k.weight for k in kinds)):
+            # A map of weights alone, or of one that data has masked. With a constant it is linear, but it mixes elements.
+            reason = f"{name} of two parameters" if len(weights) == 2 else f"{name} with a constant array"
+            out = union._replace(obstacle=union.obstacle or reason, varying=everywhere(eqn.outvars[0].aval))
+            return Step(eqn, "bind", bind), [out]
+        out = Kind(data=True, active=True)
+        # A weight that data has touched is an activity of neurons (a looked-up embedding, a bias added) to weights, and
+        # to other activities too unless it is a matrix between the summed axes and those that remain.
+        candidates = statics
+        if all(k.data for k in kinds):
+            candidates = [i for i in weights if is_matrix_operand(eqn, i, kinds[i].varying)]
+        if not candidates:
+            return Step(eqn, "bind", bind), [out]
+        weight = candidates[0]
+        obstacle = kinds[weight].obstacle
+        if len(candidates) == 2:
+            obstacle = f"{name} of two parameters that data has touched"
+        if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.complexfloating):
+            obstacle = f"{name} of complex numbers"
+        product = Product(eqn, bind, weight, kinds, obstacle, lengths)
+        step = Step(eqn, "bind" if obstacle else "product", bind, (), product)
+        return step, [out._replace(product=product)]
+
+    def note_uses(self, step: Step, kinds: list[Kind], outs: list[Kind]) -> None:
+        """A weight may be laid out anew and multiply an activation; any other use adds a gradient that B has not."""
+        for i, kind in enumerate(kinds):
+            multiplies = step.action == "product" and step.product is not None and step.product.weight == i
+            if kind.weight and not multiplies and not (step.action == "follow" and all(k.static for k in outs)):
+                self.shared |= kind.params
+
+    def note_joined(self, kinds: Sequence[Kind], joined: Sequence[Kind]) -> None:
+        """A weight that a loop or a branch makes an activation (an initial state) has a use of its own there."""
+        for kind, out in zip(kinds, joined, strict=True):
+            if kind.weight and not out.static:
+                self.shared |= kind.params
+
+    def note_bias(self, eqn: Any, kinds: list[Kind], plan: Plan) -> None:
+        """A weight added to a product's output, and varying along nothing but its outputs, is that layer's bias."""
+        for (y, _), (b, var) in (
+            ((kinds[0], None), (kinds[1], eqn.invars[1])),
+            ((kinds[1], None), (kinds[0], eqn.invars[0])),
+        ):
+            if y.product is None or not b.static or b.obstacle or eqn.primitive.name == "sub":
+                continue
+            if all(not v or a in y.product.output_axes() for a, v in enumerate(b.varying)):
+                y.product.bias = (plan, var)
+
+    def opaque(self, eqn: Any, bind: Bind, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
+        """A call that cannot be opened: a custom derivative (its backward pass would be lost), a while, a kernel."""
+        name, count = eqn.primitive.name, len(eqn.outvars)
+        step = Step(eqn, "bind", bind)
+        weights = [i for i, k in enumerate(kinds) if k.weight]
+        if not weights:
+            return step, [activation(kinds)] * count
+        if name in compat.CUSTOM:
+            inner = self.plan(compat.inner_jaxpr(eqn), kinds, lengths)
+            settle(inner.outputs)
+            hidden = sorted(inner.products(), key=lambda p: p.obstacle is None)
+            outs = [k._replace(obstacle=k.obstacle or name) if k.weight else k for k in inner.outputs]
+            if not hidden:
+                return step, outs
+            weights = [i for i in weights if kinds[i].params & hidden[0].params] or weights
+        elif not any(k.data for k in kinds):
+            union = union_of(kinds)
+            return step, [union._replace(obstacle=name, varying=everywhere(v.aval)) for v in eqn.outvars]
+        elif name == "while":  # JAX itself has no backward pass through it
+            return step, [activation(kinds)] * count
+        else:
+            outs = [activation(kinds)] * count
+        product = Product(eqn, bind, weights[0], kinds, name, lengths)
+        return step._replace(product=product), outs
+
+    def shard_map(self, eqn: Any, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
+        """Each device's part of a weight has its part of B; what mirror mode would need is the whole."""
+        inner = [
+            outside(k)._replace(unmirrored=(k.unmirrored or "shard_map") if k.weight else None, copied=())
+            for k in kinds
+        ]
+        plan = self.plan(compat.inner_jaxpr(eqn), inner, (*lengths, compat.sharding(eqn.params).devices))
+        outs = [k._replace(obstacle=k.obstacle or "shard_map") if k.weight else k for k in plan.outputs]
+        settle([*kinds, *outs])
+        return Step(eqn, "shard_map", None, (plan,)), [outside(k)._replace(copied=()) for k in outs]
+
+    def cond(self, eqn: Any, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
+        plans = tuple(self.plan(branch, kinds[1:], lengths) for branch in eqn.params["branches"])
+        outs = plans[0].outputs
+        for plan in plans[1:]:
+            avals = [v.aval for v in eqn.outvars]
+            outs = [join(a, b, everywhere(v), "cond") for a, b, v in zip(outs, plan.outputs, avals, strict=True)]
+        if kinds[0].data:
+            outs = [k._replace(data=True, unmirrored="cond" if k.weight else None, masked=k.synaptic) for k in outs]
+        for plan in plans:
+            self.note_joined(plan.outputs, outs)
+        outs = [outside(k) for k in outs]
+        for plan in plans:  # what fans out in a branch goes on behind it, as long as there are copies
+            for i, kind in enumerate(plan.outputs):
+                fans = tuple(f for f in kind.fans if any(map(all, zip(outs[i].copied, f.along, strict=False))))
+                settle([kind._replace(fans=tuple(f for f in kind.fans if f not in fans))])
+                outs[i] = outs[i]._replace(fans=outs[i].fans + fans)
+        return Step(eqn, "cond", None, plans), outs
+
+    def scan(self, eqn: Any, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
+        jaxpr, _ = compat.open_jaxpr(eqn.params["jaxpr"])
+        consts, carries = compat.scan_sizes(eqn.params)
+        avals = [v.aval for v in jaxpr.invars]
+        inner = list(kinds)
+        for i, kind in enumerate(kinds):
+            sliced = i >= consts + carries
+            varying = kind.varying[1:] if sliced else kind.varying
+            stack = (*kind.stack, eqn.params["length"]) if sliced and kind.weight else kind.stack
+            copied = kind.copied[1:] if sliced else kind.copied
+            inner[i] = outside(kind)._replace(varying=varying, stack=stack, copied=copied)
+        settle(kinds)
+        lengths = (*lengths, eqn.params["length"])
+        while True:
+            plan = self.plan(eqn.params["jaxpr"], inner, lengths)
+            settle(plan.outputs)
+            settled = True
+            for c in range(carries):
+                i = consts + c
+                if jaxpr.outvars[c] is jaxpr.invars[i]:  # carried along unchanged
+                    continue
+                old = inner[i]
+                inner[i] = join(old, plan.outputs[c], everywhere(avals[i]), "scan")
+                if inner[i].static:
+                    inner[i] = inner[i]._replace(unmirrored="scan")
+                settled &= inner[i] == old
+            if settled:
+                break
+        self.note_joined(kinds[consts : consts + carries], inner[consts : consts + carries])
+        outs = list(inner[consts : consts + carries])
+        for kind in plan.outputs[carries:]:
+            varying = (kind.weight, *kind.varying)
+            copied = (False, *kind.copied) if kind.copied else ()
+            stack = kind.stack[: len(lengths) - 1]
+            outs.append(outside(kind)._replace(varying=varying, stack=stack, copied=copied))
+        return Step(eqn, "scan", None, (plan,)), outs
