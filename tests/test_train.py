@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -234,6 +236,25 @@ def test_a_skipped_step_changes_nothing(tmp_path):
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_threads_with_a_manager_each_save_in_turn(tmp_path):
+    """Two saves at once spoil each other within Orbax."""
+
+    class State(NamedTuple):
+        step: jax.Array
+        w: jax.Array
+
+    def train_alone(directory):
+        manager = checkpoints.open_manager(directory, keep=1)
+        for step in range(1, 9):
+            checkpoints.save_in_turn(manager, State(jnp.asarray(step), jnp.full((200, 100), step)), {})
+        restored, _ = checkpoints.restore(manager, State(jnp.asarray(0), jnp.zeros((200, 100), int)))
+        manager.close()
+        return int(restored.w[0, 0])
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(train_alone, [tmp_path / "a", tmp_path / "b"])) == [8, 8]
 
 
 def _remove(path):

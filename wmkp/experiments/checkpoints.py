@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from wmkp import checks
 from wmkp.experiments.config import InputError, first_line
 
 SHOWN = 8  # of the differences between a checkpoint and what was expected
+# Orbax tells saves in the background apart by a number that the process has one of: two at a time spoil each other.
+_TURN = threading.Lock()
 
 
 def open_manager(directory: Path, keep: int, read_only: bool = False) -> ocp.CheckpointManager:
@@ -59,6 +62,13 @@ def finish(manager: ocp.CheckpointManager) -> None:
         manager.wait_until_finished()
     except Exception as error:
         raise _failed(manager, error) from error
+
+
+def save_in_turn(manager: ocp.CheckpointManager, state: wmkp.TrainState, progress: dict[str, Any]) -> None:
+    """Saves, and waits until it is on disk: for a process whose threads have a manager each. Raises as ``save``."""
+    with _TURN:
+        save(manager, state, progress)
+        finish(manager)
 
 
 def _failed(manager: ocp.CheckpointManager, error: Exception) -> InputError:

@@ -229,9 +229,7 @@ def run(
                 rows.append(Epoch(epoch, *(float(x) for x in jax.device_get((loss, *measure(state, some, test))))))
                 report(rows)
             if manager is not None and ((epoch + 1) % EVERY == 0 or last):
-                checkpoints.save(manager, state, {**made, "rows": [list(row) for row in rows]})
-        if manager is not None:
-            checkpoints.finish(manager)
+                checkpoints.save_in_turn(manager, state, {**made, "rows": [list(row) for row in rows]})
     return rows
 
 
