@@ -3,7 +3,8 @@
 A schedule is a kind of noise, the samples N of each projection, a rate a, and a mirror step after every k engaged
 steps. What it will hold is predicted from the weights' path in training by backprop (B is a leaky average of W's past,
 so its lag follows from inner products of W with itself at other steps) and the law of angles. The cheapest that holds
-the worst projection at every step is then trained with, and its angles are measured just before each mirror step.
+the worst projection at every step is then trained with. An angle held is that between the W and the B of one engaged
+step, which its error meets; the larger one that W's last change leaves until B is mirrored is noted beside it.
 """
 
 import math
@@ -62,7 +63,7 @@ RUNS = {
     "MLP 784-500-10": Run("mnist", 128, 300),
     "ResNet-20": Run("cifar10", 128, 40),
     "ResNet-18": Run("tiny_imagenet100", 32, 24, large=8, warm=(models.sgd, 0.1)),
-    "ViT-Ti, patches of 7": Run("mnist", 64, 24, warm=(models.adamw, 5e-4)),
+    "ViT-Ti, patches of 7": Run("mnist", 64, 64, warm=(models.adamw, 5e-4)),
 }
 
 
@@ -159,17 +160,17 @@ def paths_gram(case: models.Case, batches: list[Any]) -> dict[str, np.ndarray]:
 
 
 def predicted(grams: dict[str, np.ndarray], rate: float, every: int, noise_degrees: float) -> float:
-    """The worst angle between B and W over projections and steps, B starting exact; degrees."""
+    """The worst angle between B and W over projections and engaged steps, B starting exact; degrees."""
     worst = 0.0
     for gram in grams.values():
         b = np.zeros(len(gram))  # B as a combination of W at its past steps
         b[0] = 1.0
-        for t in range(1, len(gram)):
-            cosine = gram[t] @ b / math.sqrt(gram[t, t] * (b @ gram @ b))
-            worst = max(worst, 1 / min(max(cosine, 1e-9), 1.0) ** 2 - 1)
+        for t in range(1, len(gram) - 1):  # what the last step leaves meets no error
             if t % every == 0:
                 b *= 1 - rate
                 b[t] += rate
+            cosine = gram[t] @ b / math.sqrt(gram[t, t] * (b @ gram @ b))
+            worst = max(worst, 1 / min(max(cosine, 1e-9), 1.0) ** 2 - 1)
     return math.degrees(math.atan(math.sqrt(worst + math.tan(math.radians(noise_degrees)) ** 2)))
 
 
@@ -190,7 +191,7 @@ def cheapest(case: models.Case, grams: dict[str, np.ndarray]) -> tuple[Any, list
         rule = wmkp.weight_mirror(noise, target_angle=degrees, rate=rate)
         cost = mirror_operations(shapes, rule)
         for every in EVERY:
-            if every > len(next(iter(grams.values()))) - 1:
+            if every > (len(next(iter(grams.values()))) - 1) // 4:  # it is to mirror a few times within the run
                 break
             angle = predicted(grams, rate, every, degrees)
             about = {"noise": noise, "noise_degrees": degrees, "rate": rate, "every": every}
@@ -216,19 +217,19 @@ def schedules(name: str, run: Run, settings: Settings, found: dict[str, int]) ->
     chosen, best = cheapest(case, grams)
     found[name] = chosen["every"]
     rule = wmkp.weight_mirror(chosen["noise"], target_angle=chosen["noise_degrees"], rate=chosen["rate"])
-    worst, engaged, mirror = trained(case, rule, chosen["every"], batches)
+    worst, between, engaged, mirror = trained(case, rule, chosen["every"], batches)
     step, state = models.backprop_step(case)
     operations = programs.operations(jax.jit(step).lower(state, case.batch))
     data = run.dataset if test else f"random data of {run.dataset}'s shape"
     about = f"{name}: {chosen['noise']}, rate {chosen['rate']:g}, every {chosen['every']}"
     detail = {"chosen": chosen, "best_of_each_noise": best, "data": data, "warm": run.warm is not None}
-    drift = {k: predicted(grams, 1.0, k, 0.0) for k in EVERY if k < len(batches)}
+    drift = {k: predicted(grams, 1.0, k + 1, 0.0) for k in EVERY if k < len(batches) - 1}
     yield Row(
-        f"{about}: worst angle in training",
+        f"{about}: worst angle at an engaged step",
         worst,
         at_most=ANGLE,
         note=f"{run.steps} steps of {run.batch_size}{', rate rising' if run.warm else ''}, {data}; "
-        f"predicted {chosen['predicted_degrees']:.1f}",
+        f"predicted {chosen['predicted_degrees']:.1f}; before mirroring {between:.1f}",
         detail={**detail, "drift_degrees_of_W_in_k_steps": drift},
     )
     yield Row(
@@ -253,19 +254,22 @@ def schedules(name: str, run: Run, settings: Settings, found: dict[str, int]) ->
 
 def trained(
     case: models.Case, rule: wmkp.Rule, every: int, batches: list[Any]
-) -> tuple[float, list[float], list[float]]:
-    """Trains with a mirror step after every k; the worst angle before each mirror step, and seconds of both steps."""
-    steps, state = mirror_steps(case, rule, 1)
+) -> tuple[float, float, list[float], list[float]]:
+    """Trains with a mirror step after every k: worst angles at and after an engaged step, and seconds of both steps."""
+    assert rule.mirror is not None
+    # As many for a start, of which B is the mean, as leave the noise that a leaky average of this rate settles at.
+    steps, state = mirror_steps(case, rule, math.ceil((2 - rule.mirror.rate) / rule.mirror.rate))
     angles = jax.jit(lambda params, feedback: jnp.stack([*wmkp.matrix_angles(params, feedback).values()]).max())
     engaged_step = steps.engaged_step.lower(state, batches[0]).compile()
     mirror_step = steps.mirror_step.lower(state).compile()
-    worst, engaged, mirror = 0.0, [], []
+    at, after, engaged, mirror = 0.0, 0.0, [], []
     for i, batch in enumerate(batches, 1):
+        at = max(at, float(angles(state.params, state.feedback)))
         state = timed(engaged, lambda state=state, batch=batch: engaged_step(state, batch))
-        worst = max(worst, float(angles(state.params, state.feedback)))
+        after = max(after, float(angles(state.params, state.feedback)))
         if i % every == 0:
             state = timed(mirror, lambda state=state: mirror_step(state))
-    return worst, engaged, mirror
+    return at, after, engaged, mirror
 
 
 def timed(seconds: list[float], step: Callable[[], tuple[Any, Any]]) -> Any:
