@@ -1,4 +1,4 @@
-"""Puts the tables and the picture that ``wmkp compare`` wrote into README.md and docs/rules.md: no figure is typed."""
+"""Puts tables and a picture from ``wmkp compare`` and ``python -m benchmarks`` into the pages: no figure is typed."""
 
 import re
 import shutil
@@ -6,26 +6,51 @@ from pathlib import Path
 
 import tyro
 
+import benchmarks
+from benchmarks import engaged
+
 ROOT = Path(__file__).parent.parent
 
 
-def pages(comparison: Path = Path("comparison"), every_rule: Path = Path("comparison-all")) -> None:
-    """Fills the pages' marked places.
+def pages(comparison: Path | None = None, every_rule: Path | None = None) -> None:
+    """Fills the pages' marked places: the engaged steps' cost always, a comparison's tables where it is given.
 
     Args:
       comparison: what ``wmkp compare`` wrote.
       every_rule: what ``wmkp compare --rules all --out comparison-all`` wrote.
     """
-    table, rules = ((path / "comparison.md").read_text() for path in (comparison, every_rule))
-    for page, tables in (("README.md", {"table": table, "rules": rules}), ("docs/rules.md", {"rules": rules})):
-        text = (ROOT / page).read_text()
-        for name, content in tables.items():
-            marked = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
-            text, found = re.subn(marked, lambda m, c=content: f"{m[1]}{c}{m[2]}", text, flags=re.DOTALL)
-            if found != 1:
-                raise SystemExit(f"{page} must have one place marked <!-- {name} --> ... <!-- end of {name} -->")
-        (ROOT / page).write_text(text)
-    shutil.copy(comparison / "comparison.png", ROOT / "docs" / "comparison.png")
+    fill("README.md", "cost", cost())
+    if comparison is not None:
+        fill("README.md", "table", (comparison / "comparison.md").read_text())
+        shutil.copy(comparison / "comparison.png", ROOT / "docs" / "comparison.png")
+    if every_rule is not None:
+        for page in ("README.md", "docs/rules.md"):
+            fill(page, "rules", (every_rule / "comparison.md").read_text())
+
+
+def cost() -> str:
+    """Each rule's engaged step over backprop's, a column for each model of ``results/engaged.json``."""
+    times = {row.name: row.value for row in benchmarks.read(benchmarks.RESULTS / "engaged.json")}
+    heads = [f"{name}, batch {size}" for name, (size, *_) in engaged.SIZES.items()]
+    ratios = [
+        [rule, *(f"{times[f'{name}: {rule} over BP, time']:.2f}" for name in engaged.SIZES)]
+        for rule in ("KP", "FA, WM")
+    ]
+    lines = [["", *heads], ["---"] * (1 + len(heads)), *ratios]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("|  |", "| |")
+
+
+def fill(page: str, name: str, content: str) -> None:
+    """Writes between ``<!-- name -->`` and ``<!-- end of name -->``."""
+    text, found = re.subn(
+        rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)",
+        lambda m: f"{m[1]}{content}{m[2]}",
+        (ROOT / page).read_text(),
+        flags=re.DOTALL,
+    )
+    if found != 1:
+        raise SystemExit(f"{page} must have one place marked <!-- {name} --> ... <!-- end of {name} -->")
+    (ROOT / page).write_text(text)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import pytest
 
 import wmkp
 import wmkp.nnx
+from benchmarks import pages
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -69,6 +70,12 @@ def test_code_runs(page):
 
 
 # --- what the pages say of the code -----------------------------------------------------------------------------------
+
+
+def test_the_readmes_costs_are_those_of_the_results():
+    """``python -m benchmarks.pages`` wrote them."""
+    text = (ROOT / "README.md").read_text()
+    assert f"<!-- cost -->\n{pages.cost()}<!-- end of cost -->" in text
 
 
 def test_every_public_name_has_its_entry():
