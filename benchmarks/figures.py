@@ -140,7 +140,8 @@ def section(figure: str) -> str:
 def _length(figure: str, run: dict[str, Any], summary: list[dict[str, Any]]) -> str:
     """How much of the whole was run."""
     if figure not in reproduce.BATTERIES:
-        return f"{run['epochs']} epochs; the published curves have {published.EPOCHS}."
+        took = f" All trained in {run['seconds']} s." if "seconds" in run else ""
+        return f"{run['epochs']} epochs; the published curves have {published.EPOCHS}.{took}"
     settings = next(iter(run["runs"].values()))
     whole = reproduce.BATTERIES[figure].changes.get("epochs", RECIPES[summary[0]["run"]].epochs)
     size = f" Images of {settings['image_size']}x{settings['image_size']}." if settings["image_size"] else ""

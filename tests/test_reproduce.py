@@ -222,6 +222,11 @@ def test_curves_are_held_against_the_published(dataset, tmp_path, monkeypatch, c
     assert imread(io.BytesIO((out / "curves.png").read_bytes())).shape[2] == 4
     printed = capsys.readouterr().out
     assert "52.00" in printed and f"{float(kp['matrix_angle']):.2f}, 18.00" in printed
+    assert f"All trained in {written['seconds']} s." in printed
+    # A run that goes on from what is there has not taken the time of the whole.
+    assert run_command(monkeypatch, *("4" if x == 3 else x for x in arguments)) == 0
+    assert "seconds" not in json.loads((out / "run.json").read_text())
+    assert len(read(out / "kp.csv")) == 4
 
 
 def test_orders_keep_the_order_from_epoch_to_epoch_and_span_the_published(dataset, tmp_path, monkeypatch, capsys):

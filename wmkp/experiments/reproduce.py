@@ -132,7 +132,9 @@ def _curves(config: Reproduce, out: Path) -> list[dict[str, Any]]:
     dataset = published.load(name, config.data_dir)
     epochs = published.EPOCHS if config.epochs is None else max(1, round(config.epochs))
     theirs = {key: _reference(config.reference, name, key) for key in config.only} if config.reference else {}
-    _started(config, out, epochs=epochs, seed=config.seed, variants={k: variants[k]._asdict() for k in config.only})
+    fresh = not any((out / key).exists() for key in config.only)
+    about = {"epochs": epochs, "seed": config.seed, "variants": {k: variants[k]._asdict() for k in config.only}}
+    _started(config, out, **about)
     console, begin = Console(soft_wrap=True), time.perf_counter()
 
     def one(key: str) -> list[dict[str, float]]:
@@ -149,7 +151,10 @@ def _curves(config: Reproduce, out: Path) -> list[dict[str, Any]]:
     at_a_time = min(2, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
     with ThreadPoolExecutor(at_a_time) as pool:
         curves = dict(zip(config.only, pool.map(one, config.only), strict=True))
-    console.print(f"All trained in {time.perf_counter() - begin:.0f} s.")
+    seconds = round(time.perf_counter() - begin)
+    console.print(f"All trained in {seconds} s.")
+    if fresh:  # all of it, and nothing that was there already
+        _started(config, out, **about, seconds=seconds)
     title = f"{name}, {epochs} epochs" + (": ours, and dotted the published" if theirs else "")
     outputs.write_atomically({out / "curves.png": figures.published(curves, theirs, title)})
     return [_compared(key, variants[key].title, curves[key], theirs.get(key)) for key in config.only]
