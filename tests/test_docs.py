@@ -75,7 +75,8 @@ def test_code_runs(page):
 def test_the_readmes_costs_are_those_of_the_results():
     """``python -m benchmarks.pages`` wrote them."""
     text = (ROOT / "README.md").read_text()
-    assert f"<!-- cost -->\n{pages.cost()}<!-- end of cost -->" in text
+    for name, content in (("cost", pages.cost()), ("mirror", pages.mirror())):
+        assert f"<!-- {name} -->\n{content}<!-- end of {name} -->" in text
 
 
 def test_every_public_name_has_its_entry():
