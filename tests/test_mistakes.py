@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 import wmkp
 import wmkp.nnx
@@ -19,7 +20,17 @@ from wmkp import updates
 from wmkp.interpreter import Direct
 from wmkp.training import batch_sharding, state_sharding
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+
+@pytest.fixture(scope="module")
+def all_frames():
+    """Tracebacks with JAX's own frames, so that an error of JAX's does not pass for one of the library's."""
+    before = jax.config.jax_traceback_filtering
+    jax.config.update("jax_traceback_filtering", "off")
+    yield
+    jax.config.update("jax_traceback_filtering", before)
+
+
+pytestmark = pytest.mark.usefixtures("quick_compile", "all_frames")
 
 KEY, B_KEY = jax.random.key(0), jax.random.key(1)
 NAN, INF = float("nan"), float("inf")
@@ -91,10 +102,23 @@ def mirror_with(optimizer):
 
 
 custom = lambda **fields: FA._replace(name="mine", **fields)
+
+
+def gone(tree):
+    copy = jax.tree.map(jnp.copy, tree)
+    jax.tree.map(lambda x: x.delete(), copy)
+    return copy
+
+
+async def later(params, x):
+    return fun(params, x)
+
+
 old_key = jax.random.PRNGKey(0)
 model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
 apply, nnx_params, nnx_state = wmkp.nnx.pure(model)
 the_mesh = jax.make_mesh((2,), ("d",), devices=jax.devices()[:2])
+other_mesh = jax.sharding.Mesh(np.array(jax.devices()[2:4]), ("e",))
 
 # what was done wrong: (the call, words that the message must hold)
 WRONG = {
@@ -292,6 +316,77 @@ WRONG = {
     "matrix angles with a mapping": (lambda: wmkp.matrix_angles(PARAMS, made(KP), {".*": KP}), "rule must be"),
     "matrix angles with another rule": (lambda: wmkp.matrix_angles(PARAMS, made(KP), PFA), "feedback['w']", "product_feedback"),
     "matrix angles of integers": (lambda: wmkp.matrix_angles(changed(w=np.ones((6, 2), int)), made(KP)), "params['w'] is int"),
+    # --- what JAX cannot trace
+    **{
+        f"fun returns {what}": (functools.partial(grad, KP, fun=f, has_aux=aux), "what fun returns", "is " + kind, "JAX cannot trace")
+        for what, f, aux, kind in (
+            ("a string", lambda p, x: "loss", False, "str"), ("a string beside the loss", lambda p, x: (fun(p, x), "text"), True, "str"),
+            ("an object", lambda p, x: (fun(p, x), object()), True, "object"), ("a coroutine", later, False, "coroutine"),
+        )
+    },
+    "metrics of strings": (lambda: make(loss_fn=returning(lambda l, s: (l, (s, {"a": "x"})))), "what fun returns['1/1/a'] is str"),
+    **{
+        f"data of {x.dtype}": (lambda x=x: grad(KP, PARAMS, made(KP), x), "args['0'] is ndarray", "JAX cannot trace")
+        for x in (np.full((4, 3), "a"), np.full((4, 3), None), np.zeros((4, 3), "datetime64[s]"), np.ones((4, 3), ">f4"))
+    },
+    "masked params": (lambda: grad(KP, changed(w=np.ma.ones((6, 2), np.float32)), made(KP)), "params['w'] is MaskedArray"),
+    **{
+        f"{name}: data by keyword": (functools.partial(call, PARAMS, made(KP), x=X), "x was given by keyword", "by position", "functools.partial")
+        for name, call in {
+            "engage": wmkp.engage(fun, KP), "value_and_grad": wmkp.value_and_grad(fun, KP), "backprop": wmkp.value_and_grad(fun, BP),
+        }.items()
+    },
+    # --- rules of one's own
+    **{
+        f"a rule whose {what}": (lambda fields=fields: grad(custom(**fields), PARAMS, init(custom(**fields))), *words)
+        for what, fields, *words in (
+            ("B is not used", {"backward": None}, "rule mine has no backward", "back through W"),
+            ("B is not made", {"init": None}, "rule mine has no init"),
+            ("init takes two", {"init": lambda key, p: 0}, "rule.init of mine raised TypeError", "(key, projection, W) -> B"),
+            ("init is no function", {"init": 3}, "rule.init must be a function"),
+            ("init makes another shape", {"init": lambda k, p, w: jnp.zeros(3)}, "rule.init of mine made float32[3] for params['w']", "float32[6, 2]"),
+            ("init makes another dtype", {"init": lambda k, p, w: jnp.ones(w.shape, int)}, "rule.init of mine made int32[6, 2]"),
+            ("init makes nothing", {"init": lambda k, p, w: None}, "rule.init of mine made None"),
+            ("backward is no function", {"backward": "b"}, "rule.backward must be a function"),
+            ("backward returns another dtype", {"backward": lambda w, b: b > 0}, "feedback['w']", "bool[6, 2], where W is float32[6, 2]"),
+            ("backward fails", {"backward": lambda w, b: {}["r"]}, "feedback['w']", "KeyError"),
+            ("learns is a word", {"learns": "yes"}, "rule.learns must be True or False"),
+            ("mirror is a word", {"mirror": "yes"}, "rule.mirror must be a Mirror, or None"),
+            ("local is a word", {"local": "yes"}, "rule.local must be an Alignment, or None"),
+        )
+    },
+    # --- numbers beyond float32, and beyond float64
+    **{
+        f"10**400: {name}": (functools.partial(call, 10**400), name)
+        for name, call in {
+            "scale": wmkp.feedback_alignment, "num_samples": lambda n: wmkp.weight_mirror(num_samples=n),
+            "amplitude": lambda a: wmkp.alignment(amplitude=a), "fan_in": lambda n: wmkp.mirror_angle(8, n, WM),
+            "learning_rate": lambda r: updates.weight_mirror(r, 1), "max_norm": updates.clip_together,
+        }.items()
+    },
+    "samples beyond 32 bits": (lambda: wmkp.weight_mirror(num_samples=2**31), "num_samples must be an integer of at least 1, and below 2^31"),
+    "a signal beyond float32": (lambda: wmkp.alignment(amplitude=1e300), "amplitude must not be negative, nor above 1e15"),
+    "a rate beyond float32": (lambda: updates.weight_mirror(1e300, 1), "learning_rate must not be negative, nor above 1e15"),
+    # --- arrays that a step took over
+    **{
+        f"{name}: deleted": (call, words, "is deleted", "Go on from the state that the step returned")
+        for name, words, call in (
+            ("init_feedback", "params['w']", lambda: init(KP, gone(PARAMS))),
+            ("value_and_grad", "params['b']", lambda: grad(KP, gone(PARAMS), made(KP))),
+            ("value_and_grad of B", "feedback['w']", lambda: grad(KP, PARAMS, gone(made(KP)))),
+            ("engage", "params['b']", lambda: wmkp.engage(fun, BP)(gone(PARAMS), None, X)),
+            ("matrix_angles", "feedback['w']", lambda: wmkp.matrix_angles(PARAMS, gone(made(KP)))),
+            ("delta_angles", "params['b']", lambda: wmkp.delta_angles(fun, KP, gone(PARAMS), made(KP), X)),
+            ("input_covariances", "params['b']", lambda: wmkp.input_covariances(fun, gone(PARAMS), X)),
+            ("steps.init", "params['b']", lambda: steps(KP).init(KEY, gone(PARAMS))),
+        )
+    },
+    "shapes in place of params, steps.init": (lambda: steps(KP).init(KEY, jax.eval_shape(lambda: PARAMS)), "params['b'] is ShapeDtypeStruct"),
+    "covariances of no sample": (lambda: wmkp.input_covariances(fun, PARAMS, X[:0]), "args hold no sample"),
+    "backprop with another tree for feedback": (lambda: grad(BP, PARAMS, X), "feedback must have the structure of params"),
+    "nested feedback": (
+        lambda: wmkp.matrix_angles({"a": PARAMS, "c": [X]}, {"a": without(made(KP), "w"), "c": [X, X]}),
+        "feedback must have the structure of params", "lacks 'a/w'", "has 'c/1' too many"),
     # --- mirrors
     **{
         f"{f.__name__} of {bad!r}": (functools.partial(call, bad), *words)
@@ -337,6 +432,23 @@ WRONG = {
         lambda: updates.kolen_pollack(optax.chain(optax.add_decayed_weights(-0.1), SGD)).init(made(KP)), "optimizer", "W - B^T"),
     "a decay that overshoots": (
         lambda: updates.kolen_pollack(optax.chain(optax.add_decayed_weights(30), SGD)).init(made(KP)), "optimizer", "W - B^T"),
+    **{
+        f"updates.kolen_pollack({optimizer.update.__name__}): {what}": (
+            lambda o=optimizer, s=state, b=b: updates.kolen_pollack(o).update(made(KP), s, b), "optimizer raised", "(signal, state, feedback)")
+        for optimizer in (optax.adamw(0.1),)
+        for what, state, b in (
+            ("no feedback", optimizer.init(made(KP)), None), ("W's state", optimizer.init(PARAMS), made(KP)),
+            ("another optimizer's state", SGD.init(made(KP)), made(KP)), ("no state", None, made(KP)),
+        )
+    },
+    **{
+        f"updates.kolen_pollack of {bad!r}": (lambda bad=bad: updates.kolen_pollack(SGD).init({"w": bad}), "feedback['w'] is", "floating-point arrays")
+        for bad in ("x", 1.0, np.ones((3, 2), int))
+    },
+    "signals that are no arrays": (
+        lambda: updates.kolen_pollack(SGD).update({**made(KP), "w": "x"}, SGD.init(made(KP)), made(KP)), "signal['w'] is str"),
+    "clipping what is no array": (
+        lambda: updates.clip_together(1.0).update((PARAMS, 1.0), optax.EmptyState()), "updates['1'] is float", "floating-point arrays"),
     "gradients in place of signals": (
         lambda: updates.kolen_pollack(SGD).update(PARAMS, SGD.init(made(KP)), made(KP)), "signal", "'b', 'first' too many"),
     "signals of another shape": (
@@ -393,6 +505,7 @@ WRONG = {
     "loss_fn of two arguments": (lambda: make(loss_fn=fun), "raised TypeError", "positional"),
     "a mesh and an axis": (lambda: make(mesh=the_mesh, axis_name="d"), "axis_name", "mesh, not both"),
     "fsdp without a mesh": (lambda: make(fsdp=True), "give mesh"),
+    "a mirror's optimizer of a tree": (lambda: mirror_with(optax.masked(optax.scale(1), {"w": True})), "mirror_optimizer must take one B at a time"),
     "a mirror's optimizer with a state": (lambda: mirror_with(optax.adam(0.1)), "mirror_optimizer must keep no state"),
     "a mirror's optimizer that goes down": (lambda: mirror_with(SGD), "mirror_optimizer must go along the signal"),
     "a mirror's optimizer of NaN": (lambda: mirror_with(optax.scale(NAN)), "mirror_optimizer must"),
@@ -428,6 +541,14 @@ WRONG = {
         lambda: steps(KP).engaged_step(state(opt_state=optax.adam(0.1).init(PARAMS)), X), "state.opt_state"),
     "a state with no key": (lambda: steps(KP).engaged_step(state(key=None), X), "state.key must be one JAX random key"),
     "an axis that is not there": (lambda: steps(KP, axis_name="d").engaged_step(state(), X), "axis_name='d'", "inside"),
+    "an axis of another mesh": (
+        lambda: jax.jit(jax.shard_map(steps(KP, axis_name="d").engaged_step, mesh=other_mesh, in_specs=(P(), P("e")), out_specs=P()))(
+            state(), X), "axis_name='d'", "inside"),
+    "a state of another mesh": (
+        lambda: make(mesh=the_mesh).engaged_step(make(mesh=other_mesh).init(KEY, PARAMS), X), "not on the devices of the step", "steps.init"),
+    "a step of no number": (lambda: steps(KP).engaged_step(state(step=None), X), "state.step must have the structure"),
+    "a step of many numbers": (lambda: steps(KP).engaged_step(state(step=jnp.zeros(3, int)), X), "state.step is int32[3]"),
+    "a mesh of no device": (lambda: make(mesh=jax.sharding.Mesh(np.array([]), ("d",))), "mesh must be a jax.sharding.Mesh"),
     "batch_sharding": (lambda: batch_sharding("d"), "mesh must be a jax.sharding.Mesh"),
     "state_sharding": (lambda: state_sharding(PARAMS, None), "mesh must be a jax.sharding.Mesh"),
     "state_sharding of strings": (lambda: state_sharding({"w": "x"}, the_mesh), "state must hold arrays"),
@@ -615,6 +736,16 @@ def test_no_key_is_used_twice():
         with pytest.raises(jax.errors.KeyReuseError):
             key = jax.random.key(5)
             jax.random.normal(key) + jax.random.normal(key)
+
+
+def test_a_step_of_three():
+    with pytest.raises(TypeError, match=r"engaged_step\(\) takes 2 positional arguments but 3 were given"):
+        steps(KP).engaged_step(state(), X, KEY)
+
+
+def test_a_batch_by_keyword():
+    by_position, by_keyword = steps(KP).engaged_step(state(), X), steps(KP).engaged_step(state(), batch=X)
+    jax.tree.map(np.testing.assert_array_equal, by_position[0].params, by_keyword[0].params)
 
 
 def test_numpy_params_in_double_precision():

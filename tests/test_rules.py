@@ -783,6 +783,22 @@ def test_input_covariances_of_dense_layers(float64):
         np.testing.assert_allclose(c[0], x.T @ x / BATCH, rtol=0, atol=1e-12)
 
 
+def test_input_covariances_are_of_what_was_evaluated():
+    """A branch not taken does not count, nor does it dilute a scan's mean; what no gradient reaches is NaN, not zero."""
+    w, x = normal(0, 4, 4), normal(1, 5, 4)
+
+    def scanned(params, x):
+        step = lambda h, i: (jax.lax.cond(i > 0, lambda: h @ params["a"] + x, lambda: h), None)
+        return jax.lax.scan(step, x, jnp.arange(3))[0]
+
+    found = wmkp.input_covariances(scanned, {"a": w}, x)["a"]
+    other = x @ w + x
+    np.testing.assert_allclose(found[0], (x.T @ x + other.T @ other) / 2 / len(x), rtol=1e-4, atol=1e-5)
+    behind = lambda params, x: jax.lax.stop_gradient(x @ params["a"]) @ params["b"]
+    found = wmkp.input_covariances(behind, {"a": w, "b": w}, x)
+    assert np.isnan(found["a"]).all() and np.isfinite(found["b"]).all()
+
+
 def settle(rule, fun, params, batches, times=1):
     """B after engaged and mirror steps under a W that stands still."""
     steps = wmkp.make_steps(as_step(fun), rule, optax.sgd(0.0), params, batches[0])

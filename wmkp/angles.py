@@ -12,7 +12,7 @@ from wmkp.grad import carried, check_loss, companions, evaluate, feedback_leaves
 from wmkp.interpreter import Direct
 from wmkp.products import Product
 from wmkp.projections import Analysis, analyse, named_leaves
-from wmkp.rules import ProductFeedback, Rule, RuleOrRules, check_rule, resolve
+from wmkp.rules import ProductFeedback, Rule, RuleOrRules, check_rule, check_samples, resolve
 
 
 def angle(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -128,18 +128,21 @@ def input_covariances(fun: Callable[..., Any], params: Any, *args: Any) -> dict[
       *args: its further arguments.
 
     Returns:
-      ``{path: (groups, fan_in, fan_in)}``, in the squared units of the activity.
+      ``{path: (groups, fan_in, fan_in)}``, in the squared units of the activity; NaN where no input reaches ``fun``'s
+      floating-point outputs by a gradient (in a branch not taken, before a stop_gradient or the argmax of an accuracy).
 
     Raises:
       TypeError: a parameter is not a real floating-point array.
-      ValueError: a convolution by batch groups, or whose left operand is the weight, whose patches are not taken.
+      ValueError: a batch of no sample; a convolution by batch groups, or whose left operand is the weight, whose patches are not taken.
     """
     analysis = analyse(fun, params, *args)
-    leaves = jax.tree.leaves(params)
+    leaves = list(named_leaves(params).values())
+    check_samples(analysis)
     sites = {path: [p for p in products if not p.obstacle] for path, products in analysis.sites().items()}
     products = list(dict.fromkeys(p for found in sites.values() for p in found))
     groups = {p: (jax.eval_shape(p.input_matrices, p.input_avals[0]).shape[0], p.fans()[0]) for p in products}
-    taps = [jnp.zeros((*p.lengths, k, n, n)) for p, (k, n) in groups.items()]
+    # Beside each covariance, in a row more, whether it was taken: taps in branches not taken stay zero.
+    taps = [jnp.zeros((*p.lengths, k, n + 1, n)) for p, (k, n) in groups.items()]
 
     def outputs(taps: list[jax.Array]) -> list[jax.Array]:
         out = evaluate(analysis, {}, leaves, leaves, args, dict(zip(products, taps, strict=True)), _recorded)
@@ -147,8 +150,14 @@ def input_covariances(fun: Callable[..., Any], params: Any, *args: Any) -> dict[
 
     out, vjp = jax.vjp(outputs, taps)
     found = dict(zip(products, vjp([jnp.ones_like(x) for x in out])[0], strict=True))
-    means = {p: c.reshape(-1, *c.shape[-3:]).mean(0) for p, c in found.items()}
+    sums = {p: c.reshape(-1, *c.shape[-3:]).sum(0) for p, c in found.items()}
+    means = {p: c[:, :-1] / c[:, -1:] for p, c in sums.items()}
     return {path: sum(means[p] for p in site) / len(site) for path, site in sites.items() if site}
+
+
+def _counted(c: jax.Array) -> jax.Array:
+    """Matrices with a row of ones below each."""
+    return jnp.concatenate([c, jnp.ones_like(c[:, :1])], axis=1)
 
 
 def _recorded(product: Product, x: jax.Array, y: jax.Array, tap: jax.Array) -> jax.Array:
@@ -160,6 +169,6 @@ def _recorded(product: Product, x: jax.Array, y: jax.Array, tap: jax.Array) -> j
 
     record.defvjp(
         lambda y, x, tap: (y, x),
-        lambda x, delta: (delta, jnp.zeros_like(x), covariance(product, x).astype(tap.dtype)),
+        lambda x, delta: (delta, jnp.zeros_like(x), _counted(covariance(product, x)).astype(tap.dtype)),
     )
     return record(y, x, tap)

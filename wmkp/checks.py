@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -12,13 +12,22 @@ import numpy as np
 
 def number(name: str, value: Any, must: str, holds: Callable[[Any], bool], kind: Any = numbers.Real) -> None:
     """ValueError unless ``value`` is a finite number (of this kind) for which ``holds``; ``must`` says it in words."""
-    if isinstance(value, bool | np.bool) or not isinstance(value, kind) or not math.isfinite(value) or not holds(value):
+    try:
+        finite = isinstance(value, kind) and math.isfinite(value)
+    except OverflowError:  # an integer larger than any float
+        finite = False
+    if isinstance(value, bool | np.bool) or not finite or not holds(value):
         raise ValueError(f"{name} must {must}; got {_shown(value)}")
 
 
 def positive(name: str, value: Any, meaning: str = "") -> None:
     """ValueError unless ``value`` is a positive number that float32 can hold, and the square of it."""
     number(name, value, f"be a positive number{meaning}, from 1e-15 to 1e15", lambda x: 1e-15 <= x <= 1e15)
+
+
+def coefficient(name: str, value: Any) -> None:
+    """ValueError unless ``value`` is a number, zero or positive, whose products float32 can hold."""
+    number(name, value, "not be negative, nor above 1e15, nor NaN", lambda x: 0 <= x <= 1e15)
 
 
 def count(name: str, value: Any) -> None:
@@ -34,7 +43,7 @@ def scalar(name: str, value: Any) -> None:
         value = float(value)
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number or a scalar array; got {_shown(value)}")
-    number(name, value, "not be negative, nor infinite or NaN", lambda x: x >= 0)
+    coefficient(name, value)
 
 
 def one_of(name: str, value: Any, names: tuple[str, ...]) -> None:
@@ -84,21 +93,38 @@ def alike(name: str, value: Any, expected: Any, of: str, *, dtypes: bool = True,
     if tree != wanted_tree:
         found, want = ({path_name(p): None for p, _ in leaves} for leaves in (flat, wanted))
         missing, extra = [p for p in want if p not in found], [p for p in found if p not in want]
-        lacks = f" lacks {', '.join(map(repr, missing[:3]))}" if missing else ""
-        has = f" has {', '.join(map(repr, extra[:3]))} too many" if extra else ""
-        what = " and".join(filter(None, (lacks, has))) or f" is {short(tree)} where {short(wanted_tree)} is expected"
+        what = lacks(missing, extra) or f" is {short(tree)} where {short(wanted_tree)} is expected"
         raise ValueError(f"{name} must have the structure of {of}, but it{what}")
-    for (path, x), (_, y) in zip(flat, wanted, strict=True):
-        x, y = aval(x), aval(y)
-        if x is None or y is None:
+    for (path, value), (_, y) in zip(flat, wanted, strict=True):
+        x, y = aval(value), aval(y)
+        if y is None:
             continue
-        if (x.dtype == y.dtype or not dtypes) and (x.shape == y.shape if shapes else x.ndim == y.ndim):
+        fits = x is not None and (x.shape == y.shape if shapes else x.ndim == y.ndim)
+        if x is not None and fits and (x.dtype == y.dtype or not dtypes):
             continue
         where = f"{name}[{path_name(path)!r}]" if path else name
         raise ValueError(
-            f"{where} is {x.dtype}{list(x.shape)} where {of} has {y.dtype}{list(y.shape)}; "
+            f"{where} is {shape(value if x is None else x)} where {of} has {y.dtype}{list(y.shape)}; "
             f"{'both must agree' if shapes else 'dtypes and numbers of axes must agree'}"
         )
+
+
+def lacks(missing: Iterable[str], extra: Iterable[str]) -> str:
+    """What a tree lacks and has too many, by path; "" if neither."""
+    few = lambda paths: ", ".join([repr(p) for p in paths if p][:3])
+    parts = (few(missing) and f" lacks {few(missing)}", few(extra) and f" has {few(extra)} too many")
+    return " and".join(filter(None, parts))
+
+
+def alive(name: str, tree: Any) -> None:
+    """ValueError if an array of the tree is deleted."""
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
+            where = f"{name}[{path_name(path)!r}]" if path else name
+            raise ValueError(
+                f"{where} is deleted: a step takes over the memory of the state that it is given (it is donated). Go on "
+                "from the state that the step returned, or give it a copy: jax.tree.map(jnp.copy, state)."
+            )
 
 
 def aval(x: Any) -> jax.ShapeDtypeStruct | None:

@@ -50,8 +50,27 @@ def initial_feedback(key: jax.Array, rules: dict[str, Rule], analysis: Analysis,
         if init is not None and projections[path].feedback:
             if isinstance(leaves[i], jax.ShapeDtypeStruct):
                 raise TypeError(f"params[{path!r}] is a ShapeDtypeStruct; B is made for arrays: give params themselves")
-            feedback[i] = init(jax.random.fold_in(key, i), projections[path], leaves[i])
+            checks.alive(f"params[{path!r}]", leaves[i])
+            feedback[i] = made(rules[path], jax.random.fold_in(key, i), projections[path], leaves[i])
     return jax.tree.unflatten(tree, feedback)
+
+
+def made(rule: Rule, key: jax.Array, projection: Projection, w: Any) -> Any:
+    """The B that a rule starts from; an error that names the rule if it is none."""
+    assert rule.init is not None
+    try:
+        b = rule.init(key, projection, w)
+    except TypeError as error:
+        raise TypeError(
+            f"rule.init of {rule.name} raised {checks.first_line(error)}; it must be a function (key, projection, W) -> B"
+        ) from error
+    parts = jax.tree.leaves(b)
+    if not parts or not all(map(is_array, parts)) or (is_array(b) and checks.aval(b) != checks.aval(w)):
+        raise ValueError(
+            f"rule.init of {rule.name} made {checks.shapes(b)} for params[{projection.path!r}], which is "
+            f"{checks.shape(w)}; B must have W's shape and dtype (or be a pytree of arrays, see wmkp.Rule)"
+        )
+    return b
 
 
 def feedback_leaves(params: Any, feedback: Any) -> list[Any]:
@@ -63,10 +82,16 @@ def feedback_leaves(params: Any, feedback: Any) -> list[Any]:
     tree: Any = jax.tree.structure(params)
     try:
         leaves = tree.flatten_up_to(feedback)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError):
+        flat, found_tree = jax.tree_util.tree_flatten_with_path(feedback, is_leaf=lambda x: x is None)
+        found = [checks.path_name(path) for path, _ in flat]
+        under = lambda f, p: f == p or f.startswith(f"{p}/")
+        missing = [p for p in named if not any(under(f, p) for f in found)]
+        extra = [f for f in found if not any(under(f, p) for p in named)]
+        what = checks.lacks(missing, extra) or f" is {checks.short(found_tree)} where {checks.short(tree)} is expected"
         raise ValueError(
             "feedback must have the structure of params, with None where there is no feedback path, as init_feedback "
-            f"returns it: {error}"
+            f"returns it, but it{what}"
         ) from None
     for (path, w), b in zip(named.items(), leaves, strict=True):
         for part in jax.tree.leaves(b):
@@ -80,6 +105,7 @@ def feedback_leaves(params: Any, feedback: Any) -> list[Any]:
                 f"feedback[{path!r}] is {checks.shape(b)} where its parameter is {checks.shape(w)}; make it anew with "
                 "init_feedback, or convert both alike."
             )
+    checks.alive("feedback", feedback)
     return leaves
 
 
@@ -118,7 +144,9 @@ def carried(rule: Rule, projection: Projection | None, path: str, w: Any, b: Any
             expected = jnp.shape(array) if projection is None else projection.direct_shape()
         fits = isinstance(carrier, Direct) == rule.direct and is_array(array) and array.shape == expected
         why = f"{checks.shape(array)}, not {list(expected)}"
-    except (AttributeError, TypeError, ValueError) as error:
+        if fits and not rule.direct and checks.aval(carrier) != checks.aval(w):
+            fits, why = False, f"{checks.shape(array)}, where W is {checks.shape(w)}"
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         fits, why = False, checks.first_line(error)
     if not fits:
         raise ValueError(
@@ -199,9 +227,10 @@ def engage(fun: Callable[..., Any], rule: RuleOrRules) -> Callable[..., Any]:
     check_rule(rule)
 
     @functools.wraps(fun, assigned=("__name__", "__doc__"), updated=())
-    def engaged(params: Any, feedback: Any, *args: Any) -> Any:
+    def engaged(params: Any, feedback: Any, *args: Any, **named: Any) -> Any:
+        _check_by_position(named)
         if isinstance(rule, Rule) and rule.backward is None:
-            named_leaves(params)
+            _check_no_feedback(params, feedback)
             return explained(fun)(params, *args)
         analysis = analyse(fun, params, *args)
         rules = resolve(rule, analysis)
@@ -219,6 +248,21 @@ def engage(fun: Callable[..., Any], rule: RuleOrRules) -> Callable[..., Any]:
             ) from error
 
     return engaged
+
+
+def _check_by_position(named: dict[str, Any]) -> None:
+    if named:
+        raise TypeError(
+            f"{next(iter(named))} was given by keyword; fun's arguments go by position here: (params, feedback, *args). "
+            "What is no data can be bound beforehand, by functools.partial."
+        )
+
+
+def _check_no_feedback(params: Any, feedback: Any) -> None:
+    """Under backprop alone, feedback is nothing, or fits params all the same."""
+    named_leaves(params)
+    if feedback is not None:
+        feedback_leaves(params, feedback)
 
 
 def check_loss(fun: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
@@ -262,9 +306,10 @@ def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = F
     check_rule(rule)
     checks.flag("has_aux", has_aux)
 
-    def value_and_gradients(params: Any, feedback: Any, *args: Any) -> Any:
+    def value_and_gradients(params: Any, feedback: Any, *args: Any, **named: Any) -> Any:
+        _check_by_position(named)
         if isinstance(rule, Rule) and rule.backward is None:
-            named_leaves(params)
+            _check_no_feedback(params, feedback)
             loss_fn = check_loss(explained(fun), has_aux)
             value, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(params, *args)
             return value, (grads, jax.tree.map(jnp.zeros_like, feedback))

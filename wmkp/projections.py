@@ -160,7 +160,7 @@ def direct_sizes(x: tuple[int, ...], error: tuple[int, ...]) -> tuple[int, int, 
 def named_leaves(params: Any, *, shapes_will_do: bool = False) -> dict[str, Any]:
     """params' leaves by path.
 
-    Raises TypeError for one that is not a floating-point array (nor, with ``shapes_will_do``, the shape of one), and
+    Raises ValueError for one that is deleted (unless ``shapes_will_do``), TypeError for one that is not a floating-point array (nor, with ``shapes_will_do``, the shape of one), and
     ValueError for two of one path.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
@@ -177,6 +177,8 @@ def named_leaves(params: Any, *, shapes_will_do: bool = False) -> dict[str, Any]
                 f"params[{path!r}] is {found}; parameters must be real floating-point arrays. "
                 "Pass anything else as a later argument of fun."
             )
+    if not shapes_will_do:
+        checks.alive("params", params)
     return leaves
 
 
@@ -216,10 +218,10 @@ def analyse(fun: Callable[..., Any], params: Any, *args: Any) -> Analysis:
     paths, tree = list(named), jax.tree.structure(params)
     leaves, args_tree = jax.tree.flatten(args)
     traced = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
-    out_tree = None
+    out, out_tree = None, None
 
     def flat_fun(param_leaves: list[Any], arrays: list[Any]) -> list[Any]:
-        nonlocal out_tree
+        nonlocal out, out_tree
         filled = list(leaves)
         for i, array in zip(traced, arrays, strict=True):
             filled[i] = array
@@ -227,7 +229,13 @@ def analyse(fun: Callable[..., Any], params: Any, *args: Any) -> Analysis:
         flat_out, out_tree = jax.tree.flatten(out)
         return flat_out
 
-    jaxpr = jax.make_jaxpr(flat_fun)(list(named.values()), [leaves[i] for i in traced])
+    try:
+        jaxpr = jax.make_jaxpr(flat_fun)(list(named.values()), [leaves[i] for i in traced])
+    except Exception:
+        _check_traceable("params", params)
+        _check_traceable("args", [x if is_array(x) else None for x in leaves])
+        _check_traceable("what fun returns", out)
+        raise
     kinds = [
         Kind(frozenset({i}), active=True, varying=everywhere(leaf) if hasattr(leaf, "shape") else ())
         for i, leaf in enumerate(named.values())
@@ -237,6 +245,20 @@ def analyse(fun: Callable[..., Any], params: Any, *args: Any) -> Analysis:
     settle(plan.outputs)
     shared = analyser.shared.union(*(kind.params for kind in plan.outputs))
     return Analysis(plan, paths, out_tree, frozenset(shared))
+
+
+def _check_traceable(name: str, tree: Any) -> None:
+    """TypeError if the tree holds what JAX does not take as an array (of tracers none is asked)."""
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        try:
+            if not isinstance(x, jax.core.Tracer):
+                jax.eval_shape(lambda x: x, x)
+        except Exception:
+            raise TypeError(
+                f"{name}[{checks.path_name(path)!r}] is {type(x).__name__} {getattr(x, 'dtype', '')}".rstrip()
+                + ", which JAX cannot trace. Data must be arrays of numbers, and fun must return nothing but such arrays "
+                "and numbers (strings and other objects go by a closure)."
+            ) from None
 
 
 def is_array(leaf: Any) -> bool:

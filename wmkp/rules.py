@@ -1,6 +1,7 @@
 """The learning rules: each a NamedTuple of pure functions, one factory a rule, and the choice of a rule per path."""
 
 import math
+import numbers
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -351,7 +352,7 @@ def alignment(
     _check_scale(scale)
     losses = Alignment(decay, amplitude, sparse, null, self_alignment, whiten, normalize, rate)
     for coefficient in ("amplitude", "decay", "null", "sparse", "self_alignment"):
-        checks.number(coefficient, getattr(losses, coefficient), "not be negative", lambda x: x >= 0)
+        checks.coefficient(coefficient, getattr(losses, coefficient))
     if not any(losses[:5]):
         raise ValueError(
             "the coefficients (amplitude, decay, null, sparse, self_alignment) are all zero; one must be positive"
@@ -504,7 +505,8 @@ def _check_mirror(mirror: Mirror) -> None:
     checks.one_of("bias", mirror.bias, ("blocked", "kept"))
     checks.positive("noise_std", mirror.noise_std)
     if mirror.num_samples is not None:
-        checks.count("num_samples", mirror.num_samples)
+        must = "be an integer of at least 1, and below 2^31"
+        checks.number("num_samples", mirror.num_samples, must, lambda x: 1 <= x < 2**31, numbers.Integral)
     between = "lie between 0 and 90 degrees (from 1e-6 on)"
     checks.number("target_angle", mirror.target_angle, between, lambda x: 1e-6 <= x < 90)
     checks.number("rate", mirror.rate, "lie in (0, 1]", lambda x: 0 < x <= 1)
@@ -512,11 +514,30 @@ def _check_mirror(mirror: Mirror) -> None:
         raise ValueError(f"activation must be a function of an array, or None; got {mirror.activation!r}")
 
 
+def _check_fields(rule: Rule) -> None:
+    """TypeError or ValueError unless a rule, which may be the user's own, is whole."""
+    if (rule.init is None) != (rule.backward is None):
+        lacking = "init" if rule.init is None else "backward"
+        raise ValueError(
+            f"rule {rule.name} has no {lacking}: give both, or neither for backprop. Without backward the error would go "
+            "back through W, and without init there is no B."
+        )
+    if rule.init is not None:
+        checks.function("rule.init", rule.init, "(key, projection, W) -> B")
+        checks.function("rule.backward", rule.backward, "(W, B) -> array in W's layout")
+    for name in ("learns", "transported", "redrawn", "direct"):
+        checks.flag(f"rule.{name}", getattr(rule, name))
+    for name, article, kind in (("mirror", "a", Mirror), ("local", "an", Alignment)):
+        if not isinstance(value := getattr(rule, name), kind | None):
+            raise TypeError(f"rule.{name} must be {article} {kind.__name__}, or None; got {value!r}")
+    if rule.mirror is not None:
+        _check_mirror(rule.mirror)
+
+
 def check_rule(rule: Any, *, mapping: bool = True) -> None:
     """TypeError unless ``rule`` is a rule, or (with ``mapping``) a mapping of patterns to rules."""
     if isinstance(rule, Rule):
-        if rule.mirror is not None:
-            _check_mirror(rule.mirror)
+        _check_fields(rule)
         return
     if mapping and isinstance(rule, Mapping):
         for pattern, one in rule.items():
@@ -539,6 +560,13 @@ def check_rule(rule: Any, *, mapping: bool = True) -> None:
 def _no_rule(value: Any) -> str:
     called = f" (call it: {value.__name__}())" if callable(value) and hasattr(value, "__name__") else ""
     return f"{value!r}{called}"
+
+
+def check_samples(analysis: Analysis) -> None:
+    """ValueError if no sample reaches any projection."""
+    outputs = [p.output_aval.shape for products in analysis.sites().values() for p in products]
+    if outputs and all(0 in shape for shape in outputs):
+        raise ValueError("args hold no sample: every projection's output is empty. Pass a batch of at least one.")
 
 
 def resolve(rule: RuleOrRules, analysis: Analysis) -> dict[str, Rule]:
@@ -570,9 +598,7 @@ def resolve(rule: RuleOrRules, analysis: Analysis) -> dict[str, Rule]:
             if found is None:
                 raise ValueError(f'no pattern of rule matches projection {path!r}; end with ".*" to match all others')
             rules[path] = found
-    outputs = [p.output_aval.shape for products in sites.values() for p in products]
-    if outputs and all(0 in shape for shape in outputs):
-        raise ValueError("args hold no sample: every projection's output is empty. Pass a batch of at least one.")
+    check_samples(analysis)
     for path, products in sites.items():
         for product in products:
             if rules[path].backward is not None and 0 in product.weight_aval.shape:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from wmkp import checks, compat, mirror, updates
 from wmkp.grad import check_loss, feedback_leaves, initial_feedback, value_and_grad
-from wmkp.projections import Analysis, analyse
+from wmkp.projections import Analysis, analyse, named_leaves
 from wmkp.rules import ProductFeedback, RuleOrRules, resolve
 
 
@@ -43,12 +43,12 @@ class CompiledStep:
     def __init__(self, step: Callable[..., Any], explain: Callable[..., None]):
         self._step, self._explain = step, explain
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **named: Any) -> Any:
         """The step."""
         try:
-            return self._step(*args)
+            return self._step(*args, **named)
         except Exception as error:
-            self._explain(error, *args)
+            self._explain(error, *args, **named)
             raise
 
     def __getattr__(self, name: str) -> Any:
@@ -157,6 +157,7 @@ def make_steps(
         """While a step is traced: the state is one of these steps'."""
         if not isinstance(state, TrainState):
             raise TypeError(f"state must be a TrainState, as steps.init returns it; got {type(state).__name__}")
+        checks.alike("state.step", state.step, jax.ShapeDtypeStruct((), jnp.int32), "the one that steps.init makes")
         check_as_given("state.params", state.params)
         feedback_leaves(state.params, state.feedback)
         check_as_given("state.model_state", state.model_state)
@@ -272,6 +273,7 @@ def make_steps(
             mirror_steps = int(any(not mirror.each_step for mirror in mirrors.values()))
         checks.key(key)
         check_as_given("params", params)
+        named_leaves(params)
         check_as_given("model_state", model_state)
         checks.number("mirror_steps", mirror_steps, "not be negative", lambda n: n >= 0, numbers.Integral)
         updates.check_usable(optimizer, params)
@@ -304,7 +306,7 @@ def make_steps(
         )
         return state if mesh is None else jax.jit(place)(state)
 
-    def explain(error: Exception, state: Any, batch: Any = None) -> None:
+    def explain(error: Exception, state: Any = None, batch: Any = None, *more: Any) -> None:
         """Raises what was wrong with a step's arguments, if it is one of the mistakes that JAX sees before the step does."""
         for name, value in (("state", state), ("batch", batch)):
             for path, leaf in jax.tree_util.tree_leaves_with_path(value):
@@ -312,18 +314,14 @@ def make_steps(
                     raise TypeError(
                         f"{name}[{checks.path_name(path)!r}] is {checks.shape(leaf)}; a step takes arrays alone"
                     ) from error
-                if (
-                    isinstance(leaf, jax.Array)
-                    and not isinstance(leaf, jax.core.Tracer)
-                    and leaf.is_deleted()
-                    and "deleted" in str(error)
-                ):
-                    raise ValueError(
-                        f"{name}[{checks.path_name(path)!r}] is deleted: a step takes over the memory of the state that "
-                        "it is given (it is donated). Go on from the state that the step returned, or give it a copy: "
-                        "jax.tree.map(jnp.copy, state)."
-                    ) from error
-        if isinstance(error, NameError) and axis_name is not None:
+            if "deleted" in str(error):
+                checks.alive(name, value)
+        if "incompatible devices" in str(error):
+            raise ValueError(
+                "state or batch is not on the devices of the step: take the state from its own steps.init, and put batches "
+                f"where it is, over a mesh by batch_sharding(mesh) ({checks.first_line(error)})"
+            ) from error
+        if isinstance(error, NameError | AssertionError) and axis_name is not None:
             raise ValueError(
                 f"axis_name={axis_name!r} is the axis of no jax.pmap or jax.shard_map around the step; call it inside "
                 "one, or leave axis_name out"
@@ -347,7 +345,7 @@ def _check_output(analysis: Analysis, model_state: Any) -> None:
 
 
 def _check_mesh(mesh: Any) -> None:
-    if not isinstance(mesh, Mesh):
+    if not isinstance(mesh, Mesh) or not mesh.size:
         raise TypeError(f"mesh must be a jax.sharding.Mesh, such as jax.make_mesh((8,), ('d',)); got {mesh!r}")
 
 
@@ -357,10 +355,15 @@ def _check_mirror_optimizer(mirror_optimizer: Any) -> None:
     use = "use wmkp.updates.weight_mirror or wmkp.updates.calibrated_mirror"
     with jax.ensure_compile_time_eval():
         b, signal = jnp.zeros((3, 4)), jnp.ones((3, 4))
-        state = mirror_optimizer.init(b)
+        try:
+            state = mirror_optimizer.init(b)
+            change = float(mirror_optimizer.update(signal, state, b)[0].sum())
+        except Exception as error:
+            raise ValueError(
+                f"mirror_optimizer must take one B at a time; tried on a matrix, it raised {checks.first_line(error)}; {use}"
+            ) from error
         if jax.tree.leaves(state):
             raise ValueError(f"mirror_optimizer must keep no state, as momentum or a schedule would; {use}")
-        change = float(mirror_optimizer.update(signal, state, b)[0].sum())
     if not 0 <= change < float("inf"):
         raise ValueError(
             f"mirror_optimizer must go along the signal (which is no gradient); it changes a B of zeros by {change / 12:g} "

@@ -10,6 +10,7 @@ import optax
 
 from wmkp import checks
 from wmkp.mirror import mirror_gain
+from wmkp.projections import is_array
 from wmkp.rules import Rule
 
 __all__ = ["calibrated_mirror", "clip_together", "kolen_pollack", "weight_mirror"]
@@ -35,15 +36,16 @@ def kolen_pollack(optimizer: optax.GradientTransformation) -> optax.GradientTran
       A GradientTransformation for the tree of B, to be given ``feedback_signal``.
 
     Raises:
-      TypeError: ``optimizer`` is no optax transformation.
+      TypeError: ``optimizer`` is no optax transformation; from ``init`` and ``update``, what is no array.
       ValueError: from ``init``, eq. 14 cannot hold under ``optimizer``, and why; from ``update``, a signal that does
-        not match feedback.
+        not match feedback, or a state that is not the optimizer's.
     """
 
     checks.transformation("optimizer", optimizer)
     inner = optax.with_extra_args_support(optimizer)
 
     def init(feedback: Any) -> Any:
+        _check_arrays("feedback", feedback)
         with jax.ensure_compile_time_eval():
             _check_holds(optimizer, feedback)
         return optimizer.init(feedback)
@@ -51,9 +53,24 @@ def kolen_pollack(optimizer: optax.GradientTransformation) -> optax.GradientTran
     def update(signal: Any, state: Any, feedback: Any = None, **extra: Any) -> tuple[Any, Any]:
         if feedback is not None:
             checks.alike("signal", signal, feedback, "feedback", dtypes=False)
-        return inner.update(signal, state, feedback, **extra)
+            _check_arrays("signal", signal)
+        try:
+            return inner.update(signal, state, feedback, **extra)
+        except Exception as error:
+            raise ValueError(
+                f"optimizer raised {checks.first_line(error)}; its update must get what it takes: (signal, state, feedback), "
+                "with the state that init made of this feedback"
+            ) from error
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_arrays(name: str, tree: Any) -> None:
+    """TypeError unless all leaves are floating-point arrays."""
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.floating):
+            where = f"{name}[{checks.path_name(path)!r}]" if path else name
+            raise TypeError(f"{where} is {checks.shape(x)}; it must hold floating-point arrays alone (or None)")
 
 
 _TRIALS = 64  # steps tried at most: a warm-up may start at a rate of zero, and MultiSteps waits
@@ -199,13 +216,14 @@ def clip_together(max_norm: float) -> optax.GradientTransformation:
 
     Raises:
       ValueError: ``max_norm`` is not positive.
-      TypeError: from ``update``, what it is given is no pair.
+      TypeError: from ``update``, what it is given is no pair, or holds what is no array.
     """
     checks.positive("max_norm", max_norm)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if not (isinstance(updates, tuple) and len(updates) == 2):
             raise TypeError(f"updates must be the pair (grads, feedback_signal); got {type(updates).__name__}")
+        _check_arrays("updates", updates)
         norm = optax.tree.norm(updates[0])
         scale = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-30))
         return jax.tree.map(lambda u: u * scale.astype(u.dtype), updates), state
