@@ -24,7 +24,7 @@ import pytest
 from flax import serialization
 from jax.sharding import Mesh
 
-from wmkp.experiments import checkpoints, cli, feeds, logs, recipes, tasks, train
+from wmkp.experiments import checkpoints, cli, feeds, logs, outputs, recipes, tasks, train
 from wmkp.experiments.config import InputError, Train
 from wmkp.experiments.data import Dataset
 from wmkp.experiments.devices import make_mesh
@@ -475,6 +475,7 @@ def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(finished, tmp_
         ("[]", "is damaged"),
         ('{"nonsense": 1}', "not known here: nonsense"),
         ('{"out": "x"}', "damaged"),
+        ("[" * 100_000, "is damaged"),
     ],
 )
 def test_damaged_config(content, message, tmp_path):
@@ -499,6 +500,13 @@ def test_damaged_config(content, message, tmp_path):
         ("mlp-mnist-kp --data-dir nowhere", "has no dataset 'mnist'"),
         ("mlp-digits-kp --clip-norm 0", "--clip-norm must be positive"),
         ("mlp-digits-kp --mirror-rate 0", "--mirror-rate must be above 0"),
+        ("mlp-digits-kp --clip-norm 1e300", "--clip-norm must be positive, from 1e-15 to 1e15"),
+        ("mlp-digits-wm --mirror-angle 1e-9", "--mirror-angle must be between 0 and 90 degrees (from 1e-6 on)"),
+        ("mlp-digits-wm --mirror-samples 99999999999", "--mirror-samples must be below 2^31"),
+        ("mlp-digits-kp --steps 99999999999", "--steps must be below 2^31"),
+        ("mlp-digits-kp --epochs 1e300", "--epochs must be positive, and at most 1e6"),
+        ("mlp-digits-kp --warmup-epochs 1e300", "--warmup-epochs must be at least 0, and at most 1e6"),
+        ("mlp-digits-kp --schedule step --drop-epochs nan", "--drop-epochs must be positive and rise"),
     ],
 )
 def test_bad_input(arguments, message, tmp_path, monkeypatch, capsys):
@@ -515,6 +523,28 @@ def test_a_batch_divides_among_the_devices():
     assert make_mesh(32).size == 8
     with pytest.raises(InputError, match="--batch-size must divide among 8 devices; got 30"):
         make_mesh(30)
+
+
+@pytest.mark.parametrize(
+    ("test_csv", "message"),
+    [("a,b\n1,2\n", "test.csv is damaged (it has no column epoch)"), (None, "test.csv is damaged")],
+    ids=["other columns", "a directory"],
+)
+def test_plot_of_what_is_no_run(test_csv, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text('{"rule": "kp"}')
+    path = tmp_path / "test.csv"
+    path.mkdir() if test_csv is None else path.write_text(test_csv)
+    monkeypatch.setattr(sys, "argv", ["wmkp", "plot", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_a_file_where_a_directory_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write to .*Not a directory"):
+        outputs.write_atomically({tmp_path / "file" / "x.png": b""})
 
 
 def test_eval_of_what_is_no_run(tmp_path, monkeypatch, capsys):

@@ -218,7 +218,9 @@ class Train:
             raise InputError(f"unknown rule {self.rule!r}; choose from {', '.join(RULES)}")
         if not self.hidden or min(self.hidden) < 1:
             raise InputError("--hidden must name the width, at least 1, of at least one layer")
-        if any(epoch <= 0 for epoch in self.drop_epochs) or list(self.drop_epochs) != sorted(set(self.drop_epochs)):
+        if not all(0 < epoch < 1e6 for epoch in self.drop_epochs) or list(self.drop_epochs) != sorted(
+            set(self.drop_epochs)
+        ):
             raise InputError(f"--drop-epochs must be positive and rise; got {self.drop_epochs}")
         if self.schedule == "step" and not self.drop_epochs:
             raise InputError("--schedule step needs --drop-epochs: when the learning rate falls")
@@ -230,13 +232,15 @@ class Train:
             **dict.fromkeys(
                 ("batch_size", "accumulate", "patch", "mirror_every", "mirror_repeat", "log_every", "keep"), _SIZE
             ),
-            **dict.fromkeys(("epochs", "learning_rate", "eval_every", "save_every"), _POSITIVE),
-            **dict.fromkeys(("weight_decay", "warmup_epochs"), _FINITE),
+            **dict.fromkeys(("learning_rate", "eval_every", "save_every"), _POSITIVE),
+            **dict.fromkeys(("epochs",), (lambda x: 0 < x <= 1e6, "positive, and at most 1e6")),
+            warmup_epochs=(lambda x: 0 <= x <= 1e6, "at least 0, and at most 1e6"),
+            weight_decay=_FINITE,
             **dict.fromkeys(("momentum", "label_smoothing", "max_bad"), _SHARE),
             **dict.fromkeys(("mirror_steps", "workers"), _COUNT),
             final_rate=(lambda x: 0 <= x <= 1, "between 0 and 1"),
             mirror_rate=(lambda x: 0 < x <= 1, "above 0 and at most 1"),
-            clip_norm=(lambda x: x is None or x > 0, "positive"),
+            clip_norm=(lambda x: x is None or 1e-15 <= x <= 1e15, "positive, from 1e-15 to 1e15"),
             mirror_angle=_ANGLE,
             seed=_SEED,
         )
@@ -314,7 +318,7 @@ _SHARE = (lambda x: 0 <= x < 1, "at least 0 and below 1")
 _COUNT = (lambda x: x >= 0, "at least 0")
 _SIZE = (lambda x: x >= 1, "at least 1")
 _OPTIONAL_SIZE = (lambda x: x is None or x >= 1, "at least 1")
-_ANGLE = (lambda x: 0 < x < 90, "between 0 and 90 degrees")
+_ANGLE = (lambda x: 1e-6 <= x < 90, "between 0 and 90 degrees (from 1e-6 on)")
 _SEED = (lambda x: 0 <= x < 2**32, "at least 0 and below 2^32")
 
 
@@ -322,6 +326,8 @@ def _check(config: Any, **limits: tuple[Any, str]) -> None:
     for name, (fits, limit) in limits.items():
         if not fits(getattr(config, name)):
             raise InputError(f"{flag(name)} must be {limit}; got {getattr(config, name)}")
+        if isinstance(value := getattr(config, name), int) and value >= 2**31 and name != "seed":  # JAX counts in int32
+            raise InputError(f"{flag(name)} must be below 2^31; got {value}")
 
 
 def flag(field: str) -> str:

@@ -77,6 +77,8 @@ def runs(directories: Sequence[Path]) -> bytes:
         rows = logs.read(path) if path.exists() else []
         if not rows:
             raise InputError(f"{directory} has no evaluation: {path.name} is not there, or empty")
+        if lacking := [name for name in ("epoch", "test_error_percent", *ANGLES) if name not in rows[0]]:
+            raise InputError(f"{path} is damaged (it has no column {lacking[0]})")
         try:
             rule = str(json.loads((directory / "config.json").read_text())["rule"])
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -62,7 +62,7 @@ def read(path: Path) -> list[dict[str, float]]:
     try:
         text = path.read_text()
         header, *lines = [*csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))] or [[]]
-    except (ValueError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise _damaged(path, first_line(error)) from None
     rows = []
     for number, line in enumerate(lines, 2):

@@ -45,7 +45,8 @@ def write_atomically(files: dict[Path, bytes]) -> None:
         for path, temporary in partial.items():
             temporary.replace(path)
     except OSError as error:
-        raise InputError(f"cannot write to {error.filename}: {error.strerror}") from None
+        raise InputError(f"cannot write to {error.filename2 or error.filename}: {error.strerror}") from None
     finally:
         for temporary in partial.values():
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it is not there, nor perhaps its directory
+                temporary.unlink()

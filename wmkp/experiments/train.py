@@ -445,7 +445,7 @@ def read_config(directory: Path) -> Train:
         values = json.loads(path.read_text())
     except OSError as error:
         raise InputError(f"{directory} is not a run: cannot read {path.name} in it ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: {first_line(error)}") from None
     try:
         unknown = set(values) - {field.name for field in dataclasses.fields(Train)}
