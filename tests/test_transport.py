@@ -172,6 +172,8 @@ BY_HAND |= {
     "a neuron and a bias as a gate": lambda p, x: (x[:, :1] * p["w"][0] + p["w"][1]) * x,
     "a selective state space": lambda p, x: jnp.exp(-x[..., None] * jnp.exp(p["w"])).sum(-1),
 }
+if hasattr(jax.lax, "polynomial"):  # a primitive of its own from JAX 0.12 on
+    BY_HAND["a polynomial"] = lambda p, x: jax.lax.polynomial(x[:, :, None], [0.0, p["w"][None]]).sum(1)
 
 
 @pytest.mark.parametrize("name", BY_HAND)
@@ -220,6 +222,8 @@ LOCAL = {
     "gains of the largest": lambda p, x: jax.lax.top_k(x, 3)[0] * p["v"][:3],
     "gains of what is shifted": lambda p, x: jnp.roll(x, 1, 1) * p["v"],
     "gains of what is written": lambda p, x: jnp.zeros((3, 8)).at[:, :6].set(x)[:, 1:7] * p["v"],
+    "coefficients of a polynomial": lambda p, x: jnp.polyval(p["u"], x),
+    "knots of an interpolation": lambda p, x: jnp.interp(x, p["v"], p["u"][0]),
     "copies among activations": lambda p, x: (pairs(x) - x[:, None]).max(1) * p["v"],
 }
 

@@ -34,7 +34,7 @@ GROWN = WRITTEN | frozenset({"concatenate", "stack", "pad"})  # their result may
 ADDED = frozenset({"scatter-add", "scatter_add", "scatter-sub", "scatter_sub"})
 AFFINE = ADDED | frozenset({"add", "sub", "add_any"})
 # Elementwise, with a derivative that holds the other operand.
-MULTIPLIED = frozenset({"mul", "div", "pow", "atan2", "rem", "igamma", "igammac"})
+MULTIPLIED = frozenset({"mul", "div", "pow", "atan2", "rem", "igamma", "igammac", "polynomial"})
 
 # Elementwise or structural primitives in which a parameter beside an activation stays local to its own neuron.
 LOCAL = (
@@ -46,7 +46,8 @@ LOCAL = (
     | frozenset(
         "mul div max min pow atan2 rem nextafter clamp eq ne lt le gt ge and or xor sort "
         "scatter-mul scatter_mul scatter-min scatter_min scatter-max scatter_max "
-        "igamma igammac debug_callback debug_print psum psum_invariant psum2 pmax pmin".split()
+        "igamma igammac polynomial debug_callback debug_print psum psum_invariant psum2 pmax pmin "
+        "Frexp Ldexp Nonzero SearchSorted".split()
     )
 )
 
@@ -112,6 +113,12 @@ def sharding(params: dict[str, Any]) -> Sharding:
     return Sharding(params["in_specs"], params["out_specs"], axes, devices, mesh, params["check_vma"])
 
 
+def primitive_name(eqn: Any) -> str:
+    """An equation's primitive; from 0.11 on some share one, and have a class of their own (``CustomRoot``)."""
+    name = eqn.primitive.name
+    return type(eqn.params["_prim"]).__name__ if name == "call_hi_primitive" else name
+
+
 def inner_jaxpr(eqn: Any) -> Any:
     """The one jaxpr inside an inlined, remat or custom-derivative equation."""
     key = INLINED.get(eqn.primitive.name) or ("jaxpr" if "jaxpr" in eqn.params else "call_jaxpr")
@@ -120,6 +127,8 @@ def inner_jaxpr(eqn: Any) -> Any:
 
 def has_jaxpr(eqn: Any) -> bool:
     """Whether an equation holds jaxprs of its own (a loop, a call, a kernel)."""
+    if eqn.primitive.name == "call_hi_primitive":  # which does not show them
+        return primitive_name(eqn) not in LOCAL
     return not eqn.primitive.name.startswith("scatter") and any(True for _ in core.jaxprs_in_params(eqn.params))
 
 

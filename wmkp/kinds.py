@@ -176,7 +176,7 @@ def _follows(name: str, kinds: Sequence[Kind]) -> bool:
 
 def weight_kind(eqn: Any, kinds: Sequence[Kind]) -> Kind:
     """The kind of an equation's results where a weight enters (and nothing multiplies it with an activation)."""
-    name = eqn.primitive.name
+    name = compat.primitive_name(eqn)
     out = eqn.outvars[0].aval
     union = union_of(kinds)
     follows = _follows(name, kinds)

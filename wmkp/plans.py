@@ -81,7 +81,7 @@ class Analyser:
     def step(
         self, eqn: Any, bind: Bind, kinds: list[Kind], lengths: tuple[int, ...], plan: Plan
     ) -> tuple[Step, list[Kind]]:
-        name, count = eqn.primitive.name, len(eqn.outvars)
+        name, count = compat.primitive_name(eqn), len(eqn.outvars)
         if not any(k.active for k in kinds):
             return Step(eqn, "bind", bind), [Kind(data=any(k.data for k in kinds))] * count
         if name in compat.INLINED or name in compat.REMAT:
@@ -189,7 +189,7 @@ class Analyser:
 
     def opaque(self, eqn: Any, bind: Bind, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
         """A call that cannot be opened: a custom derivative (its backward pass would be lost), a while, a kernel."""
-        name, count = eqn.primitive.name, len(eqn.outvars)
+        name, count = compat.primitive_name(eqn), len(eqn.outvars)
         step = Step(eqn, "bind", bind)
         weights = [i for i, k in enumerate(kinds) if k.weight]
         if not weights:

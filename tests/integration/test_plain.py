@@ -201,6 +201,11 @@ def implicit(p, x):
     return jax.lax.custom_root(f, jnp.zeros_like(x), solve, tangent) @ p["out"]
 
 
+def implicit_scaled(p, x):
+    """The same, its weight scaled by data: no constant within, and a weight still."""
+    return implicit({**p, "w": p["w"] * jax.lax.stop_gradient(x[0, 0])}, x)
+
+
 def linen(module, *shape, tokens=0, **options):
     """The project's own models, from data alone: their first layer has no B."""
 
@@ -246,7 +251,12 @@ CASES = {
     "ragged_dot": plain(ragged, {"experts": (2, 6, 6), "out": (6, 3)}, 4, 6, refused={"model/experts": "ragged_dot"}),
     "convolution by Fourier transform": plain(frequency, {"filter": (6,)}, 4, 6, refused={"model/filter": "fft|mul"}),
     "Toeplitz matrix": plain(circulant, {"row": (6,), "out": (6, 3)}, 4, 6, refused={"model/row": "constant array"}),
-    "implicit layer": plain(implicit, {"w": (6, 6), "out": (6, 3)}, 4, 6, refused={"model/w": "custom_jvp_call"}),
+    "implicit layer": plain(
+        implicit, {"w": (6, 6), "out": (6, 3)}, 4, 6, refused={"model/w": "custom_jvp_call|CustomRoot"}
+    ),
+    "implicit layer, scaled": plain(
+        implicit_scaled, {"w": (6, 6), "out": (6, 3)}, 4, 6, refused={"model/w": "custom_jvp_call|CustomRoot"}
+    ),
     "LeNet": linen(LeNet(3), 2, 32, 32, 1, first="Conv_0"),
     "ResNet": linen(ResNet(3, (1, 1), BasicBlock, 4, False), 2, 8, 8, 3, first="stem"),
     "ViT": linen(ViT(3, patch=2, width=6, depth=1, heads=2), 2, 4, 4, 3, first="patches", local=LOCAL),
