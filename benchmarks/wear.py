@@ -96,6 +96,8 @@ def killed(out: pathlib.Path) -> Iterator[dict[str, Any]]:
     """A run that is killed again and again, and then ends -> one dict a kill."""
     rng = random.Random(SEED)
     early = set(rng.sample(range(1, KILLS), AT_START))  # the first life tells how long a start takes
+    share = 0.98 * STEPS / (KILLS - AT_START)
+    targets = iter([share * (i + rng.random()) for i in range(KILLS - AT_START)])  # one in each share of the run
     startup = 0.0
     for number in range(KILLS):
         before, begin = last_step(out), time.perf_counter()
@@ -103,11 +105,12 @@ def killed(out: pathlib.Path) -> Iterator[dict[str, Any]]:
         if number in early:
             time.sleep(rng.uniform(0, startup))
         else:
-            left = sum(later not in early for later in range(number, KILLS))
-            target = before + rng.uniform(0, 2 * (0.9 * STEPS - before) / left)
+            target = max(next(targets), before)
+            while process.poll() is None and last_step(out) <= before:
+                time.sleep(0.002)
+            startup = time.perf_counter() - begin  # to the first row, which comes soon after the first step
             while process.poll() is None and last_step(out) <= target:
                 time.sleep(0.002)
-            startup = time.perf_counter() - begin
             time.sleep(rng.uniform(0, 0.05))
         ended = process.poll() is not None
         process.send_signal(signal.SIGKILL)
@@ -171,6 +174,7 @@ def main() -> None:
         f"{len(same)} arrays equal to the bit": all(same),
         "logs equal": logs_same,
         f"killed {KILLS} times before its end": not any(kill["ended_before"] for kill in kills),
+        "killed in each tenth of the run": {10 * kill["step"] // STEPS for kill in kills} >= set(range(10)),
         "no process left": not any(kill["left_running"] for kill in kills),
         "no file left besides those of an undisturbed run": left["undisturbed"] == left["killed"],
         f"memory grows by at most {GROWTH:.0%} from the second quarter to the last": growth <= GROWTH,

@@ -1,0 +1,79 @@
+"""The test suite under the oldest versions that pyproject.toml promises, and under the newest that install.
+
+    python -m benchmarks.versions oldest
+    python -m benchmarks.versions newest --python python3.13
+
+Each makes a fresh virtual environment, in which ``oldest`` holds every requirement of the library and of its command line
+to its lower bound; runs the tests there; and keeps in ``results/versions.json`` what passed, and under which versions.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+import benchmarks
+
+ROOT = Path(__file__).parent.parent
+NAMED = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grain")
+
+
+def oldest() -> list[str]:
+    """``name==lower bound`` for each requirement that has one."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["experiments"]]
+    found = [re.match(r"([\w.-]+)>=([\d.]+)", line) for line in wanted]
+    return sorted({f"{m[1]}=={m[2]}" for m in found if m})
+
+
+def versions(
+    which: Literal["oldest", "newest"], python: str = sys.executable, tests: tuple[str, ...] = ("tests",)
+) -> None:
+    """Runs the tests and keeps the counts; exit code 1 if one failed.
+
+    Args:
+      which: of the versions that pyproject.toml allows.
+      python: the interpreter that the environment is made with.
+      tests: files or directories, relative to the repository.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        own = Path(scratch) / "venv" / "bin" / "python"
+        held, report = Path(scratch) / "held.txt", Path(scratch) / "report.xml"
+        held.write_text("\n".join(oldest() if which == "oldest" else []))
+        environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        run = lambda *command, **more: subprocess.run(command, cwd=ROOT, env=environment, **more)
+        run(python, "-m", "venv", str(own.parent.parent), check=True)
+        run(str(own), "-m", "pip", "install", "-q", "-e", ".[dev]", "-c", str(held), check=True)
+        run(str(own), "-m", "pytest", "-q", *tests, f"--junitxml={report}", check=False)
+        listing = run(str(own), "-m", "pip", "list", "--format=json", check=True, capture_output=True).stdout
+        version = run(str(own), "-V", check=True, capture_output=True, text=True).stdout.split()[1]
+        suites = ElementTree.parse(report).getroot()
+        cases = suites.iter("testcase")
+        ended = [
+            next((tag for tag in ("failure", "error", "skipped") if case.find(tag) is not None), "passed")
+            for case in cases
+        ]
+    found = {package["name"]: package["version"] for package in json.loads(listing)}
+    row = {
+        "python": version,
+        "versions": {name: found[name] for name in NAMED},
+        "tests": list(tests),
+        "counts": {outcome: ended.count(outcome) for outcome in ("passed", "skipped", "failure", "error")},
+    }
+    print(json.dumps(row, indent=1))
+    path = benchmarks.RESULTS / "versions.json"
+    kept = json.loads(path.read_text())["runs"] if path.exists() else {}
+    benchmarks.save("versions", {"runs": {**kept, which: row}})
+    sys.exit(int(row["counts"]["failure"] + row["counts"]["error"] > 0 or not ended))
+
+
+if __name__ == "__main__":
+    tyro.cli(versions)
