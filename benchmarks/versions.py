@@ -35,7 +35,9 @@ def oldest() -> list[str]:
 
 
 def versions(
-    which: Literal["oldest", "newest"], python: str = sys.executable, tests: tuple[str, ...] = ("tests",)
+    which: tyro.conf.Positional[Literal["oldest", "newest"]],
+    python: str = sys.executable,
+    tests: tuple[str, ...] = ("tests",),
 ) -> None:
     """Runs the tests and keeps the counts; exit code 1 if one failed.
 

@@ -499,6 +499,10 @@ WRONG = {
             "a list": lambda l, s: [l, (s, {})], "no dict": lambda l, s: (l, (s, l)),
         }.items()
     },
+    "loss_fn's metrics hold the loss": (lambda: make(loss_fn=returning(lambda l, s: (l, (s, {"loss": l})))), "metrics must not hold 'loss'"),
+    "loss_fn's metrics hold what check_finite reports": (
+        lambda: make(loss_fn=returning(lambda l, s: (l, (s, {"finite": l}))), check_finite=True), "metrics must not hold 'finite'"
+    ),
     "loss_fn returns an array": (lambda: make(loss_fn=returning(lambda l, s: (l[None], (s, {})))), "real scalar loss"),
     "loss_fn loses the model's state": (
         lambda: make(loss_fn=returning(lambda l, s: (l, (None, {}))), model_state={"n": X}), "model_state that loss_fn returns", "lacks 'n'"),

@@ -288,6 +288,8 @@ def test_damaged_checkpoint_is_named_and_the_older_one_still_good(finished, tmp_
     monkeypatch.setattr(sys, "argv", ["wmkp", "eval", str(config.out), "--step", "105"])
     cli.main()
     assert "step 105: test loss" in capsys.readouterr().out
+    with pytest.raises(InputError, match="has no checkpoint of step 3, only of 105, 111"):
+        train.evaluate(config.out, 3)
     _remove(newest.parent)
     train.train(config)
     assert_same_bits(end_state(config), end_state(finished))
@@ -469,6 +471,15 @@ def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(finished, tmp_
 
 
 @pytest.mark.parametrize(
+    ("name", "make"), [(".lock", Path.mkdir), ("tensorboard", Path.touch)], ids=["a directory", "a file"]
+)
+def test_what_is_in_the_way_is_named(name, make, tmp_path):
+    make(tmp_path / name)
+    with pytest.raises(InputError, match=f"cannot write to {tmp_path / name}"):
+        run(tmp_path, tensorboard=True)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "is damaged"),
@@ -494,6 +505,7 @@ def test_damaged_config(content, message, tmp_path):
         ("mlp-digits-kp --schedule step", "--schedule step needs --drop-epochs"),
         ("mlp-digits-kp --drop-epochs 3 2", "--drop-epochs must be positive and rise"),
         ("mlp-digits-kp --process 1", "give --distributed"),
+        ("mlp-digits-kp --distributed --coordinator nonsense", "--coordinator must be HOST:PORT; got 'nonsense'"),
         ("mlp-digits-kp --model decoder", "only decoder reads text"),
         ("mlp-digits-kp --model lenet", "--image-size 32 resizes these of 8x8"),
         ("mlp-digits-kp --model vit-ti --patch 3", "--patch must divide the image, 8x8; got 3"),

@@ -140,7 +140,7 @@ def make_steps(
         raise ValueError("fsdp divides the state over a mesh: give mesh")
     key_aval = jax.eval_shape(lambda: jax.random.key(0))
     analysis = analyse(loss_fn, params, model_state, batch, key_aval)
-    _check_output(analysis, model_state)
+    _check_output(analysis, model_state, check_finite)
     rules = resolve(rule, analysis)
     mirrors = {path: r.mirror for path, r in rules.items() if r.mirror is not None}
     feedback_optimizer = updates.kolen_pollack(optimizer)
@@ -331,7 +331,7 @@ def make_steps(
     return Steps(init, *(CompiledStep(step, explain) for step in compiled))
 
 
-def _check_output(analysis: Analysis, model_state: Any) -> None:
+def _check_output(analysis: Analysis, model_state: Any, check_finite: bool) -> None:
     """What loss_fn returns is ``(loss, (model_state, metrics))``."""
     out = jax.tree.unflatten(analysis.out_tree, [v.aval for v in analysis.plan.jaxpr.outvars])
     pair = isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], tuple) and len(out[1]) == 2
@@ -341,6 +341,10 @@ def _check_output(analysis: Analysis, model_state: Any) -> None:
             f"{checks.short(checks.shapes(out))}"
         )
     check_loss(lambda: out, True)()
+    if taken := {"loss", *(["finite"] if check_finite else [])} & set(out[1][1]):
+        raise ValueError(
+            f"loss_fn's metrics must not hold {min(taken)!r}, which a step reports itself; give it another name"
+        )
     checks.alike("the model_state that loss_fn returns", out[1][0], model_state, "the model_state that it is given")
 
 

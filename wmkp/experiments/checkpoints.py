@@ -90,9 +90,12 @@ def restore(manager: ocp.CheckpointManager, like: Any, step: int | None = None) 
       InputError: there is none; it is of another model or rule (what differs, by path); it cannot be read; or a bit of
         it is not what was saved, which the storage layer's own checks may miss.
     """
-    step = manager.latest_step() if step is None else step
-    if step is None:
+    there = sorted(manager.all_steps())
+    if not there:
         raise InputError(f"{manager.directory} has no checkpoint")
+    step = there[-1] if step is None else step
+    if step not in there:
+        raise InputError(f"{manager.directory} has no checkpoint of step {step}, only of {', '.join(map(str, there))}")
     name = f"{manager.directory}/{step}"
     with _readable(name, manager, step):
         found = manager.item_metadata(step)["state"]

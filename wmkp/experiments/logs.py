@@ -90,7 +90,10 @@ def _to_text(rows: list[dict[str, float]], header: bool = True) -> str:
 
 
 def tensorboard_writer(directory: Path, step: int) -> Any:
-    """TensorBoard's writer; what an earlier run wrote there after ``step`` is taken back."""
+    """TensorBoard's writer; what an earlier run wrote there after ``step`` is taken back. Raises InputError."""
     from tensorboardX import SummaryWriter
 
-    return SummaryWriter(str(directory), purge_step=step + 1)
+    try:
+        return SummaryWriter(str(directory), purge_step=step + 1)
+    except OSError as error:
+        raise InputError(f"cannot write to {directory}: {error.strerror}") from None

@@ -26,7 +26,11 @@ def make_directory(path: Path) -> None:
 def claim(path: Path) -> Iterator[None]:
     """Makes the directory, this run's alone. Raises InputError if that cannot be done, or another run is at work there."""
     make_directory(path)
-    with (path / ".lock").open("w") as lock:
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = stack.enter_context((path / ".lock").open("w"))
+        except OSError as error:
+            raise InputError(f"cannot write to {path / '.lock'}: {error.strerror}") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
