@@ -77,6 +77,16 @@ def test_weights_that_feedback_cannot_follow(name):
 
 BY_HAND = {
     "a matrix product by hand": lambda p, x: jnp.sum(x[:, :, None] * p["w"][None], axis=1),
+    "a weight that is carried, then multiplies": lambda p, x: jnp.tanh(
+        jax.lax.scan(lambda y, _: (y * x[:, :, None], None), jnp.broadcast_to(p["w"], (3, 6, 6)), None, length=2)[0]
+    ).sum(1),
+    "a polynomial's coefficients": lambda p, x: jnp.polyval(jnp.stack([p["w"], 0 * p["w"]]), x[:, :, None]).sum(1),
+    "a loop's products, summed behind it": lambda p, x: (
+        jax.lax.scan(lambda _, w: (None, w * x), None, p["w"])[1].sum(2).T
+    ),
+    "a branch's products, summed behind it": lambda p, x: jnp.sum(
+        jax.lax.cond(x[0, 0] > 0, lambda: x * p["w"][0], lambda: x * p["w"][1]), axis=1
+    ),
     "a readout by hand": lambda p, x: jnp.sum(x * p["w"][0], axis=1),
     "a convolution by Fourier transform": lambda p, x: jnp.fft.irfft(jnp.fft.rfft(x) * jnp.fft.rfft(p["w"][0]), 6),
     "a triangular solve": lambda p, x: jax.scipy.linalg.solve_triangular(p["w"] + 3 * jnp.eye(6), x.T),

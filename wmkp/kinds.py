@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from wmkp import compat
 
+Gain = tuple[frozenset[int], tuple[bool, ...]]
+
 
 class Kind(NamedTuple):
     """What a value is. ``params``: the parameters (leaf numbers) it is made of *as a weight*; none for the rest."""
@@ -25,7 +27,7 @@ class Kind(NamedTuple):
     plain: bool = True  # each of its elements is one element of a parameter, unscaled
     varying: tuple[bool, ...] = ()  # of a weight: along which axes it varies (it is broadcast along the others)
     # Of an activation: which parameters it has just been multiplied by, elementwise, and along which axes these vary.
-    gain: tuple[frozenset[int], tuple[bool, ...]] | None = None
+    gain: Gain | None = None
     product: Any = None  # an activation that is a product's output, untouched
     stack: tuple[int, ...] = ()  # of a weight inside scans: the lengths of those along which it changes
     # Of an activation: along which axes it is the same active values over again. What weights multiply such copies by is a

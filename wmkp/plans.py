@@ -1,5 +1,6 @@
 """The walk over a jaxpr that finds its products: what to do at each equation, loops and branches included."""
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from wmkp import compat
 from wmkp.copies import fan_out, settle, sources
 from wmkp.kinds import (
     CONSTANT,
+    Gain,
     Kind,
     activation,
     everywhere,
@@ -48,6 +50,22 @@ class Plan(NamedTuple):
                 yield step.product
             for plan in step.plans:
                 yield from plan.products()
+
+
+def _either(a: Gain | None, b: Gain | None) -> Gain | None:
+    """The gain of a value that may be either."""
+    if a is None or b is None:
+        return a or b
+    return a[0] | b[0], tuple(map(operator.or_, a[1], b[1]))
+
+
+def _keep_obstacles(first: Plan, last: Plan) -> None:
+    """What B could not follow in another plan of the same jaxpr, it cannot in this."""
+    for i, (before, after) in enumerate(zip(first.steps, last.steps, strict=True)):
+        if after.product is None and before.product is not None and before.product.obstacle:
+            last.steps[i] = after._replace(product=before.product)
+        for inner_before, inner_after in zip(before.plans, after.plans, strict=True):
+            _keep_obstacles(inner_before, inner_after)
 
 
 class Analyser:
@@ -234,11 +252,11 @@ class Analyser:
         for plan in plans:
             self.note_joined(plan.outputs, outs)
         outs = [outside(k) for k in outs]
-        for plan in plans:  # what fans out in a branch goes on behind it, as long as there are copies
+        for plan in plans:  # what fans out in a branch goes on behind it, as long as there are copies; and so do gains
             for i, kind in enumerate(plan.outputs):
                 fans = tuple(f for f in kind.fans if any(map(all, zip(outs[i].copied, f.along, strict=False))))
                 settle([kind._replace(fans=tuple(f for f in kind.fans if f not in fans))])
-                outs[i] = outs[i]._replace(fans=outs[i].fans + fans)
+                outs[i] = outs[i]._replace(fans=outs[i].fans + fans, gain=_either(outs[i].gain, kind.gain))
         return Step(eqn, "cond", None, plans), outs
 
     def scan(self, eqn: Any, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
@@ -254,9 +272,11 @@ class Analyser:
             inner[i] = outside(kind)._replace(varying=varying, stack=stack, copied=copied)
         settle(kinds)
         lengths = (*lengths, eqn.params["length"])
+        first: Plan | None = None
         while True:
             plan = self.plan(eqn.params["jaxpr"], inner, lengths)
             settle(plan.outputs)
+            first = first or plan
             settled = True
             for c in range(carries):
                 i = consts + c
@@ -269,11 +289,19 @@ class Analyser:
                 settled &= inner[i] == old
             if settled:
                 break
+        if any(kind.static and not inner[consts + c].static for c, kind in enumerate(kinds[consts : consts + carries])):
+            # The first turn meets the weight itself, whatever its carry is from then on.
+            _keep_obstacles(first, plan)
         self.note_joined(kinds[consts : consts + carries], inner[consts : consts + carries])
-        outs = list(inner[consts : consts + carries])
+        # What the last turn multiplied may be summed behind the loop.
+        outs = [
+            kind._replace(gain=out.gain)
+            for kind, out in zip(inner[consts : consts + carries], plan.outputs[:carries], strict=True)
+        ]
         for kind in plan.outputs[carries:]:
             varying = (kind.weight, *kind.varying)
             copied = (False, *kind.copied) if kind.copied else ()
             stack = kind.stack[: len(lengths) - 1]
-            outs.append(outside(kind)._replace(varying=varying, stack=stack, copied=copied))
+            gain = kind.gain and (kind.gain[0], (False, *kind.gain[1]))
+            outs.append(outside(kind)._replace(varying=varying, stack=stack, copied=copied, gain=gain))
         return Step(eqn, "scan", None, (plan,)), outs

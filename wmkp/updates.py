@@ -120,7 +120,7 @@ def _try(optimizer: optax.GradientTransformation, tree: Any, dtype: Any) -> None
             if size == 0:
                 continue
             moved = True
-            shrink = float(np.vdot(change, difference) / max(np.vdot(difference, difference), 1e-30))
+            shrink = float(np.vdot(change, difference)) / max(float(np.vdot(difference, difference)), 1e-30)
             if np.max(np.abs(change - shrink * difference)) > 1e-5 * size:  # well above rounding
                 raise ValueError(
                     "optimizer cannot train Kolen-Pollack's B: given the same signal, it changes W and B "

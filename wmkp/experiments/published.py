@@ -163,7 +163,7 @@ def lit(batches: np.ndarray) -> np.ndarray:
     less to do. A batch that lights fewer than the most gets dark ones besides.
     """
     shines = batches.any(1)
-    return np.sort(np.argsort(~shines, 1, kind="stable")[:, : shines.sum(1).max()], 1)
+    return np.sort(np.argsort(~shines, 1, kind="stable")[:, : int(shines.sum(1).max())], 1)
 
 
 def with_kernel(state: wmkp.TrainState, kernel: jax.Array) -> wmkp.TrainState:
