@@ -169,7 +169,8 @@ def main() -> None:
         return [s[name] for s in samples if STEPS * (number - 1) / 4 <= s["step"] < STEPS * number / 4]
 
     growth = float(np.mean(quarter("memory_MB", 4)) / np.mean(quarter("memory_MB", 2)) - 1)
-    most = {name: [max(quarter(name, n)) for n in (2, 4)] for name in ("files", "threads")}
+    # The fewest: a save, which many samples fall into, has some files open for a moment, and gives them back.
+    held = {name: [min(quarter(name, n)) for n in (2, 4)] for name in ("files", "threads")}
     conditions = {
         f"{len(same)} arrays equal to the bit": all(same),
         "logs equal": logs_same,
@@ -178,10 +179,10 @@ def main() -> None:
         "no process left": not any(kill["left_running"] for kill in kills),
         "no file left besides those of an undisturbed run": left["undisturbed"] == left["killed"],
         f"memory grows by at most {GROWTH:.0%} from the second quarter to the last": growth <= GROWTH,
-        "no more open files": most["files"][1] <= most["files"][0],
-        "no more threads": most["threads"][1] <= most["threads"][0],
+        "no more open files": held["files"][1] <= held["files"][0],
+        "no more threads": held["threads"][1] <= held["threads"][0],
     }
-    print(f"memory {growth:+.2%}; open files and threads at most {most}")
+    print(f"memory {growth:+.2%}; open files and threads at least {held}")
     for condition, holds in conditions.items():
         print(f"{'yes' if holds else 'NO '}  {condition}")
     result = {
