@@ -55,7 +55,11 @@ def kolen_pollack(optimizer: optax.GradientTransformation) -> optax.GradientTran
             checks.alike("signal", signal, feedback, "feedback", dtypes=False)
             _check_arrays("signal", signal)
         try:
-            return inner.update(signal, state, feedback, **extra)
+            change, after = inner.update(signal, state, feedback, **extra)
+            given: Any = jax.tree.structure(state)
+            if given != jax.tree.structure(after):  # optax 0.2.5 lets another tree's moments pass
+                raise ValueError("no error, but made a state of another structure")
+            return change, after
         except Exception as error:
             raise ValueError(
                 f"optimizer raised {checks.first_line(error)}; its update must get what it takes: (signal, state, feedback), "
