@@ -54,17 +54,15 @@ def kolen_pollack(optimizer: optax.GradientTransformation) -> optax.GradientTran
         if feedback is not None:
             checks.alike("signal", signal, feedback, "feedback", dtypes=False)
             _check_arrays("signal", signal)
+        takes = "its update must get what it takes: (signal, state, feedback), with the state that init made of this feedback"
         try:
             change, after = inner.update(signal, state, feedback, **extra)
-            given: Any = jax.tree.structure(state)
-            if given != jax.tree.structure(after):  # optax 0.2.5 lets another tree's moments pass
-                raise ValueError("no error, but made a state of another structure")
-            return change, after
         except Exception as error:
-            raise ValueError(
-                f"optimizer raised {checks.first_line(error)}; its update must get what it takes: (signal, state, feedback), "
-                "with the state that init made of this feedback"
-            ) from error
+            raise ValueError(f"optimizer raised {checks.first_line(error)}; {takes}") from error
+        given: Any = jax.tree.structure(state)
+        if given != jax.tree.structure(after):  # optax 0.2.5 lets another tree's moments pass
+            raise ValueError(f"optimizer raised nothing, but made another structure of its state; {takes}")
+        return change, after
 
     return optax.GradientTransformationExtraArgs(init, update)
 
