@@ -54,15 +54,19 @@ def kolen_pollack(optimizer: optax.GradientTransformation) -> optax.GradientTran
         if feedback is not None:
             checks.alike("signal", signal, feedback, "feedback", dtypes=False)
             _check_arrays("signal", signal)
-        takes = "its update must get what it takes: (signal, state, feedback), with the state that init made of this feedback"
+        what, cause = "nothing, but made another structure of its state", None
         try:
             change, after = inner.update(signal, state, feedback, **extra)
         except Exception as error:
-            raise ValueError(f"optimizer raised {checks.first_line(error)}; {takes}") from error
-        given: Any = jax.tree.structure(state)
-        if given != jax.tree.structure(after):  # optax 0.2.5 lets another tree's moments pass
-            raise ValueError(f"optimizer raised nothing, but made another structure of its state; {takes}")
-        return change, after
+            what, cause = checks.first_line(error), error
+        else:
+            given: Any = jax.tree.structure(state)
+            if given == jax.tree.structure(after):  # optax 0.2.5 lets another tree's moments pass
+                return change, after
+        raise ValueError(
+            f"optimizer raised {what}; its update must get what it takes: (signal, state, feedback), with the state that init "
+            "made of this feedback"
+        ) from cause
 
     return optax.GradientTransformationExtraArgs(init, update)
 
