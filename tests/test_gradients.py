@@ -197,6 +197,26 @@ def test_scan_over_time_reversed_and_nested():
     check(loss, params, jax.random.normal(KEY, (5, 3, 6)), paths=["wh"])
 
 
+def test_scan_that_carries_a_learned_start_beside_a_constant():
+    """What no error goes through in the first turn, a jitted call on zeros here, is planned from the second on."""
+    call = jax.jit(jnp.tanh)
+
+    def loss(params, x):
+        x = jnp.tanh(x @ params["in"])
+
+        def turn(carry, _):
+            start, state = carry
+            return (start + x, call(state) + x), None
+
+        start = jnp.broadcast_to(params["start"], x.shape)
+        (start, state), _ = jax.lax.scan(turn, (start, jnp.zeros_like(start)), None, length=3)
+        return jnp.sum((jnp.tanh(start + state) @ params["out"]) ** 2)
+
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape) / 2
+    params = {"in": draw(0, 6, 6), "start": draw(1, 6), "out": draw(2, 6, 2)}
+    check(loss, params, draw(3, 4, 6), paths=["out"])
+
+
 def test_scan_that_carries_its_weights():
     def loss(params, x):
         def body(carry, scale):

@@ -64,7 +64,8 @@ def _keep_obstacles(first: Plan, last: Plan) -> None:
     for i, (before, after) in enumerate(zip(first.steps, last.steps, strict=True)):
         if after.product is None and before.product is not None and before.product.obstacle:
             last.steps[i] = after._replace(product=before.product)
-        for inner_before, inner_after in zip(before.plans, after.plans, strict=True):
+        # (Inside what no error went through in the first there was nothing to plan.)
+        for inner_before, inner_after in zip(before.plans, after.plans, strict=False):
             _keep_obstacles(inner_before, inner_after)
 
 

@@ -236,7 +236,7 @@ class Train:
                 ("batch_size", "accumulate", "patch", "mirror_every", "mirror_repeat", "log_every", "keep"), _SIZE
             ),
             **dict.fromkeys(("learning_rate", "eval_every", "save_every"), _POSITIVE),
-            **dict.fromkeys(("epochs",), (lambda x: 0 < x <= 1e6, "positive, and at most 1e6")),
+            epochs=(lambda x: 0 < x <= 1e6, "positive, and at most 1e6"),
             warmup_epochs=(lambda x: 0 <= x <= 1e6, "at least 0, and at most 1e6"),
             weight_decay=_FINITE,
             **dict.fromkeys(("momentum", "label_smoothing", "max_bad"), _SHARE),
