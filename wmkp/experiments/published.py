@@ -250,9 +250,10 @@ def start(variant: Variant, dataset: Dataset, hidden: int, seed: int = 0) -> Tri
     train = {"image": dataset.train["image"].reshape(-1, pixels), "label": dataset.train["label"]}
     if not variant.shuffled:
         train = batches(train)
-        if not variant.weight_decay:
-            train["pixels"] = lit(train["image"])
-            train["image"] = np.take_along_axis(train["image"], train["pixels"][:, None], 2)
+        places = lit(train["image"])
+        if not variant.weight_decay and places.shape[1] < pixels:  # or picking them out is for nothing (CIFAR-10)
+            train["pixels"] = places
+            train["image"] = np.take_along_axis(train["image"], places[:, None], 2)
     train = jax.device_put(train)
     rule = make_rule(variant, hidden, dataset.num_classes)
     params_key, state_key, order_key = jax.random.split(jax.random.key(seed), 3)
@@ -269,13 +270,17 @@ def start(variant: Variant, dataset: Dataset, hidden: int, seed: int = 0) -> Tri
     state = with_kernel(made.init(state_key, params, mirror_steps=period if mirrors else None), kernel)
 
     def step(state: wmkp.TrainState, batch: Any) -> tuple[wmkp.TrainState, jax.Array]:
-        kernel, some = state.params["hidden"]["kernel"], batch.get("pixels", slice(None))
+        kernel, some = state.params["hidden"]["kernel"], batch.get("pixels")
         batch = {"image": batch["image"], "label": batch["label"]}
-        state, metrics = made.engaged_step(with_kernel(state, kernel[some]), batch)
+        if some is not None:
+            state = with_kernel(state, kernel[some])
+        state, metrics = made.engaged_step(state, batch)
         if mirrors:
             state, _ = made.mirror_step(state)
-        moved = kernel.at[some].set(state.params["hidden"]["kernel"], unique_indices=True)
-        return with_kernel(state, moved), metrics["loss"]
+        if some is not None:
+            moved = kernel.at[some].set(state.params["hidden"]["kernel"], unique_indices=True)
+            state = with_kernel(state, moved)
+        return state, metrics["loss"]
 
     @partial(jax.jit, donate_argnums=0)
     def run_epoch(state: wmkp.TrainState, train: Any, epoch: jax.Array) -> tuple[wmkp.TrainState, jax.Array]:
