@@ -6,6 +6,7 @@ import math
 import sys
 
 import chex
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -153,7 +154,8 @@ def test_tfds_without_tensorflow(monkeypatch, tmp_path, tfds_dir):
         (["--rules", "bp", "bp"], "none twice"),
         (["--dataset", "nosuch"], "unknown dataset 'nosuch'"),
         (["--dataset", "../up"], "cannot read dataset '../up'"),
-        (["--epochs", "0"], "--epochs must be at least 1; got 0"),
+        (["--epochs", "0"], "--epochs must be at least 1, and at most 1e6; got 0"),
+        (["--epochs", "1000000000000"], "--epochs must be at least 1, and at most 1e6; got 1000000000000"),
         (["--batch-size", "0"], "--batch-size must be at least 1; got 0"),
         (["--batch-size", "1199"], "at most the 1198 training examples"),
         (["--hidden", "8", "-1"], "--hidden must be at least 1; got -1"),
@@ -163,6 +165,7 @@ def test_tfds_without_tensorflow(monkeypatch, tmp_path, tfds_dir):
         (["--weight-decay", "-0.1"], "--weight-decay must be at least 0"),
         (["--momentum", "1"], "--momentum must be at least 0 and below 1"),
         (["--mirror-every", "0"], "--mirror-every must be at least 1"),
+        (["--mirror-every", str(2**31)], "--mirror-every must be below 2^31"),
         (["--mirror-steps", "-1"], "--mirror-steps must be at least 0"),
         (["--mirror-angle", "nan"], "--mirror-angle must be between 0 and 90"),
         (["--seed", "-1"], "--seed must be at least 0"),
@@ -173,6 +176,45 @@ def test_bad_input(monkeypatch, tmp_path, capsys, arguments, message):
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("wmkp: ") and err.count("\n") == 1 and message in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mirror-angle", "1e-5"], "--rules wm cannot train this network: target_angle=1e-05 takes"),
+        (["--learning-rate", "1e300"], "--rules wm cannot train this network: optimizer makes updates that are not finite"),
+    ],
+)
+def test_what_the_library_refuses(monkeypatch, tmp_path, capsys, arguments, message):
+    assert wmkp(monkeypatch, "compare", "--out", tmp_path, "--hidden", 8, "--rules", "wm", *arguments) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("wmkp: ")]
+    assert message in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 9 GiB"),
+        jax.errors.JaxRuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 9 bytes."),
+    ],
+)
+def test_what_does_not_fit_in_memory(monkeypatch, capsys, error):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr(compare, "compare", fail)
+    assert wmkp(monkeypatch, "compare") == 2
+    said = capsys.readouterr().err
+    assert f"this does not fit in memory ({error})" in said and "--batch-size" in said and said.count("\n") == 1
+
+
+def test_other_errors_of_jax_are_not_hidden(monkeypatch):
+    def fail(config):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a device is gone")
+
+    monkeypatch.setattr(compare, "compare", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a device is gone"):
+        wmkp(monkeypatch, "compare")
 
 
 def test_missing_dataset_says_how_to_get_it(monkeypatch, tmp_path, capsys):

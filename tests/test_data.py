@@ -492,6 +492,8 @@ def test_prepare(monkeypatch, tmp_path, capsys):
     assert "tensorflow" not in sys.modules
     with pytest.raises(InputError, match="unknown dataset 'nosuch': TFDS does not know it"):
         data.prepare("nosuch", tmp_path)
+    with pytest.raises(InputError, match="digits needs no preparation"):
+        data.prepare("digits", tmp_path)
 
 
 @pytest.mark.skipif(not (REAL / "imagenet2012").is_dir(), reason="there is no sample of ImageNet in WMKP_TFDS")

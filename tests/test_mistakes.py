@@ -379,6 +379,7 @@ WRONG = {
             ("delta_angles", "params['b']", lambda: wmkp.delta_angles(fun, KP, gone(PARAMS), made(KP), X)),
             ("input_covariances", "params['b']", lambda: wmkp.input_covariances(fun, gone(PARAMS), X)),
             ("steps.init", "params['b']", lambda: steps(KP).init(KEY, gone(PARAMS))),
+            ("mirror_signals", "params['b']", lambda: wmkp.mirror_signals(KEY, WM, fun, gone(PARAMS), X)),
         )
     },
     "shapes in place of params, steps.init": (lambda: steps(KP).init(KEY, jax.eval_shape(lambda: PARAMS)), "params['b'] is ShapeDtypeStruct"),
@@ -420,6 +421,18 @@ WRONG = {
     },
     "a mirror of nothing": (lambda: wmkp.mirror_signals(KEY, KP, fun, PARAMS, X), "no rule here has a mirror mode"),
     "a mirror that needs B": (lambda: wmkp.mirror_signals(KEY, IA, fun, PARAMS, X), "give mirror_signals feedback="),
+    **{
+        f"{name}: {asked}": (functools.partial(call, wmkp.weight_mirror(noise, **{asked: value})), *words)
+        for name, call in {
+            "mirror_signals": lambda rule: wmkp.mirror_signals(KEY, rule, fun, PARAMS, X), "make_steps": lambda rule: make(rule),
+        }.items()
+        for noise, asked, value, *words in (
+            ("gaussian", "target_angle", 1e-5, "target_angle=1e-05 takes 6.2e+13 numbers of noise at params['w']", 'noise="orthogonal"'),
+            ("gaussian", "num_samples", 2**30, "num_samples=1073741824 takes 6.4e+09 numbers of noise at params['w']", "fewer num_samples"),
+        )
+    },
+    "the noise of an activation": (
+        lambda: make(wmkp.weight_mirror("orthogonal", target_angle=1e-5, activation=jax.nn.relu)), "numbers of noise at params['w']"),
     "a custom mirror": (
         lambda: init(custom(mirror=wmkp.Mirror(num_samples=0))), "num_samples must be an integer of at least 1"),
     # --- updates
@@ -750,6 +763,16 @@ def test_a_step_of_three():
 def test_a_batch_by_keyword():
     by_position, by_keyword = steps(KP).engaged_step(state(), X), steps(KP).engaged_step(state(), batch=X)
     jax.tree.map(np.testing.assert_array_equal, by_position[0].params, by_keyword[0].params)
+
+
+def test_a_projection_of_any_size_may_have_exact_noise():
+    """As a mirrored start has: fan_in orthogonal samples, or twice that in pairs."""
+    sizes = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    params = {"first": sizes(3, 100_000), "b": sizes(100_000), "w": sizes(100_000, 2)}
+    for rule in (wmkp.kolen_pollack(start="mirror"), wmkp.weight_mirror("orthogonal+antithetic", activation=jax.nn.relu)):
+        make(rule, params=params)
+    with pytest.raises(ValueError, match=r"numbers of noise at params\['w'\] \(476,438 samples of 100000\)"):
+        make(wmkp.weight_mirror(target_angle=6), params=params)
 
 
 def test_numpy_params_in_double_precision():

@@ -1,11 +1,13 @@
 """wmkp reproduce: the published NumPy experiments against their equations in float64, what the command writes, refusals."""
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
 import io
 import json
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -373,6 +375,8 @@ def test_every_battery_names_recipes_and_every_run_is_checked():
         (["akrout-mnist", "--steps", "3"], "--steps is not for akrout-mnist"),
         (["akrout-tiny", "--reference", "x"], "--reference is for the NumPy code's curves"),
         (["akrout-mnist", "--epochs", "0"], "--epochs must be positive"),
+        (["biotorch-lenet", "--epochs", "1e300"], "--epochs must be positive, and at most 1e6"),
+        (["akrout-mnist", "--only", "kp", "kp"], "--only must name no run twice; got kp kp"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(arguments, said, monkeypatch, capsys, tmp_path):
@@ -380,6 +384,124 @@ def test_what_cannot_be_done_is_said_in_one_line(arguments, said, monkeypatch, c
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "bp.csv has no epoch 0; leave --reference out, or train fewer --epochs"),
+        ("epoch,train_loss\n0,1\n", "bp.csv is damaged (it has no column test_accuracy_percent)"),
+        ("{header}\n0,1.5,50,,,\n", "bp.csv has no epoch 1"),
+        ("{header}\n,1.5,50,,,\ninf,1.5,50,,,\n", "bp.csv has no epoch 0"),
+        ("{header}\n0,1.5,half,,,\n", "bp.csv is damaged (line 2: could not convert string to float: 'half')"),
+    ],
+    ids=["empty", "columns", "epochs", "no numbers for epochs", "text"],
+)
+def test_a_broken_reference_is_named_before_anything_is_trained(text, said, dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(published, "load", lambda name, data_dir: dataset)
+    monkeypatch.setattr(published, "run", lambda *_: pytest.fail("trained"))
+    header = "epoch,train_loss,test_accuracy_percent,delta_angle_hidden_deg,matrix_angle_W1_deg,matrix_angle_W2_deg"
+    (tmp_path / "akrout2019_mnist_bp.csv").write_text(text.format(header=header))
+    arguments = ["--epochs", 2, "--only", "bp", "--reference", tmp_path, "--out", tmp_path / "out"]
+    assert run_command(monkeypatch, "akrout-mnist", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("wmkp: --reference: ") and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"figure": "akrout-cifar10"}', "has akrout-cifar10 in it; give another --out"),
+        ("{", "run.json is damaged (JSONDecodeError"),
+        ("[]", "run.json is damaged (TypeError"),
+    ],
+)
+def test_another_figures_directory_is_left_as_it_is(content, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run.json").write_text(content)
+    assert run_command(monkeypatch, "akrout-mnist", "--out", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert (tmp_path / "run.json").read_text() == content
+
+
+def test_backprop_alone_has_a_picture(dataset, tmp_path, monkeypatch):
+    """Of its own curve, though it has no angles to show."""
+    monkeypatch.setattr(published, "load", lambda name, data_dir: dataset)
+    monkeypatch.setattr(published, "HIDDEN", {"mnist": HIDDEN})
+    assert run_command(monkeypatch, "akrout-mnist", "--epochs", 2, "--only", "bp", "--out", tmp_path / "mnist") == 0
+    assert (tmp_path / "mnist" / "curves.png").exists()
+    battery = reproduce.Battery(("mlp-digits-bp",), {"hidden": (16, 16), "tensorboard": False})
+    monkeypatch.setitem(reproduce.BATTERIES, "biotorch-lenet", battery)
+    assert run_command(monkeypatch, "biotorch-lenet", "--steps", 2, "--out", tmp_path / "lenet") == 0
+    assert (tmp_path / "lenet" / "curves.png").exists() and not (tmp_path / "lenet" / "layers.png").exists()
+
+
+def test_a_curve_that_is_stopped_is_saved_and_goes_on_to_the_bit(dataset, tmp_path):
+    variant, asked = published.PUBLISHED["kp"], []
+    whole = published.run(variant, dataset, HIDDEN, 24, 3)
+    stopped = lambda: asked.append(None) or len(asked) == 22
+    rows = published.run(variant, dataset, HIDDEN, 24, 3, directory=tmp_path, stopped=stopped)
+    assert rows == whole[:20]
+    assert [path.name for path in tmp_path.iterdir()] == [str(3 * 22)]
+    assert published.run(variant, dataset, HIDDEN, 24, 3, directory=tmp_path) == whole
+
+
+def test_a_curve_that_cannot_go_on_ends_the_other(dataset, tmp_path, monkeypatch, capsys):
+    ended = []
+
+    def run(variant, *more):
+        if variant.rule == "bp":
+            raise InputError("enough")
+        deadline = time.monotonic() + 30
+        while not more[-1]() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        ended.append(more[-1]())
+        return [published.Epoch(0, *[1.0] * 6)]
+
+    monkeypatch.setattr(published, "load", lambda name, data_dir: dataset)
+    monkeypatch.setattr(published, "run", run)
+    monkeypatch.setattr(reproduce.os, "cpu_count", lambda: 2)
+    assert run_command(monkeypatch, "akrout-mnist", "--only", "fa", "bp", "--out", tmp_path) == 2
+    assert capsys.readouterr().err == "wmkp: enough\n" and ended == [True]
+
+
+def small_battery(monkeypatch):
+    battery = reproduce.Battery(("mlp-digits-bp", "mlp-digits-wm"), {"hidden": (16, 16), "tensorboard": False})
+    monkeypatch.setitem(reproduce.BATTERIES, "biotorch-lenet", battery)
+    return ["biotorch-lenet", "--steps", 2]
+
+
+def test_a_battery_that_is_stopped_begins_no_other_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "_stop_signals", lambda: contextlib.nullcontext(lambda step: step == 1))
+    assert run_command(monkeypatch, *small_battery(monkeypatch), "--out", tmp_path) == 130
+    out, error = capsys.readouterr()
+    assert "Stopped at step 1 of 2 and saved" in out and error.endswith("wmkp: interrupted\n")
+    assert not (tmp_path / "mlp-digits-wm").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("test.csv", "", "test.csv is empty; move"),
+        ("train.csv", "", "train.csv is empty; move"),
+        ("test.csv", "step\n1\n", "test.csv is damaged (it has no column epoch)"),
+        ("train.csv", "step\n1\n", "train.csv is damaged (it has no column examples_per_second)"),
+    ],
+)
+def test_a_finished_runs_damaged_file_is_named(name, text, said, tmp_path, monkeypatch, capsys):
+    def finish(config):
+        config.out.mkdir()
+        angles = {f"{kind}_angle_{which}_deg": 1.0 for kind in ("matrix", "delta") for which in ("mean", "worst")}
+        row = {"step": 1, "epoch": 1, "test_error_percent": 9, "examples_per_second": 5, **angles}
+        for file in ("test.csv", "train.csv"):
+            (config.out / file).write_text(f"{','.join(row)}\n{','.join(map(str, row.values()))}\n")
+        (config.out / name).write_text(text)
+        return True
+
+    monkeypatch.setattr(train, "train", finish)
+    assert run_command(monkeypatch, *small_battery(monkeypatch), "--out", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
 
 
 def test_a_missing_reference_is_named(dataset, tmp_path, monkeypatch, capsys):

@@ -471,7 +471,9 @@ def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(finished, tmp_
 
 
 @pytest.mark.parametrize(
-    ("name", "make"), [(".lock", Path.mkdir), ("tensorboard", Path.touch)], ids=["a directory", "a file"]
+    ("name", "make"),
+    [(".lock", Path.mkdir), ("tensorboard", Path.touch), ("checkpoints", Path.touch)],
+    ids=["a directory", "a file", "a file for checkpoints"],
 )
 def test_what_is_in_the_way_is_named(name, make, tmp_path):
     make(tmp_path / name)
@@ -516,6 +518,9 @@ def test_damaged_config(content, message, tmp_path):
         ("mlp-digits-wm --mirror-angle 1e-9", "--mirror-angle must be between 0 and 90 degrees (from 1e-6 on)"),
         ("mlp-digits-wm --mirror-samples 99999999999", "--mirror-samples must be below 2^31"),
         ("mlp-digits-kp --steps 99999999999", "--steps must be below 2^31"),
+        ("mlp-digits-wm --mirror-angle 1e-5", "--rule wm cannot train --model mlp: target_angle=1e-05 takes"),
+        ("mlp-digits-kp --accumulate 9 --steps 8", "--accumulate 9 is more than the run's 8 steps: W would never change"),
+        ("mlp-digits-kp --image-size 1000000", "--image-size 1000000 makes 4,792,000 GB of 1,198 images"),
         ("mlp-digits-kp --epochs 1e300", "--epochs must be positive, and at most 1e6"),
         ("mlp-digits-kp --warmup-epochs 1e300", "--warmup-epochs must be at least 0, and at most 1e6"),
         ("mlp-digits-kp --schedule step --drop-epochs nan", "--drop-epochs must be positive and rise"),
@@ -557,6 +562,8 @@ def test_a_file_where_a_directory_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write to .*Not a directory"):
         outputs.write_atomically({tmp_path / "file" / "x.png": b""})
+    with pytest.raises(InputError, match=r"cannot write to \S*/none/x.png: No such file"):
+        outputs.write_atomically({tmp_path / "none" / "x.png": b""})
 
 
 def test_eval_of_what_is_no_run(tmp_path, monkeypatch, capsys):

@@ -18,6 +18,10 @@ from wmkp.rules import Mirror, Rule, RuleOrRules, check_rule, resolve
 
 Activation = Callable[[jax.Array], jax.Array] | None
 
+MOST = (
+    2**32
+)  # numbers of noise for a projection (16 GiB in float32): they are told apart by 32 bits, and more would repeat
+
 
 def mirror_gain(rule: Rule) -> float:
     """sigma^2 E[phi'] of a rule's mirror (eq. 11): its mean signal over W^T, and the decay that settles at W^T.
@@ -99,16 +103,26 @@ def mirror_angle(num_samples: int, fan_in: int, rule: Rule) -> float:
 
 
 def _tangent_squared(num_samples: int, fan_in: int, mirror: Mirror) -> float:
-    _, whole, odd = _response(mirror.activation, mirror.noise_std)
     paired = "antithetic" in mirror.noise
     directions = num_samples / 2 if paired else num_samples
-    excess = max((odd if paired else whole) - 1, 0.0) * fan_in / directions
+    one = _one_estimate(directions, fan_in, _excess(mirror), "orthogonal" in mirror.noise)
+    return one * mirror.rate / (2 - mirror.rate)
+
+
+def _excess(mirror: Mirror) -> float:
+    """How much more than a linear response's the variance of the signal is."""
+    _, whole, odd = _response(mirror.activation, mirror.noise_std)
+    return max((odd if "antithetic" in mirror.noise else whole) - 1, 0.0)
+
+
+def _one_estimate(directions: float, fan_in: int, excess: float, orthogonal: bool) -> float:
+    """tan^2 of the angle of one estimate."""
     uneven = fan_in / directions
-    if "orthogonal" in mirror.noise:
+    if orthogonal:
         # Every direction was drawn ``blocks`` times, and a part of them once more.
         blocks, part = divmod(directions / fan_in, 1)
         uneven = part * (1 - part) / (blocks + part) ** 2
-    return (excess + uneven) * mirror.rate / (2 - mirror.rate)
+    return excess * fan_in / directions + uneven
 
 
 def samples_for_angle(angle: float, fan_in: int, rule: Rule) -> int:
@@ -128,19 +142,23 @@ def samples_for_angle(angle: float, fan_in: int, rule: Rule) -> int:
 
 
 def _samples(angle: float, fan_in: int, mirror: Mirror) -> int:
-    _, whole, odd = _response(mirror.activation, mirror.noise_std)
     pairs = 2 if "antithetic" in mirror.noise else 1
     tangent = math.tan(math.radians(angle)) ** 2 * (2 - mirror.rate) / mirror.rate
-    excess = max((odd if pairs == 2 else whole) - 1, 0.0) * fan_in
+    excess = _excess(mirror)
     if "orthogonal" not in mirror.noise:
-        return pairs * max(1, math.ceil((excess + fan_in) / tangent - 1e-9))
-    # Below fan_in directions tan^2 is (excess + fan_in - n) / n; above, at least excess / n.
-    directions = max(1, math.ceil((excess + fan_in) / (tangent + 1) - 1e-9))
+        return pairs * max(1, math.ceil((excess + 1) * fan_in / tangent - 1e-9))
+    # Below fan_in directions tan^2 is ((excess + 1) fan_in - n) / n; above, at least excess fan_in / n.
+    directions = max(1, math.ceil((excess + 1) * fan_in / (tangent + 1) - 1e-9))
     if directions > fan_in:
-        directions = max(fan_in, math.ceil(excess / tangent - 1e-9))
-        while _tangent_squared(pairs * directions, fan_in, mirror) > tangent * mirror.rate / (2 - mirror.rate) + 1e-12:
+        directions = max(fan_in, math.ceil(excess * fan_in / tangent - 1e-9))
+        while _one_estimate(directions, fan_in, excess, True) > tangent + 1e-12 * (2 - mirror.rate) / mirror.rate:
             directions += 1
     return pairs * directions
+
+
+def _drawn(mirror: Mirror, fan_in: int) -> int:
+    """The samples that a mirror step draws for a projection."""
+    return int(mirror.num_samples or _samples(mirror.target_angle, fan_in, mirror))
 
 
 def draw_noise(key: jax.Array, mirror: Mirror, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
@@ -251,7 +269,7 @@ def _estimate(
 ) -> jax.Array:
     """The mean of x y^T over samples (or minus R's gradient at ``b``), in the layout of ``w``: (K, fan_in, fan_out)."""
     blocks, fan_in, _ = w.shape
-    samples = mirror.num_samples or _samples(mirror.target_angle, fan_in, mirror)
+    samples = _drawn(mirror, fan_in)
     x = spread(draw_noise(key, mirror, (blocks, samples, fan_in), w.dtype))
     y = jnp.einsum("kni,kio->kno", x, w)
     if bias is not None:
@@ -261,8 +279,8 @@ def _estimate(
     if mirror.alignment is not None:
         assert b is not None
         multiply = lambda x, w: jnp.einsum("kni,kio->kno", x, w)
-        return -local_gradient(mirror.alignment, multiply, x, y, w, b, samples)
-    return jnp.einsum("kni,kno->kio", x, y) / samples
+        return -local_gradient(mirror.alignment, multiply, x, y, w, b, float(samples))
+    return jnp.einsum("kni,kno->kio", x, y) / float(samples)  # which an int32 may not hold
 
 
 def _bias_matrix(product: Product, bias: jax.Array, w: jax.Array) -> jax.Array:
@@ -279,17 +297,12 @@ def _bias_matrix(product: Product, bias: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.broadcast_to(bias, (*stack, *bias.shape[lead:])).reshape(-1, fan_out // split)
 
 
-def signals(
-    key: jax.Array,
-    rules: dict[str, Rule],
-    analysis: Analysis,
-    leaves: list[Any],
-    feedback: list[Any],
-    spread: Callable[[jax.Array], jax.Array] = lambda noise: noise,
-) -> list[Any]:
-    """Mirror mode's signal for each parameter leaf, None for those that mirror nothing.
+def targets(rules: dict[str, Rule], analysis: Analysis) -> dict[Product, Mirror]:
+    """The products that mirror mode is to reach, each with its mirror.
 
-    ``spread`` may say where among devices a projection's noise (K, N, fan_in) is drawn.
+    Raises:
+      WeightTransportError: noise alone cannot reach one.
+      ValueError: it would take too much noise.
     """
     wanted: dict[Product, Mirror] = {}
     for path, products in analysis.sites().items():
@@ -306,6 +319,36 @@ def signals(
                     f'mirror mode: rule={{"{path}": wmkp.kolen_pollack(), ".*": ...}}.'
                 )
             wanted.setdefault(product, mirror)
+            fan_in, _ = product.fans()
+            samples = _drawn(mirror, fan_in)
+            # Twice fan_in orthogonal samples, in pairs, are exact: what a projection of any size may need.
+            exact = 2 * fan_in**2 if "orthogonal" in mirror.noise else 0
+            if samples * fan_in > max(MOST, exact):
+                asked = f"target_angle={mirror.target_angle:g}"
+                if mirror.num_samples is not None:
+                    asked = f"num_samples={samples}"
+                raise ValueError(
+                    f"{asked} takes {samples * fan_in:.2g} numbers of noise at params[{path!r}] ({samples:,} samples of "
+                    f"{fan_in}), where 2^32 is the most; ask for a larger target_angle or fewer num_samples, or for "
+                    'noise="orthogonal", exact from fan_in samples ("orthogonal+antithetic", from 2 fan_in, with an '
+                    "activation)"
+                )
+    return wanted
+
+
+def signals(
+    key: jax.Array,
+    rules: dict[str, Rule],
+    analysis: Analysis,
+    leaves: list[Any],
+    feedback: list[Any],
+    spread: Callable[[jax.Array], jax.Array] = lambda noise: noise,
+) -> list[Any]:
+    """Mirror mode's signal for each parameter leaf, None for those that mirror nothing.
+
+    ``spread`` may say where among devices a projection's noise (K, N, fan_in) is drawn.
+    """
+    wanted = targets(rules, analysis)
     products = list(wanted)
 
     def weights(leaves: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -367,6 +410,7 @@ def mirror_signals(
     checks.key(key)
     check_rule(rule)
     analysis = analyse(fun, params, *args)
+    checks.alive("params", params)
     rules = resolve(rule, analysis)
     if not any(r.mirror for r in rules.values()):
         raise ValueError("no rule here has a mirror mode; weight_mirror() has")

@@ -142,6 +142,7 @@ def make_steps(
     analysis = analyse(loss_fn, params, model_state, batch, key_aval)
     _check_output(analysis, model_state, check_finite)
     rules = resolve(rule, analysis)
+    mirror.targets(rules, analysis)
     mirrors = {path: r.mirror for path, r in rules.items() if r.mirror is not None}
     feedback_optimizer = updates.kolen_pollack(optimizer)
     clip = None if clip_norm is None else updates.clip_together(clip_norm)

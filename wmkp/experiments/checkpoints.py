@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 
 import wmkp
 from wmkp import checks
+from wmkp.experiments import outputs
 from wmkp.experiments.config import InputError, first_line
 
 SHOWN = 8  # of the differences between a checkpoint and what was expected
@@ -26,7 +27,13 @@ _TURN = threading.Lock()
 
 
 def open_manager(directory: Path, keep: int, read_only: bool = False) -> ocp.CheckpointManager:
-    """Orbax's manager of the checkpoints in a directory, which it makes; leftovers of a killed save are cleared away."""
+    """Orbax's manager of the checkpoints in a directory, which it makes; leftovers of a killed save are cleared away.
+
+    Raises:
+      InputError: the directory cannot be made, or not be written to.
+    """
+    if not read_only:
+        outputs.make_directory(directory)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says much, and errors are raised besides
     options = ocp.CheckpointManagerOptions(
         max_to_keep=None if read_only else keep,

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 try:
+    import jax
     import tyro
 
     from wmkp.experiments import compare, data, figures, outputs, recipes, reproduce, train
-    from wmkp.experiments.config import Compare, DataDir, InputError, Reproduce, Train
+    from wmkp.experiments.config import Compare, DataDir, InputError, Reproduce, Train, first_line
 except ModuleNotFoundError as error:
     sys.exit(f'wmkp: {error.name} is missing; the command needs its extra: pip install "wmkp[experiments]"')
 
@@ -96,3 +97,12 @@ def main() -> None:
     except KeyboardInterrupt:
         print("wmkp: interrupted", file=sys.stderr)
         sys.exit(130)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower():
+            raise
+        print(
+            f"wmkp: this does not fit in memory ({first_line(error)}); a smaller --batch-size, --hidden or --image-size takes "
+            "less, a larger --mirror-angle too, and --fsdp divides what W and B take among devices",
+            file=sys.stderr,
+        )
+        sys.exit(2)

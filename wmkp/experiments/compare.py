@@ -22,7 +22,7 @@ from rich.table import Table
 
 import wmkp
 from wmkp.experiments import data, figures, outputs
-from wmkp.experiments.config import RULES, Compare, InputError
+from wmkp.experiments.config import RULES, Compare, InputError, refusals
 from wmkp.experiments.models.mlp import MLP
 from wmkp.experiments.tasks import make_rule
 
@@ -180,10 +180,11 @@ def start(name: str, config: Compare, epochs: int, dataset: data.Dataset, order:
     params = model.init(params_key, dataset.train["image"][:1])["params"]
     rate = schedule(config, epochs * len(order))
     optimizer = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, config.momentum))
-    steps = wmkp.make_steps(loss_fn, rule, optimizer, params, first(config.batch_size, dataset.train))
     mirrors = rule.mirror is not None and rule.mirror.each_step
-    # A mirrored start is exact after one mirror step, which is what init takes by itself.
-    state = steps.init(state_key, params, mirror_steps=config.mirror_steps if mirrors else None)
+    with refusals(f"--rules {name} cannot train this network"):
+        steps = wmkp.make_steps(loss_fn, rule, optimizer, params, first(config.batch_size, dataset.train))
+        # A mirrored start is exact after one mirror step, which is what init takes by itself.
+        state = steps.init(state_key, params, mirror_steps=config.mirror_steps if mirrors else None)
 
     def run_epoch(state: wmkp.TrainState, train: data.Examples, order: jax.Array) -> tuple[wmkp.TrainState, jax.Array]:
         def step(state: wmkp.TrainState, index: jax.Array) -> tuple[wmkp.TrainState, jax.Array]:

@@ -1,8 +1,10 @@
 """The commands' typed configs, and the checks that say in one line what is wrong with one."""
 
+import contextlib
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -85,14 +87,13 @@ class Compare:
             raise InputError("--rules must name at least one rule, and none twice")
         if not self.hidden:
             raise InputError("--hidden must name the width of at least one layer")
-        sizes = {"hidden": self.hidden, "batch_size": (self.batch_size,), "mirror_every": (self.mirror_every,)}
-        if self.epochs is not None:
-            sizes["epochs"] = (self.epochs,)
-        for name, values in sizes.items():
-            if min(values) < 1:
-                raise InputError(f"{flag(name)} must be at least 1; got {min(values)}")
+        if min(self.hidden) < 1:
+            raise InputError(f"--hidden must be at least 1; got {min(self.hidden)}")
         _check(
             self,
+            epochs=(lambda x: x is None or 1 <= x <= 1e6, "at least 1, and at most 1e6"),
+            batch_size=_SIZE,
+            mirror_every=_SIZE,
             learning_rate=_POSITIVE,
             weight_decay=_FINITE,
             momentum=_SHARE,
@@ -303,9 +304,11 @@ class Reproduce:
         _check(
             self,
             **dict.fromkeys(("steps", "batch_size", "image_size"), _OPTIONAL_SIZE),
-            epochs=(lambda x: x is None or 0 < x < math.inf, "positive and finite"),
+            epochs=(lambda x: x is None or 0 < x <= 1e6, "positive, and at most 1e6"),
             seed=_SEED,
         )
+        if len(set(self.only)) < len(self.only):
+            raise InputError(f"--only must name no run twice; got {' '.join(self.only)}")
         if self.figure in ("akrout-mnist", "akrout-cifar10", "akrout-orders", "akrout-mended"):
             for name in ("steps", "batch_size", "image_size", "dtype", "distributed"):
                 if getattr(self, name):
@@ -331,6 +334,15 @@ def _check(config: Any, **limits: tuple[Any, str]) -> None:
             raise InputError(f"{flag(name)} must be {limit}; got {getattr(config, name)}")
         if isinstance(value := getattr(config, name), int) and value >= 2**31 and name != "seed":  # JAX counts in int32
             raise InputError(f"{flag(name)} must be below 2^31; got {value}")
+
+
+@contextlib.contextmanager
+def refusals(what: str) -> Iterator[None]:
+    """What the library refuses, as an InputError that begins with ``what``."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{what}: {' '.join(str(error).split())}") from error
 
 
 def flag(field: str) -> str:

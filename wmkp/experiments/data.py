@@ -175,6 +175,8 @@ def prepare(name: str, data_dir: Path | None) -> Path:
     """
     import tensorflow_datasets as tfds
 
+    if name in ("digits", "characters"):
+        raise InputError(f"{name} needs no preparation: it is there wherever wmkp[experiments] is installed")
     logging.getLogger("absl").setLevel(logging.ERROR)
     where = data_dir or Path(tfds.core.constants.DATA_DIR)
     try:

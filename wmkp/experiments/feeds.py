@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import math
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
@@ -181,6 +183,11 @@ def crop_and_flip(key: jax.Array, images: jax.Array) -> jax.Array:
 def _resized(images: np.ndarray, size: int) -> np.ndarray:
     """Images at another size, in parts that spare memory."""
     shape = (size, size, images.shape[-1])
+    needed = len(images) * math.prod(shape) * images.dtype.itemsize
+    if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise InputError(
+            f"--image-size {size} makes {needed / 1e9:,.0f} GB of {len(images):,} images, more than the memory"
+        )
     resize = jax.jit(lambda x: jax.image.resize(x.astype(jnp.float32), (len(x), *shape), "bilinear"))
     parts = [np.asarray(resize(images[i : i + 4096])) for i in range(0, len(images), 4096)]
     whole = np.concatenate(parts)

@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +54,19 @@ class Log:
         self._file.close()
 
 
-def read(path: Path) -> list[dict[str, float]]:
+def read(path: Path, columns: Sequence[str] = ()) -> list[dict[str, float]]:
     """The rows of a CSV file; NaN for an empty cell. A last line that was cut off is left out.
 
     Raises:
-      InputError: the file is damaged.
+      InputError: the file is damaged, or has rows that lack one of ``columns``.
     """
     try:
         text = path.read_text()
         header, *lines = [*csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))] or [[]]
     except (OSError, ValueError, csv.Error) as error:
         raise _damaged(path, first_line(error)) from None
+    if lines and (lacking := [name for name in columns if name not in header]):
+        raise _damaged(path, f"it has no column {lacking[0]}")
     rows = []
     for number, line in enumerate(lines, 2):
         try:

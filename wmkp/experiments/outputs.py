@@ -49,7 +49,9 @@ def write_atomically(files: dict[Path, bytes]) -> None:
         for path, temporary in partial.items():
             temporary.replace(path)
     except OSError as error:
-        raise InputError(f"cannot write to {error.filename2 or error.filename}: {error.strerror}") from None
+        names = {str(temporary): path for path, temporary in partial.items()}
+        where = error.filename2 or error.filename
+        raise InputError(f"cannot write to {names.get(str(where), where)}: {error.strerror}") from None
     finally:
         for temporary in partial.values():
             with contextlib.suppress(OSError):  # it is not there, nor perhaps its directory

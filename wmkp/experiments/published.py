@@ -197,6 +197,7 @@ def run(
     seed: int = 0,
     report: Callable[[list[Epoch]], None] = lambda rows: None,
     directory: Path | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> list[Epoch]:
     """Trains one variant and gives its curve, a line an evaluation.
 
@@ -205,6 +206,7 @@ def run(
       epochs: how many.
       report: called with all lines so far after each evaluation.
       directory: for checkpoints, one every ``EVERY`` epochs; from what is there already the curve goes on.
+      stopped: asked after each epoch; once it is true, the curve is saved and ends there.
 
     Raises:
       InputError: ``directory`` is of another run, or as ``checkpoints`` says.
@@ -223,13 +225,16 @@ def run(
                     raise InputError(f"{directory} is of {kept['variant']}, seed {kept['seed']}; choose another --out")
                 rows = [Epoch(*row) for row in kept["rows"] if row[0] < epochs]
         for epoch in range(int(state.step) // (len(dataset.train["label"]) // BATCH), epochs):
-            state, loss = run_epoch(state, train, epoch)
+            state, loss = jax.block_until_ready(run_epoch(state, train, epoch))
             last = epoch == epochs - 1
             if epoch < EVERY_UNTIL or (epoch + 1) % EVERY == 0 or last:
                 rows.append(Epoch(epoch, *(float(x) for x in jax.device_get((loss, *measure(state, some, test))))))
                 report(rows)
-            if manager is not None and ((epoch + 1) % EVERY == 0 or last):
+            stop = stopped()
+            if manager is not None and ((epoch + 1) % EVERY == 0 or last or stop):
                 checkpoints.save_in_turn(manager, state, {**made, "rows": [list(row) for row in rows]})
+            if stop:
+                break
     return rows
 
 

@@ -10,9 +10,10 @@ import math
 import os
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from wmkp import checks
 from wmkp.experiments import devices, figures, logs, outputs, published, recipes, train
 from wmkp.experiments.config import RULES, InputError, Reproduce, Train
 from wmkp.experiments.provenance import provenance
@@ -101,10 +103,26 @@ def reproduce(config: Reproduce) -> None:
     if config.distributed:
         devices.start(settings(config, config.only[0]))
     with outputs.claim(config.out) if devices.is_first() else contextlib.nullcontext():
+        _check_out(config.out, figure)
         summary = make(config, config.out)
         if devices.is_first():
             _write(config.out / "summary.csv", summary)
             _print(config, summary)
+
+
+def _check_out(out: Path, figure: str) -> None:
+    """Raises InputError if another figure is in the directory, or what says which one is cannot be read."""
+    path = out / "run.json"
+    if not path.exists():
+        return
+    try:
+        there = json.loads(path.read_text())["figure"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{path} is damaged ({checks.first_line(error)}); move it away, or give another --out"
+        ) from None
+    if there != figure:
+        raise InputError(f"{out} has {there} in it; give another --out")
 
 
 def _parts(figure: str) -> tuple[Sequence[str], Callable[[Reproduce, Path], list[dict[str, Any]]]]:
@@ -131,11 +149,11 @@ def _curves(config: Reproduce, out: Path) -> list[dict[str, Any]]:
     name, variants = CURVES[config.figure]
     dataset = published.load(name, config.data_dir)
     epochs = published.EPOCHS if config.epochs is None else max(1, round(config.epochs))
-    theirs = {key: _reference(config.reference, name, key) for key in config.only} if config.reference else {}
+    theirs = {key: _reference(config.reference, name, key, epochs) for key in config.only} if config.reference else {}
     fresh = not any((out / key).exists() for key in config.only)
     about = {"epochs": epochs, "seed": config.seed, "variants": {k: variants[k]._asdict() for k in config.only}}
     _started(config, out, **about)
-    console, begin = Console(soft_wrap=True), time.perf_counter()
+    console, begin, stopped = Console(soft_wrap=True), time.perf_counter(), threading.Event()
 
     def one(key: str) -> list[dict[str, float]]:
         def report(rows: list[published.Epoch]) -> None:
@@ -144,13 +162,21 @@ def _curves(config: Reproduce, out: Path) -> list[dict[str, Any]]:
                 last, seconds = rows[-1], time.perf_counter() - begin
                 console.print(f"{key}: epoch {last.epoch}, {last.test_accuracy_percent:.2f} %, {seconds:.0f} s")
 
-        rows = published.run(variants[key], dataset, published.HIDDEN[name], epochs, config.seed, report, out / key)
+        hidden = published.HIDDEN[name]
+        rows = published.run(variants[key], dataset, hidden, epochs, config.seed, report, out / key, stopped.is_set)
         report(rows)
         return [row._asdict() for row in rows]
 
     at_a_time = min(2, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
     with ThreadPoolExecutor(at_a_time) as pool:
-        curves = dict(zip(config.only, pool.map(one, config.only), strict=True))
+        made = [pool.submit(one, key) for key in config.only]
+        try:
+            wait(made, return_when=FIRST_EXCEPTION)
+        finally:  # one of them cannot go on, or Ctrl-C: the others end too, which the pool waits for
+            stopped.set()
+            for curve in made:
+                curve.cancel()
+        curves = {key: curve.result() for key, curve in zip(config.only, made, strict=True)}
     seconds = round(time.perf_counter() - begin)
     console.print(f"All trained in {seconds} s.")
     if fresh:  # all of it, and nothing that was there already
@@ -167,7 +193,7 @@ def _orders(config: Reproduce, out: Path) -> list[dict[str, Any]]:
     variant, summary = published.PUBLISHED["bp"], []
     for name in config.only:
         dataset = published.load(name, config.data_dir)
-        theirs = _reference(config.reference, name, "bp") if config.reference else None
+        theirs = _reference(config.reference, name, "bp", epochs) if config.reference else None
         curves = []
         for order in range(1 + ORDERS):
             places = np.arange(len(dataset.train["label"]))
@@ -219,14 +245,22 @@ def _compared(key: str, title: str, ours: list[dict[str, float]], theirs: dict[i
     return line
 
 
-def _reference(directory: Path, dataset: str, rule: str) -> dict[int, dict[str, float]] | None:
-    """A published curve, by epoch, or None where none was published."""
+def _reference(directory: Path, dataset: str, rule: str, epochs: int) -> dict[int, dict[str, float]] | None:
+    """A published curve, by epoch, or None where none was published. Raises InputError if it lacks an epoch or a column."""
     path = directory / f"akrout2019_{dataset}_{rule}.csv"
     if not path.exists():
         if rule in published.PUBLISHED:
             raise InputError(f"--reference: {path} is not there")
         return None
-    return {int(row["epoch"]): row for row in logs.read(path)}
+    try:
+        curve = {row["epoch"]: row for row in logs.read(path, ("epoch", *COMPARED.values()))}
+    except InputError as error:
+        raise InputError(f"--reference: {error}") from None
+    if lacking := [epoch for epoch in range(epochs) if epoch not in curve]:
+        raise InputError(
+            f"--reference: {path} has no epoch {lacking[0]}; leave --reference out, or train fewer --epochs"
+        )
+    return {epoch: curve[epoch] for epoch in range(epochs)}
 
 
 def settings(config: Reproduce, name: str) -> Train:
@@ -263,10 +297,11 @@ def _battery(config: Reproduce, out: Path) -> list[dict[str, Any]]:
     lines = []
     for name, run in runs.items():
         begin = time.perf_counter()
-        train.train(run)
+        if not train.train(run):  # by SIGTERM or Ctrl-C, which are meant for all of them
+            raise KeyboardInterrupt
         seconds = time.perf_counter() - begin
-        last = logs.read(run.out / "test.csv")[-1]
-        rates = [row["examples_per_second"] for row in logs.read(run.out / "train.csv")]
+        last = _rows(run.out / "test.csv", "epoch", "test_error_percent", *figures.ANGLES)[-1]
+        rates = [row["examples_per_second"] for row in _rows(run.out / "train.csv", "examples_per_second")]
         rate = sorted(rates)[len(rates) // 2]
         line = {"run": name, "what": RULES[run.rule], "epoch": last["epoch"], "test_error": last["test_error_percent"]}
         if battery.published:
@@ -282,10 +317,17 @@ def _battery(config: Reproduce, out: Path) -> list[dict[str, Any]]:
         tests = {name: logs.read(run.out / "test.csv") for name, run in runs.items()}
         for name, rows in tests.items():
             _write(out / f"{name}.csv", rows)
-        pictures = {"curves": figures.runs([run.out for run in runs.values()])}
+        pictures: dict[str, bytes | None] = {"curves": figures.runs([run.out for run in runs.values()])}
         pictures["layers"] = figures.layers(tests, {name: run.rule for name, run in runs.items()})
-        outputs.write_atomically({out / f"{name}.png": png for name, png in pictures.items()})
+        outputs.write_atomically({out / f"{name}.png": png for name, png in pictures.items() if png is not None})
     return lines
+
+
+def _rows(path: Path, *columns: str) -> list[dict[str, float]]:
+    """The rows of a finished run's CSV file. Raises InputError if there are none."""
+    if rows := logs.read(path, columns):
+        return rows
+    raise InputError(f"{path} is empty; move {path.parent} away, and it is trained anew")
 
 
 def memory(config: Train) -> dict[str, int]:

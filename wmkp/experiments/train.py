@@ -36,7 +36,7 @@ from rich.table import Table
 import wmkp
 from wmkp import checks
 from wmkp.experiments import checkpoints, devices, feeds, logs, outputs, tasks
-from wmkp.experiments.config import RULES, InputError, Train, first_line, flag
+from wmkp.experiments.config import RULES, InputError, Train, first_line, flag, refusals
 from wmkp.training import state_sharding
 
 # What may change when a run is resumed: none of it changes what is learned.
@@ -110,23 +110,26 @@ def build(config: Train) -> Run:
         mirror["num_samples"] = config.mirror_samples
     rule = tasks.make_rule(config.rule, **mirror)
     total = config.steps or max(1, round(config.epochs * feed.epoch_steps))
-    updates = max(1, total // config.accumulate)
+    if total < config.accumulate:
+        raise InputError(f"--accumulate {config.accumulate} is more than the run's {total} steps: W would never change")
+    updates = total // config.accumulate
     schedule = tasks.make_schedule(config, max(1, feed.epoch_steps // config.accumulate), updates)
 
     params_key, state_key = jax.random.split(jax.random.key(config.seed))
     params, model_state = task.init(params_key, feed.probe)
-    steps = wmkp.make_steps(
-        task.loss_fn,
-        rule,
-        tasks.make_optimizer(config, schedule),
-        params,
-        feed.probe,
-        model_state=model_state,
-        mesh=mesh,
-        fsdp=config.fsdp,
-        clip_norm=config.clip_norm,
-        check_finite=True,
-    )
+    with refusals(f"--rule {config.rule} cannot train --model {config.model}"):
+        steps = wmkp.make_steps(
+            task.loss_fn,
+            rule,
+            tasks.make_optimizer(config, schedule),
+            params,
+            feed.probe,
+            model_state=model_state,
+            mesh=mesh,
+            fsdp=config.fsdp,
+            clip_norm=config.clip_norm,
+            check_finite=True,
+        )
     mirrors = rule.mirror is not None and rule.mirror.each_step
     init = partial(steps.init, state_key, params, model_state, config.mirror_steps if mirrors else None)
     names = ["loss", *(jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in _leaves(params))]
@@ -202,8 +205,11 @@ def build(config: Train) -> Run:
     )
 
 
-def train(config: Train) -> None:
+def train(config: Train) -> bool:
     """Runs a config, or goes on with it, and prints a line an evaluation.
+
+    Returns:
+      Whether it came to its end; False if SIGTERM or Ctrl-C stopped it.
 
     Raises:
       InputError: what is asked for cannot be done, a step was not finite, or another process was lost.
@@ -214,7 +220,7 @@ def train(config: Train) -> None:
         if devices.is_first():
             stack.enter_context(claim(config))
         try:
-            _train(config, stack)
+            return _train(config, stack)
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() == 1:
                 raise
@@ -224,7 +230,7 @@ def train(config: Train) -> None:
             os._exit(1)
 
 
-def _train(config: Train, stack: contextlib.ExitStack) -> None:
+def _train(config: Train, stack: contextlib.ExitStack) -> bool:
     run = build(config)
     if devices.is_first():
         written = json.dumps(_to_json(config), indent=2) + "\n"
@@ -241,10 +247,8 @@ def _train(config: Train, stack: contextlib.ExitStack) -> None:
         step = progress["step"]
         console.print(f"Resumed at step {step} of {run.total}.")
     else:
-        try:
+        with refusals(f"--rule {config.rule} cannot train --model {config.model}"):
             state = run.init()
-        except ValueError as error:  # an optimizer under which the rule cannot hold
-            raise InputError(str(error)) from None
     tally = devices.put_everywhere(tally, run.mesh)
 
     writer = None
@@ -351,11 +355,12 @@ def _train(config: Train, stack: contextlib.ExitStack) -> None:
         if stop and not done:
             checkpoints.finish(manager)
             console.print(f"Stopped at step {step} of {run.total} and saved; --resume goes on from there.")
-            return
+            return False
     checkpoints.finish(manager)
     if int(jax.device_get(tally.skipped)):
         console.print(f"{int(jax.device_get(tally.skipped))} steps were not finite and left out.")
     console.print(f"Written: {config.out}")
+    return True
 
 
 def like(config: Train, run: Run) -> Any:
