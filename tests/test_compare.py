@@ -182,7 +182,10 @@ def test_bad_input(monkeypatch, tmp_path, capsys, arguments, message):
     ("arguments", "message"),
     [
         (["--mirror-angle", "1e-5"], "--rules wm cannot train this network: target_angle=1e-05 takes"),
-        (["--learning-rate", "1e300"], "--rules wm cannot train this network: optimizer makes updates that are not finite"),
+        (
+            ["--learning-rate", "1e300"],
+            "--rules wm cannot train this network: optimizer makes updates that are not finite",
+        ),
     ],
 )
 def test_what_the_library_refuses(monkeypatch, tmp_path, capsys, arguments, message):

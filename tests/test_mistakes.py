@@ -769,7 +769,10 @@ def test_a_projection_of_any_size_may_have_exact_noise():
     """As a mirrored start has: fan_in orthogonal samples, or twice that in pairs."""
     sizes = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     params = {"first": sizes(3, 100_000), "b": sizes(100_000), "w": sizes(100_000, 2)}
-    for rule in (wmkp.kolen_pollack(start="mirror"), wmkp.weight_mirror("orthogonal+antithetic", activation=jax.nn.relu)):
+    for rule in (
+        wmkp.kolen_pollack(start="mirror"),
+        wmkp.weight_mirror("orthogonal+antithetic", activation=jax.nn.relu),
+    ):
         make(rule, params=params)
     with pytest.raises(ValueError, match=r"numbers of noise at params\['w'\] \(476,438 samples of 100000\)"):
         make(wmkp.weight_mirror(target_angle=6), params=params)

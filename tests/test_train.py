@@ -519,7 +519,10 @@ def test_damaged_config(content, message, tmp_path):
         ("mlp-digits-wm --mirror-samples 99999999999", "--mirror-samples must be below 2^31"),
         ("mlp-digits-kp --steps 99999999999", "--steps must be below 2^31"),
         ("mlp-digits-wm --mirror-angle 1e-5", "--rule wm cannot train --model mlp: target_angle=1e-05 takes"),
-        ("mlp-digits-kp --accumulate 9 --steps 8", "--accumulate 9 is more than the run's 8 steps: W would never change"),
+        (
+            "mlp-digits-kp --accumulate 9 --steps 8",
+            "--accumulate 9 is more than the run's 8 steps: W would never change",
+        ),
         ("mlp-digits-kp --image-size 1000000", "--image-size 1000000 makes 4,792,000 GB of 1,198 images"),
         ("mlp-digits-kp --epochs 1e300", "--epochs must be positive, and at most 1e6"),
         ("mlp-digits-kp --warmup-epochs 1e300", "--warmup-epochs must be at least 0, and at most 1e6"),
