@@ -442,6 +442,42 @@ def test_spectral_norm_is_followed():
     check(loss, variables["params"], rest, x, paths=["Dense_1/kernel"])
 
 
+@pytest.mark.parametrize("layer", [nn.Dense(5), nn.Conv(5, (3,))], ids=["dense", "conv"])
+def test_weight_norm_is_followed(layer):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.WeightNorm(layer.clone())(nn.tanh(nn.Dense(6)(x)))
+
+    model, x = Model(), jax.random.normal(KEY, (3, 4, 6))
+    loss = lambda params, x: jnp.sum(model.apply({"params": params}, x) ** 2)
+    params = jax.tree.map(lambda w: w + 0.1, model.init(KEY, x)["params"])
+    check(loss, params, x, paths=["WeightNorm_0/layer_instance/kernel"])
+
+
+def test_a_gain_of_other_parameters_scales_the_error_as_it_scales_the_activity():
+    # y = f * (V^T h), f = g / |V|: the error of h is B (f * delta), in NumPy and float64.
+    rng = np.random.default_rng(0)
+    u, v, b = (rng.normal(size=s) for s in ((4, 6), (6, 5), (6, 5)))
+    g, x, target = rng.normal(size=5), rng.normal(size=(3, 4)), rng.normal(size=(3, 5))
+
+    def loss(p, x, target):
+        v = p["v"] / jnp.linalg.norm(p["v"], axis=0) * p["g"]
+        return jnp.sum((jnp.tanh(x @ p["u"]) @ v - target) ** 2) / 2
+
+    h, norm = np.tanh(x @ u), np.linalg.norm(v, axis=0)
+    delta = h @ (v / norm * g) - target
+    du = x.T @ ((delta * (g / norm)) @ b.T * (1 - h**2))
+    outer = h.T @ delta
+    dg = (outer * v / norm).sum(0)
+    dv = g / norm * (outer - v * (outer * v).sum(0) / norm**2)
+    with jax.enable_x64(True):
+        params, feedback = {"u": u, "v": v, "g": g}, {"u": None, "v": b, "g": None}
+        _, (grads, signal) = wmkp.value_and_grad(loss, wmkp.kolen_pollack())(params, feedback, x, target)
+    chex.assert_trees_all_close(grads, {"u": du, "v": dv, "g": dg}, rtol=1e-12)
+    chex.assert_trees_all_close(signal["v"], outer * g / norm, rtol=1e-12)
+
+
 def test_static_arguments_and_numpy_data():
     def loss(params, x, name, train, power):
         assert name == "tanh" and train is True

@@ -746,6 +746,52 @@ def test_errors():
             wmkp.weight_mirror(**options)
 
 
+def test_a_gain_is_one_in_mirror_mode():
+    # B has W's own gain in engaged mode, and is W's mirror and not that of W scaled.
+    w, g = normal(0, 6, 5), normal(1, 5) + 3
+    rule = one_estimate(noise="orthogonal", num_samples=12)
+    normed = lambda p, x: jnp.tanh(x @ p["u"]) @ (p["w"] / jnp.linalg.norm(p["w"], axis=0) * p["g"])
+    params = {"u": normal(2, 4, 6), "w": w, "g": g}
+    scaled = lambda p, x: jnp.tanh(x @ p["u"]) @ (p["w"].T / x.max()).astype(jnp.bfloat16).T
+    for fun in (normed, scaled):
+        found = signals(rule, fun, params, normal(3, 2, 4))
+        np.testing.assert_allclose(found["w"], w, rtol=1e-4, atol=1e-5)
+        assert found["u"] is None and found["g"] is None
+
+
+@pytest.mark.parametrize(
+    "spec", [(None, None), (None, "b"), ("a", None), ("b", "a"), (("b", "a"), None), (None, ("a", "b"))]
+)
+def test_parts_of_a_weight_on_devices_are_mirrored_each_by_itself(spec):
+    mesh, P = (
+        jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2),
+        jax.sharding.PartitionSpec,
+    )
+    params = {"u": normal(0, 4, 16), "w": normal(1, 16, 8), "stack": normal(2, 3, 8, 8)}
+    inside, outside = spec
+
+    def block(w, stack, x):
+        x = jax.lax.psum(x @ w, inside) if inside else x @ w
+        if outside:
+            x = jax.lax.all_gather(x, outside, axis=1, tiled=True)
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), jax.lax.pcast(x, (), to="varying"), stack)[0]
+
+    def fun(p, x):
+        x = jnp.tanh(x @ p["u"])
+        return jax.shard_map(
+            block, mesh=mesh, in_specs=(P(*spec), P(), P(None, inside)), out_specs=P(), check_vma=False
+        )(p["w"], p["stack"], x).sum()
+
+    found = signals(one_estimate(noise="orthogonal", num_samples=16), fun, params, normal(3, 2, 4))
+    assert found["u"] is None
+    for name in ("w", "stack"):
+        np.testing.assert_allclose(found[name], params[name], rtol=1e-4, atol=1e-5)
+    gaussian = signals(one_estimate(num_samples=64), fun, params, normal(3, 2, 4))["w"]
+    tangent = math.tan(math.radians(float(angle(gaussian, params["w"])))) ** 2
+    parts = math.prod(mesh.shape[a] for a in ([inside] if isinstance(inside, str) else inside or []))
+    assert tangent == pytest.approx(16 / parts / 64, rel=0.5)  # the law, of the inputs that one device has
+
+
 def test_weight_that_noise_cannot_reach_is_an_error():
     """A matrix that data masks before it multiplies: B can follow it, noise alone cannot."""
 

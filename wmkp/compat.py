@@ -18,12 +18,20 @@ CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr
 # A weight multiplies an activation in these two, and both are bilinear.
 BILINEAR = frozenset({"dot_general", "conv_general_dilated"})
 
+# Inside a shard_map: what says that devices may differ, and what exchanges parts between them.
+VARIED = frozenset({"pvary", "pcast", "pbroadcast"})
+EXCHANGED = frozenset({"all_gather", "all_gather_invariant", "all_gather_reduced", "all_to_all", "ppermute"})
+
 # Linear in their first operand, which they only lay out anew: one element out is one element in.
-LAYOUT = frozenset(
-    "convert_element_type reshape transpose squeeze expand_dims broadcast_in_dim tile slice split unstack rev copy copy_p "
-    "reduce_precision "
-    "stop_gradient optimization_barrier sharding_constraint reshard mesh_cast layout_constraint pvary pcast "
-    "name pbroadcast all_gather all_gather_invariant all_gather_reduced all_to_all ppermute".split()
+LAYOUT = (
+    frozenset(
+        "convert_element_type reshape transpose squeeze expand_dims broadcast_in_dim tile slice split unstack rev copy copy_p "
+        "reduce_precision "
+        "stop_gradient optimization_barrier sharding_constraint reshard mesh_cast layout_constraint "
+        "name".split()
+    )
+    | VARIED
+    | EXCHANGED
 )
 # Multi-operand primitives that only lay out, select or index; elementwise ones that are linear or affine in a weight.
 INDEXED = frozenset({"gather", "dynamic_slice"})

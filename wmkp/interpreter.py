@@ -93,6 +93,8 @@ def _evaluate(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
         return _shard_map(step, operands, handler)
     assert step.bind is not None
     outs = step.bind(*values)
+    if step.gain is not None:  # it scales B as it does W, and is nobody's feedback
+        operands[step.gain] = (values[step.gain], values[step.gain])
     if step.action == "bind" or all(b is a for a, b in operands):
         return [(y, y) for y in outs]
     if any(b is None for _, b in operands):
@@ -334,8 +336,12 @@ def _collect(
                 _collect(inner, operands[1:], wanted, found, level)
         elif step.action == "scan":
             outs = _collect_scan(step, operands, wanted, found, level)
-        elif step.eqn.primitive.name == "convert_element_type" and plan.kinds[step.eqn.outvars[0]].weight:
-            outs = operands  # B is mirrored at its own precision, whatever the compute dtype
+        elif step.action == "shard_map":
+            _collect_shard_map(step, operands, wanted, found, level)
+        elif step.eqn.primitive.name in _AS_THEY_ARE and plan.kinds[step.eqn.outvars[0]].weight:
+            outs = operands
+        elif step.gain is not None and _mirrored(plan.kinds[step.eqn.outvars[0]]):
+            outs = [operands[1 - step.gain]]  # in mirror mode a neuron's gain is 1: B has the same one
         elif step.bind is not None and all(_mirrored(plan.kinds[v]) for v in step.eqn.outvars):
             present = [x for x in operands if x is not None]
             if len(present) == len(operands):
@@ -348,8 +354,12 @@ def _collect(
     return [read(v) for v in plan.jaxpr.outvars]
 
 
+# B is mirrored at its own precision, whatever the compute dtype; and what differs between devices is seen already.
+_AS_THEY_ARE = {"convert_element_type", *compat.VARIED}
+
+
 def _mirrored(kind: Kind) -> bool:
-    return not (kind.data or kind.obstacle or kind.unmirrored)
+    return not (kind.obstacle or kind.unmirrored) and (kind.weight or not kind.data)
 
 
 def _bind_stacked(bind: Bind, operands: Sequence[_Stacked]) -> list[_Stacked | None]:
@@ -398,3 +408,33 @@ def _collect_scan(
             )
             outs[i] = _Stacked(stacked, y.levels)
     return outs
+
+
+def _collect_shard_map(
+    step: Step,
+    operands: Sequence[_Stacked | None],
+    wanted: frozenset[Product],
+    found: dict[Product, Any],
+    level: int,
+) -> None:
+    """Each device's part of a weight is a matrix of its own: as along a scan, with a level for each axis of the mesh."""
+    (plan,), sharding = step.plans, compat.sharding(step.eqn.params)
+    sizes = [sharding.mesh.shape[axis] for axis in sharding.axes]
+    inner: list[_Stacked | None] = []
+    for x, spec, v in zip(operands, sharding.in_specs, plan.jaxpr.invars, strict=True):
+        if x is None or not _mirrored(plan.kinds[v]):
+            inner.append(None)
+            continue
+        lead = len(x.levels)
+        shape, parts = list(x.value.shape[:lead]), []
+        for size, split in zip(x.value.shape[lead:], (*spec, *[None] * v.aval.ndim), strict=False):
+            names = () if split is None else split if isinstance(split, tuple) else (split,)
+            for axis in (sharding.axes.index(name) for name in names):
+                parts.append((level + axis, len(shape)))
+                shape.append(sizes[axis])
+                size //= sizes[axis]
+            shape.append(size)
+        parts.sort()
+        value = jnp.moveaxis(x.value.reshape(shape), [at for _, at in parts], range(lead, lead + len(parts)))
+        inner.append(_Stacked(value, (*x.levels, *(at for at, _ in parts))))
+    _collect(plan, inner, wanted, found, level + len(sizes))

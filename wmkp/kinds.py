@@ -37,6 +37,8 @@ class Kind(NamedTuple):
     sources: tuple[tuple[Any, int], ...] = ()
     # The weights (``copies.Fan``) that copies have just been multiplied by; what comes next may show them to be gains.
     fans: tuple[Any, ...] = ()
+    # Of a weight: what other parameters have scaled it as a gain (``gain_operand``), and along which axes each did.
+    scaled: tuple[tuple[bool, ...], ...] = ()
 
     @property
     def weight(self) -> bool:
@@ -160,6 +162,42 @@ def is_matrix_operand(eqn: Any, operand: int, varying: tuple[bool, ...]) -> bool
     return any(varying[a] for a in inputs) and (one or any(varying[a] for a in outputs))
 
 
+def gain_operand(eqn: Any, kinds: Sequence[Kind]) -> int | None:
+    """Which operand is a gain of the other, a weight: one factor for all of it, or one for each neuron.
+
+    Such a factor scales the neuron's error as it scales its activity, and says nothing of single synapses: the gain over
+    the norm of a weight norm, a spectral norm's largest singular value. B is scaled by the very same.
+    """
+    name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
+    for gain in {"mul": (0, 1), "div": (1,)}.get(name, ()):
+        weight, factor, aval = kinds[1 - gain], kinds[gain], eqn.invars[gain].aval
+        if not weight.weight or weight.obstacle or eqn.invars[1 - gain].aval.shape != shape:
+            continue
+        if factor.static and weight.static:
+            # (Of a neuron with one synapse the gain would be that synapse.)
+            if sum(factor.varying) < min(2, sum(weight.varying)):
+                return gain
+        elif factor.data and not factor.weight:
+            again = factor.copied or (False,) * len(aval.shape)
+            if sum(not c and size > 1 for c, size in zip(again, aval.shape, strict=True)) < 2:
+                return gain
+    return None
+
+
+def _scaled(eqn: Any, kinds: Sequence[Kind]) -> tuple[tuple[bool, ...], ...]:
+    """The gains of a weight's operands, laid out as the result."""
+    name, out = eqn.primitive.name, eqn.outvars[0].aval
+    moved = []
+    for kind, var in zip(kinds, eqn.invars, strict=True):
+        for axes in kind.scaled:
+            if name in {"broadcast_in_dim", "transpose", "squeeze", "reshape"}:
+                axes = layout_varying(eqn, axes)
+            elif len(var.aval.shape) != out.ndim:
+                axes = everywhere(out)
+            moved.append(axes)
+    return tuple(dict.fromkeys(moved))
+
+
 def _follows(name: str, kinds: Sequence[Kind]) -> bool:
     """Whether B can go where its weight goes: the equation is linear (or affine) in the weights among its operands."""
     if any(k.obstacle for k in kinds):
@@ -187,6 +225,12 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind]) -> Kind:
         if not jnp.issubdtype(out.dtype, jnp.complexfloating):
             return Kind(data=union.data)
         follows = False
+    gain = gain_operand(eqn, kinds)
+    if gain is not None and not union.data:
+        return kinds[1 - gain]._replace(scaled=(*_scaled(eqn, kinds), kinds[gain].varying or (False,) * out.ndim))
+    scaled = _scaled(eqn, kinds)
+    if follows and any(sum(axes) > 1 for axes in scaled):  # laid out anew, it is no neuron's any more
+        follows = False
     if name == "stop_gradient" and union.data:
         return Kind(data=True)
     if name in compat.LAYOUT:
@@ -212,18 +256,19 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind]) -> Kind:
         if not indexed and not masked and not _is_matrix(varying):
             return activation(kinds)._replace(gain=(union.params, varying) if name == "mul" else None)
         multiplied = name == "mul" and sum(k.data or k.weight for k in kinds) > 1  # not by a constant
-        gain = (union.params, varying) if multiplied or any(k.gain for k in kinds) else None
+        by = (union.params, varying) if multiplied or any(k.gain for k in kinds) else None
         # There is no axis of examples. (A vector that is looked up is an embedding.)
         whole = masked and varying == everywhere(out) and not (indexed and (_places(eqn) or not _is_matrix(varying)))
         masked = union.masked or (whole and all(k.static or k.masked for k in kinds if k.weight))
-        return union._replace(varying=varying, gain=gain, unmirrored="data", masked=masked)
+        unmirrored = union.unmirrored or (None if name in compat.LAYOUT or gain is not None else "data")
+        return union._replace(varying=varying, gain=by, unmirrored=unmirrored, masked=masked, scaled=scaled)
     if not follows:
         return union._replace(obstacle=union.obstacle or name, varying=varying)
     plain = union.plain and name not in {"mul", "div", "neg", "broadcast_in_dim", "tile", *compat.WRITTEN}
     if name in {"broadcast_in_dim", "tile"}:
         plain = union.plain and math.prod(out.shape) == math.prod(eqn.invars[0].aval.shape)
-    unmirrored = union.unmirrored or (name if name in compat.AFFINE else None)
-    return union._replace(varying=varying, plain=plain, unmirrored=unmirrored)
+    unmirrored = union.unmirrored or (name if name in compat.AFFINE | compat.EXCHANGED else None)
+    return union._replace(varying=varying, plain=plain, unmirrored=unmirrored, scaled=scaled)
 
 
 def join(a: Kind, b: Kind, varying: tuple[bool, ...], name: str) -> Kind:

@@ -14,6 +14,7 @@ from wmkp.kinds import (
     Kind,
     activation,
     everywhere,
+    gain_operand,
     is_matrix_operand,
     join,
     layout_varying,
@@ -32,6 +33,7 @@ class Step(NamedTuple):
     bind: Bind | None = None
     plans: tuple["Plan", ...] = ()
     product: Product | None = None
+    gain: int | None = None  # of what is followed: the operand that scales the other (``kinds.gain_operand``)
 
 
 class Plan(NamedTuple):
@@ -152,7 +154,8 @@ class Analyser:
             self.note_bias(eqn, kinds, plan)
         out = weight_kind(eqn, kinds)
         action = "follow" if out.weight and not out.obstacle else "bind"
-        return Step(eqn, action, bind), [out] * count
+        gain = gain_operand(eqn, kinds) if action == "follow" else None
+        return Step(eqn, action, bind, gain=gain), [out] * count
 
     def bilinear(self, eqn: Any, bind: Bind, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
         name = eqn.primitive.name
@@ -232,11 +235,8 @@ class Analyser:
         return step._replace(product=product), outs
 
     def shard_map(self, eqn: Any, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
-        """Each device's part of a weight has its part of B; what mirror mode would need is the whole."""
-        inner = [
-            outside(k)._replace(unmirrored=(k.unmirrored or "shard_map") if k.weight else None, copied=())
-            for k in kinds
-        ]
+        """Each device's part of a weight has its part of B."""
+        inner = [outside(k)._replace(copied=()) for k in kinds]
         plan = self.plan(compat.inner_jaxpr(eqn), inner, (*lengths, compat.sharding(eqn.params).devices))
         outs = [k._replace(obstacle=k.obstacle or "shard_map") if k.weight else k for k in plan.outputs]
         settle([*kinds, *outs])

@@ -35,7 +35,9 @@ class Product:
         if obstacle:
             self.params = self.params.union(*(k.params for k in kinds if k.static or kind.data))
         self.obstacle = obstacle
-        self.unmirrored = "data multiplies, adds to or selects from it" if kind.data else kind.unmirrored
+        self.unmirrored = (
+            "data multiplies, adds to or selects from it" if kind.unmirrored == "data" else kind.unmirrored
+        )
         self.plain = kind.plain
         self.stack = kind.stack
         self.needs_feedback = any(k.active for k in others)

@@ -129,13 +129,13 @@ class Analysis(NamedTuple):
             with jax.ensure_compile_time_eval():
                 leaves[leaf] = jax.lax.broadcasted_iota(jnp.float32, shape, axis)
                 index = np.asarray(collect(self.plan, leaves, [product])[product][0]) if whole else np.zeros(1)
-            if not whole or index.size != math.prod(shape):
+            lead = index.ndim - product.weight_aval.ndim
+            if not whole or index.size != math.prod(shape) or lead != len(product.stack):  # (in parts on devices)
                 raise ValueError(
                     f"params[{path!r}] is not one matrix (or a stack of them) used whole in one place; this rule "
                     f"needs one"
                 )
             groups, inputs, _, _ = product.axes()
-            lead = index.ndim - product.weight_aval.ndim
             along = {a for a in range(index.ndim) if size > 1 and np.ptp(index, axis=a).any()}
             if along <= {lead + a for a in inputs}:
                 roles[1].append(axis)

@@ -120,15 +120,8 @@ CASES = {
     "MultiheadAttention": module(lambda key: nn.MultiheadAttention(2, 6, key=key), 2, 4, 6, call=attention),
     "layers under filter_vmap, scan and filter_checkpoint": module(Layers, 4, 6),
     "Shared": module(Tied, 2, 5, 6),
-    "WeightNorm": module(
-        lambda key: nn.WeightNorm(nn.Linear(6, 5, key=key)),
-        4,
-        6,
-        refused={"model/layer/weight": "mul", "model/g": "mul"},
-    ),
-    "SpectralNorm": stateful(
-        lambda key: nn.SpectralNorm(nn.Linear(6, 5, key=key), "weight", key=key), 4, 6, unmirrored="."
-    ),
+    "WeightNorm": module(lambda key: nn.WeightNorm(nn.Linear(6, 5, key=key)), 4, 6, local="bias|/g$"),
+    "SpectralNorm": stateful(lambda key: nn.SpectralNorm(nn.Linear(6, 5, key=key), "weight", key=key), 4, 6),
     "normalizations": stateful(Normalizations, 4, 3, 6, 6, local="bias|layers/5"),
 }
 

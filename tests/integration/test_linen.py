@@ -111,8 +111,9 @@ CASES = {
     "SelfAttention with dropout": linen(
         nn.MultiHeadDotProductAttention(2, dropout_rate=0.3, deterministic=False), 2, 4, 6
     ),
-    "SpectralNorm": linen(nn.SpectralNorm(nn.Dense(5)), 4, 6, kwargs={"update_stats": True}, unmirrored="."),
-    "WeightNorm": linen(nn.WeightNorm(nn.Dense(5)), 4, 6, refused={f"model/layer_instance/{k}": "mul" for k in ("kernel", "kernel/scale")}),
+    "SpectralNorm": linen(nn.SpectralNorm(nn.Dense(5)), 4, 6, kwargs={"update_stats": True}),
+    "WeightNorm": linen(nn.WeightNorm(nn.Dense(5)), 4, 6),
+    "WeightNorm of a convolution": linen(nn.WeightNorm(nn.Conv(5, (3, 3))), 2, 4, 4, 3),
     "normalizations": linen(
         nn.Sequential(
             [nn.Dense(6), nn.BatchNorm(False), nn.Dense(6), nn.GroupNorm(2), nn.PReLU(), nn.Dense(6), nn.RMSNorm(),

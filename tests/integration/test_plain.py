@@ -247,7 +247,7 @@ CASES = {
         kernel_of_weights, {"kernel": (6, 6), "out": (6, 3)}, 4, 6, refused={"model/kernel": "custom_vjp_call"}
     ),
     "Pallas kernel of activations": plain(kernel_of_activations, IN_OUT, 4, 6),
-    "shard_map": plain(sharded, {"up": (6, 8), "down": (8, 5)}, 4, 6, unmirrored="."),
+    "shard_map": plain(sharded, {"up": (6, 8), "down": (8, 5)}, 4, 6),
     "ragged_dot": plain(ragged, {"experts": (2, 6, 6), "out": (6, 3)}, 4, 6, refused={"model/experts": "ragged_dot"}),
     "convolution by Fourier transform": plain(frequency, {"filter": (6,)}, 4, 6, refused={"model/filter": "fft|mul"}),
     "Toeplitz matrix": plain(circulant, {"row": (6,), "out": (6, 3)}, 4, 6, refused={"model/row": "constant array"}),
