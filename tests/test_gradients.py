@@ -456,7 +456,7 @@ def test_weight_norm_is_followed(layer):
 
 
 def test_a_gain_of_other_parameters_scales_the_error_as_it_scales_the_activity():
-    # y = f * (V^T h), f = g / |V|: the error of h is B (f * delta), in NumPy and float64.
+    # y = g * (V^T h) / |V|: the error of h is B (g / |B| * delta), in NumPy and float64. B has a norm of its own.
     rng = np.random.default_rng(0)
     u, v, b = (rng.normal(size=s) for s in ((4, 6), (6, 5), (6, 5)))
     g, x, target = rng.normal(size=5), rng.normal(size=(3, 4)), rng.normal(size=(3, 5))
@@ -467,15 +467,34 @@ def test_a_gain_of_other_parameters_scales_the_error_as_it_scales_the_activity()
 
     h, norm = np.tanh(x @ u), np.linalg.norm(v, axis=0)
     delta = h @ (v / norm * g) - target
-    du = x.T @ ((delta * (g / norm)) @ b.T * (1 - h**2))
+    du = x.T @ ((delta * (g / np.linalg.norm(b, axis=0))) @ b.T * (1 - h**2))
     outer = h.T @ delta
     dg = (outer * v / norm).sum(0)
-    dv = g / norm * (outer - v * (outer * v).sum(0) / norm**2)
+    dv, db = ((outer - m * (outer * m).sum(0) / (m**2).sum(0)) * g / np.linalg.norm(m, axis=0) for m in (v, b))
     with jax.enable_x64(True):
         params, feedback = {"u": u, "v": v, "g": g}, {"u": None, "v": b, "g": None}
         _, (grads, signal) = wmkp.value_and_grad(loss, wmkp.kolen_pollack())(params, feedback, x, target)
     chex.assert_trees_all_close(grads, {"u": du, "v": dv, "g": dg}, rtol=1e-12)
-    chex.assert_trees_all_close(signal["v"], outer * g / norm, rtol=1e-12)
+    chex.assert_trees_all_close(signal["v"], db, rtol=1e-12)
+
+
+def test_kolen_pollack_learns_the_transpose_under_a_weight_norm():
+    # Without a norm of its own B would miss what the norm adds to W's gradient: it stays 5 degrees away.
+    u, v, g = (jax.random.normal(jax.random.key(i), s) / 4 for i, s in enumerate([(8, 20), (20, 5), (5,)]))
+    x, target = jax.random.normal(KEY, (500, 32, 8)), jax.random.normal(jax.random.key(5), (8, 5))
+
+    def loss(p, x):
+        y = jnp.tanh(x @ p["u"]) @ (p["v"] * p["g"] / jnp.linalg.norm(p["v"], axis=0))
+        return jnp.mean((y - jnp.tanh(x @ target)) ** 2)
+
+    def step(carry, x):
+        _, signals = wmkp.value_and_grad(loss, wmkp.kolen_pollack())(*carry, x)
+        return jax.tree.map(lambda w, s: 0.99 * w - 0.1 * s, carry, signals), None
+
+    params = {"u": u, "v": v, "g": g}
+    feedback = {"u": None, "v": jax.random.normal(jax.random.key(9), v.shape) / 4, "g": None}
+    (params, feedback), _ = jax.jit(lambda *carry: jax.lax.scan(step, carry, x))(params, feedback)
+    assert float(wmkp.matrix_angles(params, feedback)["v"]) < 1
 
 
 def test_static_arguments_and_numpy_data():

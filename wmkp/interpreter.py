@@ -93,8 +93,14 @@ def _evaluate(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
         return _shard_map(step, operands, handler)
     assert step.bind is not None
     outs = step.bind(*values)
-    if step.gain is not None:  # it scales B as it does W, and is nobody's feedback
-        operands[step.gain] = (values[step.gain], values[step.gain])
+    if step.action == "own" or step.gain is not None:  # what has no B of its own is the same beside B: a learned gain
+        main = None if step.gain is None else 1 - step.gain
+        operands = [
+            (a, a) if i != main and (b is None or isinstance(b, Direct)) else (a, b)
+            for i, (a, b) in enumerate(operands)
+        ]
+        if main is not None and operands[main][1] is values[main]:  # backprop's
+            return [(y, y) for y in outs]
     if step.action == "bind" or all(b is a for a, b in operands):
         return [(y, y) for y in outs]
     if any(b is None for _, b in operands):

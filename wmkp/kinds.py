@@ -166,7 +166,8 @@ def gain_operand(eqn: Any, kinds: Sequence[Kind]) -> int | None:
     """Which operand is a gain of the other, a weight: one factor for all of it, or one for each neuron.
 
     Such a factor scales the neuron's error as it scales its activity, and says nothing of single synapses: the gain over
-    the norm of a weight norm, a spectral norm's largest singular value. B is scaled by the very same.
+    the norm of a weight norm, a spectral norm's largest singular value. A norm of W's is B's own norm beside B; any
+    other gain is the same for both.
     """
     name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
     for gain in {"mul": (0, 1), "div": (1,)}.get(name, ()):

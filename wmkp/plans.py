@@ -26,7 +26,7 @@ from wmkp.products import Bind, Product
 
 
 class Step(NamedTuple):
-    """One equation, and what to do: "bind", "follow", "product", "inline", "remat", "scan", "cond" or "shard_map"."""
+    """One equation, and what to do: "bind", "follow", "own", "product", "inline", "remat", "scan", "cond" or "shard_map"."""
 
     eqn: Any
     action: str
@@ -153,7 +153,7 @@ class Analyser:
         if name in compat.AFFINE:
             self.note_bias(eqn, kinds, plan)
         out = weight_kind(eqn, kinds)
-        action = "follow" if out.weight and not out.obstacle else "bind"
+        action = "follow" if out.weight and not out.obstacle else "own" if out.static else "bind"
         gain = gain_operand(eqn, kinds) if action == "follow" else None
         return Step(eqn, action, bind, gain=gain), [out] * count
 
@@ -166,7 +166,7 @@ class Analyser:
             # A map of weights alone, or of one that data has masked. With a constant it is linear, but it mixes elements.
             reason = f"{name} of two parameters" if len(weights) == 2 else f"{name} with a constant array"
             out = union._replace(obstacle=union.obstacle or reason, varying=everywhere(eqn.outvars[0].aval))
-            return Step(eqn, "bind", bind), [out]
+            return Step(eqn, "own" if out.static else "bind", bind), [out]
         out = Kind(data=True, active=True)
         # A weight that data has touched is an activity of neurons (a looked-up embedding, a bias added) to weights, and
         # to other activities too unless it is a matrix between the summed axes and those that remain.
