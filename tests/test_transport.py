@@ -192,12 +192,19 @@ if hasattr(jax.lax, "polynomial"):  # a primitive of its own from JAX 0.12 on
     BY_HAND["a polynomial"] = lambda p, x: jax.lax.polynomial(x[:, :, None], [0.0, p["w"][None]]).sum(1)
 
 
+@pytest.mark.parametrize("place", [False, True], ids=["", "places added"])
 @pytest.mark.parametrize("name", BY_HAND)
-def test_products_that_are_no_product_primitive(name):
+def test_products_that_are_no_product_primitive(name, place):
     def fun(params, x):
-        return jnp.sum(BY_HAND[name](params, tanh_first(params, x)) ** 2)
+        x = tanh_first(params, x)
+        return jnp.sum(BY_HAND[name](params, x + params["place"] if place else x) ** 2)
 
-    refuse(fun, weights("first", "w"), X, match="w")
+    if not place:
+        refuse(fun, weights("first", "w"), X, match="w")
+    elif name != "a polynomial's coefficients":  # (there w is added to an activity, and is one more place)
+        # An activity of a matrix' size is an activity still.
+        params = {**weights("first", "w"), "place": jax.random.normal(B_KEY, X.shape)}
+        assert wmkp.projections(fun, params, X)["w"].obstacle
 
 
 def layer_norm(x, axes, gain):
@@ -240,6 +247,13 @@ LOCAL = {
     "gains of what is written": lambda p, x: jnp.zeros((3, 8)).at[:, :6].set(x)[:, 1:7] * p["v"],
     "coefficients of a polynomial": lambda p, x: jnp.polyval(p["u"], x),
     "knots of an interpolation": lambda p, x: jnp.interp(x, p["v"], p["u"][0]),
+    "places, masked and averaged": lambda p, x: ((x[:, None] + p["u"]) * (x[:, :1, None] > 0)).mean(1),
+    "places beside a layer's scale, normalized": lambda p, x: layer_norm(
+        x[:, None] + p["u"] + p["v"] * jnp.tanh(x[:, None] + p["u"]), -1, p["v"]
+    ).reshape(3, 36),
+    "places, normalized twice": lambda p, x: layer_norm(
+        layer_norm(x[:, None] + p["u"], -1, p["v"]) + p["v"], -1, 1.0
+    ).reshape(3, 36),
     "copies among activations": lambda p, x: (pairs(x) - x[:, None]).max(1) * p["v"],
 }
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from wmkp import compat
-from wmkp.kinds import CONSTANT, Kind, activation, elementwise_varying, layout_varying
+from wmkp.kinds import CONSTANT, Kind, activation, alike, elementwise_varying, layout_varying
 from wmkp.products import Bind, Product
 
 
@@ -86,6 +86,15 @@ def sources(eqn: Any, kinds: Sequence[Kind], operand: int) -> tuple[tuple[Any, i
     return (*kinds[operand].sources[-7:], (var, math.prod(var.aval.shape)))
 
 
+def cut(eqn: Any, kinds: Sequence[Kind], out: Kind) -> Kind:
+    """The kind of an equation's result, with the variables that an activity in it was cut from."""
+    name = eqn.primitive.name
+    if not out.active or out.synaptic or (name not in compat.LAYOUT and name != "concatenate"):
+        return out
+    parts = [sources(eqn, kinds, i) for i, k in enumerate(kinds) if k.active]
+    return out._replace(sources=tuple(s for s in parts[0] if all(s in other for other in parts)))
+
+
 def _copied_by_dot(eqn: Any, active: int, was: tuple[bool, ...]) -> list[bool]:
     """A product with data that sums over nothing copies the activation along the axes that are the data's alone."""
     contract, batch = eqn.params["dimension_numbers"]
@@ -141,10 +150,7 @@ def fan_out(
             elif name == "neg" or (adds and alone):
                 fans.append(fan._replace(shifted=fan.shifted or name != "neg"))
             elif not fan.shifted and (name == "mul" or (name == "div" and i == 0)):
-                # The other's own copies: of what it is, and by its axes of one.
-                shape = eqn.invars[1 - i].aval.shape or (1,) * len(fan.varying)
-                again = kinds[1 - i].copied or (False,) * len(shape)
-                shared = [c or n == 1 for c, n in zip(again, shape, strict=True)]
+                shared = alike(kinds[1 - i], eqn.invars[1 - i].aval.shape, len(fan.varying))
                 if any(among(fan.along)):
                     fans.append(fan)
                 elif not any(map(all, zip(shared, fan.varying, strict=False))):

@@ -162,6 +162,12 @@ def is_matrix_operand(eqn: Any, operand: int, varying: tuple[bool, ...]) -> bool
     return any(varying[a] for a in inputs) and (one or any(varying[a] for a in outputs))
 
 
+def alike(kind: Kind, shape: tuple[int, ...], rank: int) -> tuple[bool, ...]:
+    """Along which axes of a result of this rank an operand of an elementwise equation is the same value over again."""
+    copied = kind.copied or (False,) * rank
+    return tuple(c or size == 1 for c, size in zip(copied, shape or (1,) * rank, strict=True))
+
+
 def gain_operand(eqn: Any, kinds: Sequence[Kind]) -> int | None:
     """Which operand is a gain of the other, a weight: one factor for all of it, or one for each neuron.
 
@@ -178,10 +184,8 @@ def gain_operand(eqn: Any, kinds: Sequence[Kind]) -> int | None:
             # (Of a neuron with one synapse the gain would be that synapse.)
             if sum(factor.varying) < min(2, sum(weight.varying)):
                 return gain
-        elif factor.data and not factor.weight:
-            again = factor.copied or (False,) * len(aval.shape)
-            if sum(not c and size > 1 for c, size in zip(again, aval.shape, strict=True)) < 2:
-                return gain
+        elif factor.data and not factor.weight and alike(factor, aval.shape, len(shape)).count(False) < 2:
+            return gain
     return None
 
 
@@ -248,16 +252,36 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind]) -> Kind:
         indexed = name in compat.INDEXED and _is_matrix(kinds[0].varying)
         # With no activation beside it, a readout of one neuron (or one filter) that data masks is a weight still.
         masked = any(varying) and name not in compat.AFFINE and not any(k.active and not k.weight for k in kinds)
+        carried = next((k.gain for k in kinds if k.gain and k.weight), None)
+        if carried and name in compat.LAYOUT:
+            carried = carried[0], layout_varying(eqn, carried[1])
+        elif carried:  # (A vector with its biases added is a norm's.)
+            carried = (carried[0], varying) if _is_matrix(carried[1]) else None
         if not follows:
             # What is made of a masked matrix is no activity of neurons: it would carry W's own transpose unseen.
             local = name in compat.LOCAL and (union.obstacle or any(k.static for k in kinds))
             if (_is_matrix(varying) and local) or (any(varying) and union.masked):
-                return union._replace(obstacle=union.obstacle or name, varying=varying)
+                if name == "mul" and any(k.static for k in kinds):
+                    ours = [k if k.static else CONSTANT for k in kinds]
+                    carried = union_of(ours).params, elementwise_varying(eqn, ours)
+                return union._replace(obstacle=union.obstacle or name, varying=varying, gain=carried)
+            if name in compat.LAYOUT:
+                return activation(kinds)._replace(gain=carried)
             return activation(kinds)
         if not indexed and not masked and not _is_matrix(varying):
             return activation(kinds)._replace(gain=(union.params, varying) if name == "mul" else None)
-        multiplied = name == "mul" and sum(k.data or k.weight for k in kinds) > 1  # not by a constant
-        by = (union.params, varying) if multiplied or any(k.gain for k in kinds) else None
+        by = carried
+        if name == "mul" and sum(k.data or k.weight for k in kinds) > 1:  # not by a constant
+            # An activity that a parameter was added to (a learned position) may be masked, and scaled by one value for all.
+            others = [
+                alike(kind, v.aval.shape, out.ndim)
+                for kind, v in zip(kinds, eqn.invars, strict=True)
+                if kind.active and not kind.weight
+            ]
+            if any(k.synaptic for k in kinds):
+                by = union.params, varying
+            elif others:
+                by = union.params, tuple(v and not all(c) for v, *c in zip(varying, *others, strict=True))
         # There is no axis of examples. (A vector that is looked up is an embedding.)
         whole = masked and varying == everywhere(out) and not (indexed and (_places(eqn) or not _is_matrix(varying)))
         masked = union.masked or (whole and all(k.static or k.masked for k in kinds if k.weight))

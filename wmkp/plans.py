@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from wmkp import compat
-from wmkp.copies import fan_out, settle, sources
+from wmkp.copies import cut, fan_out, settle, sources
 from wmkp.kinds import (
     CONSTANT,
     Gain,
@@ -130,14 +130,11 @@ class Analyser:
         if not weights:
             out = activation(kinds)
             if name in compat.LAYOUT:
-                out = out._replace(sources=sources(eqn, kinds, 0))
                 if kinds[0].gain:
                     out = out._replace(gain=(kinds[0].gain[0], layout_varying(eqn, kinds[0].gain[1])))
                 if eqn.outvars[0].aval.shape == eqn.invars[0].aval.shape and name not in {"transpose", "rev"}:
                     out = out._replace(product=kinds[0].product)
-            if name == "concatenate":
-                parts = [sources(eqn, kinds, i) for i, k in enumerate(kinds) if k.active]
-                out = out._replace(sources=tuple(s for s in parts[0] if all(s in other for other in parts)))
+            out = cut(eqn, kinds, out)
             if name == "stop_gradient" or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
                 out = Kind(data=True)
             return Step(eqn, "bind", bind), [out] * count
@@ -152,7 +149,7 @@ class Analyser:
             return Step(eqn, "bind", bind, (), product), [activation(kinds)] * count
         if name in compat.AFFINE:
             self.note_bias(eqn, kinds, plan)
-        out = weight_kind(eqn, kinds)
+        out = cut(eqn, kinds, weight_kind(eqn, kinds))
         action = "follow" if out.weight and not out.obstacle else "own" if out.static else "bind"
         gain = gain_operand(eqn, kinds) if action == "follow" else None
         return Step(eqn, action, bind, gain=gain), [out] * count
