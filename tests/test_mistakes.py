@@ -151,6 +151,16 @@ WRONG = {
         }.items()
         for bad in values
     },
+    **{
+        f"{rule.name}: {scale} in half precision": (
+            lambda rule=rule: init(rule, jax.tree.map(lambda x: x.astype(jnp.float16), PARAMS), X.astype(jnp.float16)),
+            f"scale={scale:g} gives params['w'] a B of standard deviation", "which float16 cannot hold", "nearer to 1")
+        for scale in (1e6, 1e-8)
+        for rule in (
+            wmkp.feedback_alignment(scale), wmkp.sign_symmetry(scale=scale), wmkp.direct_feedback_alignment(scale),
+            wmkp.product_feedback_alignment(scale=scale), wmkp.weight_mirror(scale=scale),
+        )
+    },
     "alignment of nothing": (wmkp.alignment, "coefficients", "all zero"),
     "alignment, whitened noise": (lambda: wmkp.alignment(decay=1, whiten=True), "whiten", "activity"),
     "a noise that is not used": (lambda: wmkp.alignment(decay=1, on="activity", noise="white"), "noise must be"),

@@ -31,7 +31,7 @@ def init_feedback(key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], pa
       normalisations, at a first layer, under ``backprop()``.
 
     Raises:
-      ValueError: no projection in ``fun``, or patterns and paths that do not match.
+      ValueError: no projection in ``fun``, patterns and paths that do not match, or a ``scale`` beyond a parameter's dtype.
       WeightTransportError: B cannot follow a parameter; the message names its path and the primitive.
     """
     checks.key(key)

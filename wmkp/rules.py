@@ -75,7 +75,7 @@ RuleOrRules = Rule | Mapping[str, Rule]
 
 def _random_feedback(scale: float) -> Callable[[jax.Array, Projection, jax.Array], jax.Array]:
     def init(key: jax.Array, projection: Projection, w: jax.Array) -> jax.Array:
-        b = (jax.random.normal(key, w.shape) * (scale / math.sqrt(projection.fan_in))).astype(w.dtype)
+        b = (jax.random.normal(key, w.shape) * _std(scale, projection.fan_in, projection.path, w)).astype(w.dtype)
         _check_unrelated(b, w, projection.path)
         return b
 
@@ -98,6 +98,17 @@ def _check_unrelated(b: jax.Array, w: jax.Array, path: str) -> None:
 
 def _check_scale(scale: float) -> None:
     checks.positive("scale", scale, ", the standard deviation of B times sqrt(fan_in)")
+
+
+def _std(scale: float, fan_in: int, path: str, w: jax.Array) -> float:
+    """B's standard deviation. ValueError if draws of it are beyond W's dtype, and B would be infinite or all zeros."""
+    std, limits = scale / math.sqrt(fan_in), jnp.finfo(w.dtype)
+    if not float(limits.smallest_subnormal) <= std <= float(limits.max) / 6:  # no draw is beyond six of them
+        raise ValueError(
+            f"scale={scale:g} gives params[{path!r}] a B of standard deviation {std:.2g}, which {w.dtype} cannot hold; give "
+            "a scale nearer to 1, or keep params in a wider dtype"
+        )
+    return std
 
 
 def backprop() -> Rule:
@@ -145,7 +156,7 @@ def sign_symmetry(magnitude: str = "uniform", scale: float = 1.0) -> Rule:
 
     def init(key: jax.Array, projection: Projection, w: jax.Array) -> jax.Array:
         size = jnp.ones(w.shape) if magnitude == "uniform" else jnp.abs(jax.random.normal(key, w.shape))
-        return (jnp.where(w < 0, -1, 1) * size * (scale / math.sqrt(projection.fan_in))).astype(w.dtype)
+        return (jnp.where(w < 0, -1, 1) * size * _std(scale, projection.fan_in, projection.path, w)).astype(w.dtype)
 
     def backward(w: jax.Array, b: jax.Array) -> jax.Array:
         return jax.lax.stop_gradient(jnp.abs(b) * jnp.sign(w))
@@ -254,7 +265,7 @@ def product_feedback_alignment(expansion: float = 4.0, scale: float = 1.0) -> Ru
         hidden = max(1, round(expansion * fan_in))
         r_key, b_key = jax.random.split(key)
         r = jax.random.normal(r_key, (groups, fan_in, hidden)) / math.sqrt(hidden)
-        b = jax.random.normal(b_key, (groups, hidden, fan_out)) * (scale / math.sqrt(fan_in))
+        b = jax.random.normal(b_key, (groups, hidden, fan_out)) * _std(scale, fan_in, projection.path, w)
         return ProductFeedback(r.astype(w.dtype), b.astype(w.dtype), w.shape, (*axes[0], *axes[1], *axes[2]))
 
     def backward(w: jax.Array, b: ProductFeedback) -> jax.Array:
@@ -266,7 +277,7 @@ def product_feedback_alignment(expansion: float = 4.0, scale: float = 1.0) -> Ru
 def _direct_feedback(scale: float) -> Callable[[jax.Array, Projection, jax.Array], Direct]:
     def init(key: jax.Array, projection: Projection, w: jax.Array) -> Direct:
         shape = projection.direct_shape()
-        return Direct((jax.random.normal(key, shape) * (scale / math.sqrt(shape[-1]))).astype(w.dtype))
+        return Direct((jax.random.normal(key, shape) * _std(scale, shape[-1], projection.path, w)).astype(w.dtype))
 
     return init
 
