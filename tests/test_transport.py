@@ -254,6 +254,14 @@ LOCAL = {
     "places, normalized twice": lambda p, x: layer_norm(
         layer_norm(x[:, None] + p["u"], -1, p["v"]) + p["v"], -1, 1.0
     ).reshape(3, 36),
+    "places, normalized by rows": lambda p, x: layer_norm(
+        layer_norm_in_two_terms(x[:, None] + p["u"], -1, p["v"], p["u"][0])[:, :2], -1, p["v"]
+    ).reshape(3, 12),
+    "places and one token, normalized": lambda p, x: layer_norm(
+        layer_norm(jnp.concatenate([jnp.broadcast_to(p["v"], (3, 1, 6)), x[:, None] + p["u"]], 1), -1, p["v"])[:, 0],
+        -1,
+        1.0,
+    ),
     "copies among activations": lambda p, x: (pairs(x) - x[:, None]).max(1) * p["v"],
 }
 

@@ -96,6 +96,8 @@ def layout_varying(eqn: Any, varying: tuple[bool, ...]) -> tuple[bool, ...]:
         return _reshape_varying(eqn.invars[0].aval.shape, shape, varying)
     if shape == eqn.invars[0].aval.shape:
         return varying
+    if name in {"slice", "split"}:
+        return tuple(v and size > 1 for v, size in zip(varying, shape, strict=True))
     return everywhere(eqn.outvars[0].aval)
 
 
@@ -256,7 +258,8 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind]) -> Kind:
         if carried and name in compat.LAYOUT:
             carried = carried[0], layout_varying(eqn, carried[1])
         elif carried:  # (A vector with its biases added is a norm's.)
-            carried = (carried[0], varying) if _is_matrix(carried[1]) else None
+            axes = carried[1] if len(carried[1]) == out.ndim else varying
+            carried = (carried[0], axes) if _is_matrix(axes) else None
         if not follows:
             # What is made of a masked matrix is no activity of neurons: it would carry W's own transpose unseen.
             local = name in compat.LOCAL and (union.obstacle or any(k.static for k in kinds))
