@@ -21,6 +21,7 @@ from typing import Literal
 import tyro
 
 import benchmarks
+from wmkp.experiments.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
 NAMED = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grain")
@@ -65,6 +66,7 @@ def versions(
         ]
     found = {package["name"]: package["version"] for package in json.loads(listing)}
     row = {
+        **{key: made for key, made in provenance().items() if key in ("date", "commit")},
         "python": version,
         "versions": {name: found[name] for name in NAMED},
         "tests": list(tests),
