@@ -389,9 +389,39 @@ WRONG = {
             ("delta_angles", "params['b']", lambda: wmkp.delta_angles(fun, KP, gone(PARAMS), made(KP), X)),
             ("input_covariances", "params['b']", lambda: wmkp.input_covariances(fun, gone(PARAMS), X)),
             ("steps.init", "params['b']", lambda: steps(KP).init(KEY, gone(PARAMS))),
+            ("value_and_grad of data", "args['0']", lambda: grad(KP, PARAMS, made(KP), gone(X))),
+            ("backprop of data", "args['0']", lambda: grad(BP, PARAMS, None, gone(X))),
+            ("engage of data", "args['0']", lambda: wmkp.engage(fun, KP)(PARAMS, made(KP), gone(X))),
+            ("delta_angles of data", "args['0']", lambda: wmkp.delta_angles(fun, KP, PARAMS, made(KP), gone(X))),
+            ("input_covariances of data", "args['0']", lambda: wmkp.input_covariances(fun, PARAMS, gone(X))),
+            ("init_feedback's key", "key", lambda: init(key=gone(B_KEY))),
+            ("mirror_signals' key", "key", lambda: wmkp.mirror_signals(gone(KEY), WM, fun, PARAMS, X)),
+            ("an old key", "key", lambda: steps(KP).init(gone(old_key), PARAMS)),
+            ("clip_together", "updates['0/b']", lambda: updates.clip_together(1.0).update((gone(PARAMS), X), optax.EmptyState())),
             ("mirror_signals", "params['b']", lambda: wmkp.mirror_signals(KEY, WM, fun, gone(PARAMS), X)),
         )
     },
+    **{
+        f"shapes in place of data, {name}": (functools.partial(call, jax.eval_shape(lambda: X)), "is a ShapeDtypeStruct where its values are needed")
+        for name, call in {
+            "value_and_grad": lambda x: grad(KP, PARAMS, made(KP), x), "engage": lambda x: wmkp.engage(fun, KP)(PARAMS, made(KP), x),
+            "backprop": lambda x: grad(BP, PARAMS, None, x), "delta_angles": lambda x: wmkp.delta_angles(fun, KP, PARAMS, made(KP), x),
+            "input_covariances": lambda x: wmkp.input_covariances(fun, PARAMS, x), "a batch": lambda x: steps(KP).engaged_step(state(), x),
+            "a state": lambda x: steps(KP).engaged_step(jax.eval_shape(state), X),
+            "clip_together": lambda x: updates.clip_together(1.0).update((x, x), optax.EmptyState()),
+        }.items()
+    },
+    **{
+        f"{name}: deleted arrays in its place": (functools.partial(call, gone(PARAMS)), name, "float32[3, 6]")
+        for name, call in {
+            "mesh": lambda x: make(mesh=x), "axis_name": lambda x: make(axis_name=x), "clip_norm": lambda x: make(clip_norm=x),
+            "activation": lambda x: wmkp.weight_mirror(activation=x), "rule.mirror": lambda x: init(custom(mirror=x)),
+            "rule": lambda x: wmkp.matrix_angles(PARAMS, made(KP), x), "model": wmkp.nnx.pure,
+        }.items()
+    },
+    "a batch of NumPy's strings": (lambda: steps(KP).engaged_step(state(), np.full((4, 3), "x")), "batch[''] is ndarray", "JAX cannot trace"),
+    "a mirror's flag": (lambda: init(custom(mirror=wmkp.Mirror(each_step="no"))), "rule.mirror.each_step must be True or False"),
+    "a mirror's losses": (lambda: init(custom(mirror=wmkp.Mirror(alignment="decay"))), "rule.mirror.alignment must be an Alignment, or None"),
     "shapes in place of params, steps.init": (lambda: steps(KP).init(KEY, jax.eval_shape(lambda: PARAMS)), "params['b'] is ShapeDtypeStruct"),
     "covariances of no sample": (lambda: wmkp.input_covariances(fun, PARAMS, X[:0]), "args hold no sample"),
     "backprop with another tree for feedback": (lambda: grad(BP, PARAMS, X), "feedback must have the structure of params"),
@@ -786,6 +816,10 @@ def test_a_projection_of_any_size_may_have_exact_noise():
         make(rule, params=params)
     with pytest.raises(ValueError, match=r"numbers of noise at params\['w'\] \(476,438 samples of 100000\)"):
         make(wmkp.weight_mirror(target_angle=6), params=params)
+
+
+def test_a_number_in_a_state_goes_to_every_device():
+    assert state_sharding({"n": 3}, the_mesh, fsdp=True)["n"].spec == P()
 
 
 def test_numpy_params_in_double_precision():

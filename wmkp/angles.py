@@ -84,6 +84,7 @@ def delta_angles(
       ValueError, TypeError, WeightTransportError: as ``value_and_grad``.
     """
     checks.flag("has_aux", has_aux)
+    checks.values("args", args)
     analysis = analyse(fun, params, *args)
     rules = resolve(rule, analysis)
     leaves = jax.tree.leaves(params)
@@ -135,6 +136,7 @@ def input_covariances(fun: Callable[..., Any], params: Any, *args: Any) -> dict[
       TypeError: a parameter is not a real floating-point array.
       ValueError: a batch of no sample; a convolution by batch groups, or whose left operand is the weight, whose patches are not taken.
     """
+    checks.values("args", args)
     analysis = analyse(fun, params, *args)
     leaves = list(named_leaves(params).values())
     check_samples(analysis)

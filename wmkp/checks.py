@@ -17,7 +17,7 @@ def number(name: str, value: Any, must: str, holds: Callable[[Any], bool], kind:
     except OverflowError:  # an integer larger than any float
         finite = False
     if isinstance(value, bool | np.bool) or not finite or not holds(value):
-        raise ValueError(f"{name} must {must}; got {_shown(value)}")
+        raise ValueError(f"{name} must {must}; got {shown(value)}")
 
 
 def positive(name: str, value: Any, meaning: str = "") -> None:
@@ -42,7 +42,7 @@ def scalar(name: str, value: Any) -> None:
             return
         value = float(value)
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number or a scalar array; got {_shown(value)}")
+        raise TypeError(f"{name} must be a number or a scalar array; got {shown(value)}")
     coefficient(name, value)
 
 
@@ -50,19 +50,19 @@ def one_of(name: str, value: Any, names: tuple[str, ...]) -> None:
     """ValueError unless ``value`` is one of these words."""
     if not isinstance(value, str) or value not in names:
         words = [f'"{n}"' for n in names]
-        raise ValueError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}; got {_shown(value)}")
+        raise ValueError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}; got {shown(value)}")
 
 
 def flag(name: str, value: Any) -> None:
     """TypeError unless ``value`` is True or False."""
     if not isinstance(value, bool | np.bool):
-        raise TypeError(f"{name} must be True or False; got {_shown(value)}")
+        raise TypeError(f"{name} must be True or False; got {shown(value)}")
 
 
 def function(name: str, value: Any, signature: str) -> None:
     """TypeError unless ``value`` can be called."""
     if not callable(value):
-        raise TypeError(f"{name} must be a function {signature}; got {_shown(value)}")
+        raise TypeError(f"{name} must be a function {signature}; got {shown(value)}")
 
 
 def transformation(name: str, value: Any) -> None:
@@ -70,19 +70,20 @@ def transformation(name: str, value: Any) -> None:
     if isinstance(value, type) or not all(callable(getattr(value, f, None)) for f in ("init", "update")):
         call = f" (call it: {getattr(value, '__name__', 'it')}(...))" if callable(value) else ""
         raise TypeError(
-            f"{name} must be an optax.GradientTransformation, such as optax.sgd(0.1); got {_shown(value)}{call}"
+            f"{name} must be an optax.GradientTransformation, such as optax.sgd(0.1); got {shown(value)}{call}"
         )
 
 
 def key(value: Any, name: str = "key") -> None:
-    """TypeError unless ``value`` is one random key, typed (``jax.random.key``) or old (``jax.random.PRNGKey``)."""
+    """TypeError unless ``value`` is one random key, typed (``jax.random.key``) or old; ValueError if it is deleted."""
     dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
     if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
         one = shape == ()
     else:
         one = dtype == jnp.uint32 and shape == jax.eval_shape(lambda: jax.random.PRNGKey(0)).shape
     if not one:
-        raise TypeError(f"{name} must be one JAX random key, such as jax.random.key(0); got {_shown(value)}")
+        raise TypeError(f"{name} must be one JAX random key, such as jax.random.key(0); got {shown(value)}")
+    alive(name, value)
 
 
 def alike(name: str, value: Any, expected: Any, of: str, *, dtypes: bool = True, shapes: bool = True) -> None:
@@ -125,6 +126,15 @@ def alive(name: str, tree: Any) -> None:
                 f"{where} is deleted: a step takes over the memory of the state that it is given (it is donated). Go on "
                 "from the state that the step returned, or give it a copy: jax.tree.map(jnp.copy, state)."
             )
+
+
+def values(name: str, tree: Any) -> None:
+    """TypeError if shapes stand in the tree for arrays, ValueError if an array is deleted."""
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(x, jax.ShapeDtypeStruct):
+            where = f"{name}[{path_name(path)!r}]" if path else name
+            raise TypeError(f"{where} is a ShapeDtypeStruct where its values are needed; give the array")
+    alive(name, tree)
 
 
 def aval(x: Any) -> jax.ShapeDtypeStruct | None:
@@ -170,6 +180,11 @@ def shapes(tree: Any) -> Any:
     return str(jax.tree.map(shape, tree)).replace("'", "")
 
 
-def _shown(x: Any) -> str:
+def shown(x: Any) -> str:
     """A value as an error prints it."""
-    return f"an array {shape(x)}" if getattr(x, "shape", ()) != () and hasattr(x, "dtype") else short(repr(x))
+    if getattr(x, "shape", ()) != () and hasattr(x, "dtype"):
+        return f"an array {shape(x)}"
+    try:
+        return short(repr(x))
+    except RuntimeError:  # it holds arrays that are deleted
+        return short(shapes(x))

@@ -229,6 +229,7 @@ def engage(fun: Callable[..., Any], rule: RuleOrRules) -> Callable[..., Any]:
     @functools.wraps(fun, assigned=("__name__", "__doc__"), updated=())
     def engaged(params: Any, feedback: Any, *args: Any, **named: Any) -> Any:
         _check_by_position(named)
+        checks.values("args", args)
         if isinstance(rule, Rule) and rule.backward is None:
             _check_no_feedback(params, feedback)
             return explained(fun)(params, *args)
@@ -308,6 +309,7 @@ def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = F
 
     def value_and_gradients(params: Any, feedback: Any, *args: Any, **named: Any) -> Any:
         _check_by_position(named)
+        checks.values("args", args)
         if isinstance(rule, Rule) and rule.backward is None:
             _check_no_feedback(params, feedback)
             loss_fn = check_loss(explained(fun), has_aux)

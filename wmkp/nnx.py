@@ -37,7 +37,7 @@ def pure(model: nnx.Module) -> tuple[Callable[..., Any], Any, Any]:
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(
-            f"model must be an nnx.Module, made (a Flax Linen model is a pure function already: model.apply); got {model!r}"
+            f"model must be an nnx.Module, made (a Flax Linen model is a pure function already: model.apply); got {checks.shown(model)}"
         )
     graphdef, variables, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
     structure, params = jax.tree.structure(variables), nnx.to_pure_dict(variables)

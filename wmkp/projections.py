@@ -232,9 +232,9 @@ def analyse(fun: Callable[..., Any], params: Any, *args: Any) -> Analysis:
     try:
         jaxpr = jax.make_jaxpr(flat_fun)(list(named.values()), [leaves[i] for i in traced])
     except Exception:
-        _check_traceable("params", params)
-        _check_traceable("args", [x if is_array(x) else None for x in leaves])
-        _check_traceable("what fun returns", out)
+        check_traceable("params", params)
+        check_traceable("args", [x if is_array(x) else None for x in leaves])
+        check_traceable("what fun returns", out)
         raise
     kinds = [
         Kind(frozenset({i}), active=True, varying=everywhere(leaf) if hasattr(leaf, "shape") else ())
@@ -247,7 +247,7 @@ def analyse(fun: Callable[..., Any], params: Any, *args: Any) -> Analysis:
     return Analysis(plan, paths, out_tree, frozenset(shared))
 
 
-def _check_traceable(name: str, tree: Any) -> None:
+def check_traceable(name: str, tree: Any) -> None:
     """TypeError if the tree holds what JAX does not take as an array (of tracers none is asked)."""
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         try:

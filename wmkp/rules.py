@@ -521,8 +521,11 @@ def _check_mirror(mirror: Mirror) -> None:
     between = "lie between 0 and 90 degrees (from 1e-6 on)"
     checks.number("target_angle", mirror.target_angle, between, lambda x: 1e-6 <= x < 90)
     checks.number("rate", mirror.rate, "lie in (0, 1]", lambda x: 0 < x <= 1)
+    checks.flag("rule.mirror.each_step", mirror.each_step)
+    if not isinstance(mirror.alignment, Alignment | None):
+        raise TypeError(f"rule.mirror.alignment must be an Alignment, or None; got {checks.shown(mirror.alignment)}")
     if mirror.activation is not None and not callable(mirror.activation):
-        raise ValueError(f"activation must be a function of an array, or None; got {mirror.activation!r}")
+        raise ValueError(f"activation must be a function of an array, or None; got {checks.shown(mirror.activation)}")
 
 
 def _check_fields(rule: Rule) -> None:
@@ -540,7 +543,7 @@ def _check_fields(rule: Rule) -> None:
         checks.flag(f"rule.{name}", getattr(rule, name))
     for name, article, kind in (("mirror", "a", Mirror), ("local", "an", Alignment)):
         if not isinstance(value := getattr(rule, name), kind | None):
-            raise TypeError(f"rule.{name} must be {article} {kind.__name__}, or None; got {value!r}")
+            raise TypeError(f"rule.{name} must be {article} {kind.__name__}, or None; got {checks.shown(value)}")
     if rule.mirror is not None:
         _check_mirror(rule.mirror)
 
@@ -570,7 +573,7 @@ def check_rule(rule: Any, *, mapping: bool = True) -> None:
 
 def _no_rule(value: Any) -> str:
     called = f" (call it: {value.__name__}())" if callable(value) and hasattr(value, "__name__") else ""
-    return f"{value!r}{called}"
+    return f"{checks.shown(value)}{called}"
 
 
 def check_samples(analysis: Analysis) -> None:

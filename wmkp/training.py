@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from wmkp import checks, compat, mirror, updates
 from wmkp.grad import check_loss, feedback_leaves, initial_feedback, value_and_grad
-from wmkp.projections import Analysis, analyse, named_leaves
+from wmkp.projections import Analysis, analyse, check_traceable, named_leaves
 from wmkp.rules import ProductFeedback, RuleOrRules, resolve
 
 
@@ -127,7 +127,7 @@ def make_steps(
     if mirror_optimizer is not None:
         _check_mirror_optimizer(mirror_optimizer)
     if axis_name is not None and not isinstance(axis_name, str | tuple):
-        raise TypeError(f"axis_name must be the name of an axis of pmap or shard_map; got {axis_name!r}")
+        raise TypeError(f"axis_name must be the name of an axis of pmap or shard_map; got {checks.shown(axis_name)}")
     if mesh is not None:
         _check_mesh(mesh)
     checks.flag("fsdp", fsdp)
@@ -315,8 +315,9 @@ def make_steps(
                     raise TypeError(
                         f"{name}[{checks.path_name(path)!r}] is {checks.shape(leaf)}; a step takes arrays alone"
                     ) from error
-            if "deleted" in str(error):
-                checks.alive(name, value)
+            check_traceable(name, value)
+            if "deleted" in str(error) or "not a valid JAX type" in str(error):
+                checks.values(name, value)
         if "incompatible devices" in str(error):
             raise ValueError(
                 "state or batch is not on the devices of the step: take the state from its own steps.init, and put batches "
@@ -351,7 +352,9 @@ def _check_output(analysis: Analysis, model_state: Any, check_finite: bool) -> N
 
 def _check_mesh(mesh: Any) -> None:
     if not isinstance(mesh, Mesh) or not mesh.size:
-        raise TypeError(f"mesh must be a jax.sharding.Mesh, such as jax.make_mesh((8,), ('d',)); got {mesh!r}")
+        raise TypeError(
+            f"mesh must be a jax.sharding.Mesh, such as jax.make_mesh((8,), ('d',)); got {checks.shown(mesh)}"
+        )
 
 
 def _check_mirror_optimizer(mirror_optimizer: Any) -> None:
@@ -397,10 +400,10 @@ def state_sharding(state: Any, mesh: Mesh, fsdp: bool = False) -> Any:
     checks.flag("fsdp", fsdp)
 
     def sharding(x: Any) -> NamedSharding:
-        if checks.aval(x) is None:
+        if (aval := checks.aval(x)) is None:
             raise TypeError(f"state must hold arrays (or their shapes) alone; got {checks.shape(x)}")
         # W, B and their moments are divided alike, since all that counts is the shape.
-        fits = [size if size % mesh.size == 0 else 0 for size in x.shape]
+        fits = [size if size % mesh.size == 0 else 0 for size in aval.shape]
         if not fsdp or not any(fits):
             return NamedSharding(mesh, PartitionSpec())
         return NamedSharding(mesh, PartitionSpec(*[None] * fits.index(max(fits)), mesh.axis_names))

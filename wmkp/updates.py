@@ -222,7 +222,7 @@ def clip_together(max_norm: float) -> optax.GradientTransformation:
 
     Raises:
       ValueError: ``max_norm`` is not positive.
-      TypeError: from ``update``, what it is given is no pair, or holds what is no array.
+      TypeError, ValueError: from ``update``, what it is given is no pair, or holds what is no array, or a deleted one.
     """
     checks.positive("max_norm", max_norm)
 
@@ -230,6 +230,7 @@ def clip_together(max_norm: float) -> optax.GradientTransformation:
         if not (isinstance(updates, tuple) and len(updates) == 2):
             raise TypeError(f"updates must be the pair (grads, feedback_signal); got {type(updates).__name__}")
         _check_arrays("updates", updates)
+        checks.values("updates", updates)
         norm = optax.tree.norm(updates[0])
         scale = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-30))
         return jax.tree.map(lambda u: u * scale.astype(u.dtype), updates), state
