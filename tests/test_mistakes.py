@@ -580,8 +580,11 @@ WRONG = {
     },
     **{
         f"mirror_steps={bad!r}": (lambda bad=bad: steps(WM).init(KEY, PARAMS, mirror_steps=bad), "mirror_steps must not be negative")
-        for bad in (-1, 1.5, "3", NAN)
+        for bad in (-1, 1.5, "3", NAN, 2**31)
     },
+    "an array twice in a state": (
+        lambda: steps(FA).engaged_step((lambda s: s._replace(feedback={**s.feedback, "w": s.params["w"]}))(state(FA)), X),
+        "state holds an array twice", "jax.tree.map(jnp.copy, state)"),
     "a mirror period of nothing": (lambda: steps(KP).init(KEY, PARAMS, mirror_steps=1), "mirror_steps", "no rule here has a mirror mode"),
     "a model state that was not announced": (lambda: steps(KP).init(KEY, PARAMS, {"mean": X}), "model_state", "'mean' too many"),
     "a state used twice": (used_twice, "is deleted", "Go on from the state that the step returned"),
@@ -816,6 +819,15 @@ def test_a_projection_of_any_size_may_have_exact_noise():
         make(rule, params=params)
     with pytest.raises(ValueError, match=r"numbers of noise at params\['w'\] \(476,438 samples of 100000\)"):
         make(wmkp.weight_mirror(target_angle=6), params=params)
+
+
+def test_whitening_without_activity_leaves_no_nan():
+    dead = {**PARAMS, "first": jnp.zeros((3, 6))}
+    rule = wmkp.activity_mirror(whiten=True)
+    _, (_, signal) = grad(rule, dead, init(rule, dead))
+    assert jnp.isfinite(signal["w"]).all()
+    _, (_, signal) = grad(rule, PARAMS, init(rule))
+    assert jnp.abs(signal["w"]).max() > 0
 
 
 def test_a_number_in_a_state_goes_to_every_device():

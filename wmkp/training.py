@@ -276,7 +276,8 @@ def make_steps(
         check_as_given("params", params)
         named_leaves(params)
         check_as_given("model_state", model_state)
-        checks.number("mirror_steps", mirror_steps, "not be negative", lambda n: n >= 0, numbers.Integral)
+        must = "not be negative, nor 2^31 or more"
+        checks.number("mirror_steps", mirror_steps, must, lambda n: 0 <= n < 2**31, numbers.Integral)
         updates.check_usable(optimizer, params)
         updates.check_finite(optimizer, params)
         if mirror_steps and not mirrors:
@@ -318,6 +319,11 @@ def make_steps(
             check_traceable(name, value)
             if "deleted" in str(error) or "not a valid JAX type" in str(error):
                 checks.values(name, value)
+        if "donate the same buffer twice" in str(error):
+            raise ValueError(
+                "state holds an array twice, and a step takes over the memory of each (it is donated): give copies, "
+                "jax.tree.map(jnp.copy, state)"
+            ) from error
         if "incompatible devices" in str(error):
             raise ValueError(
                 "state or batch is not on the devices of the step: take the state from its own steps.init, and put batches "
