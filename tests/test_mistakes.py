@@ -552,6 +552,8 @@ WRONG = {
             "a list": lambda l, s: [l, (s, {})], "no dict": lambda l, s: (l, (s, l)),
         }.items()
     },
+    "loss_fn's metrics have a number for a name": (lambda: make(loss_fn=returning(lambda l, s: (l, (s, {1: l})))), "metrics must have strings for names", "got 1"),
+    "keys of two kinds": (lambda: init(KP, {**PARAMS, 3: X}), "params is no pytree that JAX can take apart", "keys of a dict"),
     "loss_fn's metrics hold the loss": (lambda: make(loss_fn=returning(lambda l, s: (l, (s, {"loss": l})))), "metrics must not hold 'loss'"),
     "loss_fn's metrics hold what check_finite reports": (
         lambda: make(loss_fn=returning(lambda l, s: (l, (s, {"finite": l}))), check_finite=True), "metrics must not hold 'finite'"

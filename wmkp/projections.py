@@ -163,7 +163,12 @@ def named_leaves(params: Any, *, shapes_will_do: bool = False) -> dict[str, Any]
     Raises ValueError for one that is deleted (unless ``shapes_will_do``), TypeError for one that is not a floating-point array (nor, with ``shapes_will_do``, the shape of one), and
     ValueError for two of one path.
     """
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    try:
+        flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    except ValueError as error:
+        raise ValueError(
+            f"params is no pytree that JAX can take apart ({checks.first_line(error)}); the keys of a dict must be of one kind"
+        ) from error
     leaves: dict[str, Any] = {}
     for keys, leaf in flat:
         path = checks.path_name(keys)

@@ -349,6 +349,8 @@ def _check_output(analysis: Analysis, model_state: Any, check_finite: bool) -> N
             f"{checks.short(checks.shapes(out))}"
         )
     check_loss(lambda: out, True)()
+    if odd := [name for name in out[1][1] if not isinstance(name, str)]:
+        raise TypeError(f"loss_fn's metrics must have strings for names, as the loss beside them has; got {odd[0]!r}")
     if taken := {"loss", *(["finite"] if check_finite else [])} & set(out[1][1]):
         raise ValueError(
             f"loss_fn's metrics must not hold {min(taken)!r}, which a step reports itself; give it another name"
