@@ -792,6 +792,56 @@ def test_parts_of_a_weight_on_devices_are_mirrored_each_by_itself(spec):
     assert tangent == pytest.approx(16 / parts / 64, rel=0.5)  # the law, of the inputs that one device has
 
 
+def test_gains_of_parts_on_devices_are_one_in_mirror_mode():
+    # A constant beside the norm is made to differ between devices, too; and a part may be scaled by its place.
+    mesh, P = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Auto,)), jax.sharding.PartitionSpec
+    params = {"u": normal(0, 4, 6), "w": normal(1, 6, 8), "g": normal(2, 8) + 3}
+
+    def block(w, g, x):
+        y = x @ (w * (g / jnp.sqrt((w**2).sum(0) + 1e-6)))
+        return jnp.tanh(y * jax.lax.axis_index("a"))
+
+    def fun(p, x):
+        specs = (P(None, "a"), P("a"), P())
+        return jax.shard_map(block, mesh=mesh, in_specs=specs, out_specs=P(None, "a"))(
+            p["w"], p["g"], jnp.tanh(x @ p["u"])
+        )
+
+    found = signals(one_estimate(noise="orthogonal", num_samples=12), fun, params, normal(3, 2, 4))
+    np.testing.assert_allclose(found["w"], params["w"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        lambda w: jnp.where(jnp.linalg.norm(w, axis=0) > 2, w / jnp.linalg.norm(w, axis=0), w),
+        lambda w: w * (jnp.abs(w) > 0.3),
+    ],
+)
+def test_weight_that_its_own_size_selects_is_an_error(weight):
+    params = {"first": normal(1, 24, 24), "w": normal(2, 24, 8)}
+    with pytest.raises(wmkp.WeightTransportError, match="mirror mode cannot reach params\\['w'\\]"):
+        wmkp.mirror_signals(
+            KEY, one_estimate(num_samples=8), lambda p, x: jnp.tanh(x @ p["first"]) @ weight(p["w"]), params, X
+        )
+
+
+def test_weight_that_a_device_selects_by_its_place_is_an_error():
+    mesh, P = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Auto,)), jax.sharding.PartitionSpec
+    params = {"first": normal(1, 24, 24), "w": normal(2, 24, 8)}
+
+    def block(w, x):
+        return x @ jax.lax.dynamic_slice_in_dim(w, 2 * jax.lax.axis_index("a"), 2, 1)
+
+    def fun(p, x):
+        return jax.shard_map(block, mesh=mesh, in_specs=(P(), P()), out_specs=P(None, "a"))(
+            p["w"], jnp.tanh(x @ p["first"])
+        )
+
+    with pytest.raises(wmkp.WeightTransportError, match="axis_index"):
+        wmkp.mirror_signals(KEY, one_estimate(num_samples=8), fun, params, X)
+
+
 def test_weight_that_noise_cannot_reach_is_an_error():
     """A matrix that data masks before it multiplies: B can follow it, noise alone cannot."""
 

@@ -54,6 +54,14 @@ UNFOLLOWABLE = {
         "reshape",
     ),
     "two gains": (lambda p: p["w"][0] * p["other"][:, :1], "mul"),
+    "gains of one column each, joined": (
+        lambda p: jnp.concatenate([(p["w"] * p["other"][:, k : k + 1])[:, :1] for k in range(6)], 1),
+        "concatenate",
+    ),
+    "gains of one column each, in a scan": (
+        lambda p: jax.lax.scan(lambda c, g: (c, (p["w"] * g[:, None])[:, 0]), 0.0, p["other"])[1].T,
+        "transpose",
+    ),
     "a product of two parameters": (lambda p: p["w"] @ p["other"], "dot_general of two parameters"),
     "two parameters multiplied": (lambda p: p["w"] * p["other"], "mul"),
     "its own transpose": (lambda p: p["w"] @ p["w"].T, "dot_general of two parameters"),

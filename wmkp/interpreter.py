@@ -344,8 +344,10 @@ def _collect(
             outs = _collect_scan(step, operands, wanted, found, level)
         elif step.action == "shard_map":
             _collect_shard_map(step, operands, wanted, found, level)
-        elif step.eqn.primitive.name in _AS_THEY_ARE and plan.kinds[step.eqn.outvars[0]].weight:
+        elif step.eqn.primitive.name in compat.VARIED:  # what differs between devices is seen already
             outs = operands
+        elif step.eqn.primitive.name == "convert_element_type" and plan.kinds[step.eqn.outvars[0]].weight:
+            outs = operands  # B is mirrored at its own precision, whatever the compute dtype
         elif step.gain is not None and _mirrored(plan.kinds[step.eqn.outvars[0]]):
             outs = [operands[1 - step.gain]]  # in mirror mode a neuron's gain is 1: B has the same one
         elif step.bind is not None and all(_mirrored(plan.kinds[v]) for v in step.eqn.outvars):
@@ -358,10 +360,6 @@ def _collect(
             bias = read(product.bias[1])
             found[product] = (weight, None if bias is None else bias.value)
     return [read(v) for v in plan.jaxpr.outvars]
-
-
-# B is mirrored at its own precision, whatever the compute dtype; and what differs between devices is seen already.
-_AS_THEY_ARE = {"convert_element_type", *compat.VARIED}
 
 
 def _mirrored(kind: Kind) -> bool:

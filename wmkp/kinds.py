@@ -201,6 +201,8 @@ def _scaled(eqn: Any, kinds: Sequence[Kind]) -> tuple[tuple[bool, ...], ...]:
                 axes = layout_varying(eqn, axes)
             elif len(var.aval.shape) != out.ndim:
                 axes = everywhere(out)
+            elif name == "concatenate":  # each part has its own
+                axes = tuple(varies or a == eqn.params["dimension"] for a, varies in enumerate(axes))
             moved.append(axes)
     return tuple(dict.fromkeys(moved))
 
@@ -230,7 +232,8 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind]) -> Kind:
     # An index or a comparison has no gradient; a complex weight is not followed.
     if not jnp.issubdtype(out.dtype, jnp.floating):
         if not jnp.issubdtype(out.dtype, jnp.complexfloating):
-            return Kind(data=union.data)
+            # (What mirror mode cannot work out it cannot mask or select a weight by.)
+            return Kind(data=union.data, unmirrored=None if union.data else union.unmirrored or union.obstacle)
         follows = False
     gain = gain_operand(eqn, kinds)
     if gain is not None and not union.data:
@@ -309,7 +312,10 @@ def join(a: Kind, b: Kind, varying: tuple[bool, ...], name: str) -> Kind:
     copied = tuple(all(r) for r in zip(*active, strict=True)) if all(active) else ()
     if not union.weight or (union.data and not _is_matrix(varying)):
         return Kind(data=union.data, active=union.active, copied=copied)
-    return union._replace(plain=False, unmirrored=union.unmirrored or name, varying=varying, copied=copied)
+    scaled = tuple(dict.fromkeys((*a.scaled, *b.scaled)))
+    return union._replace(
+        plain=False, unmirrored=union.unmirrored or name, varying=varying, copied=copied, scaled=scaled
+    )
 
 
 def outside(kind: Kind) -> Kind:

@@ -104,7 +104,10 @@ class Analyser:
     ) -> tuple[Step, list[Kind]]:
         name, count = compat.primitive_name(eqn), len(eqn.outvars)
         if not any(k.active for k in kinds):
-            return Step(eqn, "bind", bind), [Kind(data=any(k.data for k in kinds))] * count
+            unmirrored = next((k.unmirrored for k in kinds if k.unmirrored), None)
+            if eqn.effects and name not in compat.VARIED:  # it asks which device this is, or the others
+                unmirrored = name
+            return Step(eqn, "bind", bind), [Kind(data=any(k.data for k in kinds), unmirrored=unmirrored)] * count
         if name in compat.INLINED or name in compat.REMAT:
             kinds = [k._replace(sources=sources(eqn, kinds, i)) if k.active else k for i, k in enumerate(kinds)]
             inner = self.plan(compat.inner_jaxpr(eqn), kinds, lengths)
@@ -267,7 +270,8 @@ class Analyser:
             varying = kind.varying[1:] if sliced else kind.varying
             stack = (*kind.stack, eqn.params["length"]) if sliced and kind.weight else kind.stack
             copied = kind.copied[1:] if sliced else kind.copied
-            inner[i] = outside(kind)._replace(varying=varying, stack=stack, copied=copied)
+            scaled = tuple(axes[1:] for axes in kind.scaled) if sliced else kind.scaled
+            inner[i] = outside(kind)._replace(varying=varying, stack=stack, copied=copied, scaled=scaled)
         settle(kinds)
         lengths = (*lengths, eqn.params["length"])
         first: Plan | None = None
@@ -301,5 +305,6 @@ class Analyser:
             copied = (False, *kind.copied) if kind.copied else ()
             stack = kind.stack[: len(lengths) - 1]
             gain = kind.gain and (kind.gain[0], (False, *kind.gain[1]))
-            outs.append(outside(kind)._replace(varying=varying, stack=stack, copied=copied, gain=gain))
+            scaled = tuple((True, *axes) for axes in kind.scaled)  # each turn has its own
+            outs.append(outside(kind)._replace(varying=varying, stack=stack, copied=copied, gain=gain, scaled=scaled))
         return Step(eqn, "scan", None, (plan,)), outs
