@@ -32,8 +32,8 @@ TEXTS = {
     "akrout-cifar10": (
         "The curves published with the paper's code: CIFAR-10",
         "3072-1000-10, as above. Our copy of CIFAR-10 has been through JPEG, and has an order of its own. Under BP, WM and KP the "
-        "training loss runs beside the published until, late in the run, that one spikes (BP's after epoch 378): there a single epoch "
-        "says little. What JPEG does to the accuracy cannot be told from the first epochs, "
+        "training loss runs beside the published until, late in the run, both jump, each at epochs of its own (picture): there a single "
+        "epoch says little. What JPEG does to the accuracy cannot be told from the first epochs, "
         "which hang on the order as well (next section). FA's accuracy jumps from epoch to epoch, the published "
         "too (picture): a single epoch's says little. The last column is the accuracy's mean difference over the curve.",
     ),

@@ -479,7 +479,7 @@ def test_a_gain_of_other_parameters_scales_the_error_as_it_scales_the_activity()
 
 
 def test_kolen_pollack_learns_the_transpose_under_a_weight_norm():
-    # Without a norm of its own B would miss what the norm adds to W's gradient: it stays 5 degrees away.
+    # Without a norm of its own B would miss what the norm adds to W's gradient: it stays some degrees away.
     u, v, g = (jax.random.normal(jax.random.key(i), s) / 4 for i, s in enumerate([(8, 20), (20, 5), (5,)]))
     x, target = jax.random.normal(KEY, (500, 32, 8)), jax.random.normal(jax.random.key(5), (8, 5))
 

@@ -851,3 +851,18 @@ def test_weight_that_noise_cannot_reach_is_an_error():
     params = {"first": normal(1, 24, 24), "w": normal(2, 24, 8)}
     with pytest.raises(wmkp.WeightTransportError, match="'w'"):
         wmkp.mirror_signals(KEY, one_estimate(num_samples=8), masked, params, X, jnp.ones((24, 8)))
+
+
+def test_a_scaled_weight_whose_parts_devices_exchange_is_an_error():
+    mesh, P = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Auto,)), jax.sharding.PartitionSpec
+
+    def fun(p, x, scale):
+        block = lambda w, h, scale: h @ jax.lax.all_gather(w * scale, "a", axis=0, tiled=True)
+        specs = P("a", None), P(), P()
+        return jax.shard_map(block, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(
+            p["w"], jnp.tanh(x @ p["u"]), scale
+        ).sum()
+
+    params = {"u": normal(0, 4, 8), "w": normal(1, 8, 5)}
+    with pytest.raises(wmkp.WeightTransportError, match=r"params\['w'\] by noise alone \(all_gather\)"):
+        signals(one_estimate(num_samples=8), fun, params, normal(2, 3, 4), jnp.float32(2))

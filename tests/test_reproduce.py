@@ -111,6 +111,8 @@ def test_pixels_that_a_batch_does_not_light_are_left_out_unless_weights_decay_or
     for name, size in (("kp", 5), ("kp-decay", 6), ("kp-shuffled", 6)):
         train = published.start(published.MENDED[name], dataset, HIDDEN).train
         assert train["image"].shape[-1] == size and ("pixels" in train) == (size == 5), name
+    lit = dataset._replace(train={**dataset.train, "image": dataset.train["image"] | 1})
+    assert "pixels" not in published.start(published.MENDED["kp"], lit, HIDDEN).train
     batches = np.zeros((2, 3, 4), np.uint8)
     batches[0, 1, 3] = batches[0, 2, 1] = batches[1, 0, 2] = 9
     assert published.lit(batches).tolist() == [[1, 3], [0, 2]]

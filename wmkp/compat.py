@@ -26,9 +26,7 @@ EXCHANGED = frozenset({"all_gather", "all_gather_invariant", "all_gather_reduced
 LAYOUT = (
     frozenset(
         "convert_element_type reshape transpose squeeze expand_dims broadcast_in_dim tile slice split unstack rev copy copy_p "
-        "reduce_precision "
-        "stop_gradient optimization_barrier sharding_constraint reshard mesh_cast layout_constraint "
-        "name".split()
+        "reduce_precision stop_gradient optimization_barrier sharding_constraint reshard mesh_cast layout_constraint name".split()
     )
     | VARIED
     | EXCHANGED

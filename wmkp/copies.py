@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from wmkp import compat
-from wmkp.kinds import CONSTANT, Kind, activation, alike, elementwise_varying, layout_varying
+from wmkp.kinds import CONSTANT, Kind, activation, elementwise_varying, layout_varying, same_along
 from wmkp.products import Bind, Product
 
 
@@ -150,7 +150,7 @@ def fan_out(
             elif name == "neg" or (adds and alone):
                 fans.append(fan._replace(shifted=fan.shifted or name != "neg"))
             elif not fan.shifted and (name == "mul" or (name == "div" and i == 0)):
-                shared = alike(kinds[1 - i], eqn.invars[1 - i].aval.shape, len(fan.varying))
+                shared = same_along(kinds[1 - i], eqn.invars[1 - i].aval.shape, len(fan.varying))
                 if any(among(fan.along)):
                     fans.append(fan)
                 elif not any(map(all, zip(shared, fan.varying, strict=False))):

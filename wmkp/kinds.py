@@ -164,7 +164,7 @@ def is_matrix_operand(eqn: Any, operand: int, varying: tuple[bool, ...]) -> bool
     return any(varying[a] for a in inputs) and (one or any(varying[a] for a in outputs))
 
 
-def alike(kind: Kind, shape: tuple[int, ...], rank: int) -> tuple[bool, ...]:
+def same_along(kind: Kind, shape: tuple[int, ...], rank: int) -> tuple[bool, ...]:
     """Along which axes of a result of this rank an operand of an elementwise equation is the same value over again."""
     copied = kind.copied or (False,) * rank
     return tuple(c or size == 1 for c, size in zip(copied, shape or (1,) * rank, strict=True))
@@ -186,7 +186,7 @@ def gain_operand(eqn: Any, kinds: Sequence[Kind]) -> int | None:
             # (Of a neuron with one synapse the gain would be that synapse.)
             if sum(factor.varying) < min(2, sum(weight.varying)):
                 return gain
-        elif factor.data and not factor.weight and alike(factor, aval.shape, len(shape)).count(False) < 2:
+        elif factor.data and not factor.weight and same_along(factor, aval.shape, len(shape)).count(False) < 2:
             return gain
     return None
 
@@ -235,9 +235,9 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind]) -> Kind:
             # (What mirror mode cannot work out it cannot mask or select a weight by.)
             return Kind(data=union.data, unmirrored=None if union.data else union.unmirrored or union.obstacle)
         follows = False
-    gain = gain_operand(eqn, kinds)
-    if gain is not None and not union.data:
-        return kinds[1 - gain]._replace(scaled=(*_scaled(eqn, kinds), kinds[gain].varying or (False,) * out.ndim))
+    factor = gain_operand(eqn, kinds)
+    if factor is not None and not union.data:
+        return kinds[1 - factor]._replace(scaled=(*_scaled(eqn, kinds), kinds[factor].varying or (False,) * out.ndim))
     scaled = _scaled(eqn, kinds)
     if follows and any(sum(axes) > 1 for axes in scaled):  # laid out anew, it is no neuron's any more
         follows = False
@@ -280,7 +280,7 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind]) -> Kind:
         if name == "mul" and sum(k.data or k.weight for k in kinds) > 1:  # not by a constant
             # An activity that a parameter was added to (a learned position) may be masked, and scaled by one value for all.
             others = [
-                alike(kind, v.aval.shape, out.ndim)
+                same_along(kind, v.aval.shape, out.ndim)
                 for kind, v in zip(kinds, eqn.invars, strict=True)
                 if kind.active and not kind.weight
             ]
@@ -291,7 +291,9 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind]) -> Kind:
         # There is no axis of examples. (A vector that is looked up is an embedding.)
         whole = masked and varying == everywhere(out) and not (indexed and (_places(eqn) or not _is_matrix(varying)))
         masked = union.masked or (whole and all(k.static or k.masked for k in kinds if k.weight))
-        unmirrored = union.unmirrored or (None if name in compat.LAYOUT or gain is not None else "data")
+        unmirrored = union.unmirrored or (name if name in compat.EXCHANGED else None)
+        if factor is None and name not in compat.LAYOUT:
+            unmirrored = unmirrored or "data"
         return union._replace(varying=varying, gain=by, unmirrored=unmirrored, masked=masked, scaled=scaled)
     if not follows:
         return union._replace(obstacle=union.obstacle or name, varying=varying)

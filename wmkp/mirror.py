@@ -18,9 +18,8 @@ from wmkp.rules import Mirror, Rule, RuleOrRules, check_rule, resolve
 
 Activation = Callable[[jax.Array], jax.Array] | None
 
-MOST = (
-    2**32
-)  # numbers of noise for a projection (16 GiB in float32): they are told apart by 32 bits, and more would repeat
+# Numbers of noise for a projection (16 GiB in float32): they are told apart by 32 bits, and more would repeat.
+MOST = 2**32
 
 
 def mirror_gain(rule: Rule) -> float:

@@ -255,8 +255,8 @@ def start(variant: Variant, dataset: Dataset, hidden: int, seed: int = 0) -> Tri
     train = {"image": dataset.train["image"].reshape(-1, pixels), "label": dataset.train["label"]}
     if not variant.shuffled:
         train = batches(train)
-        places = lit(train["image"])
-        if not variant.weight_decay and places.shape[1] < pixels:  # or picking them out is for nothing (CIFAR-10)
+        # (Where a batch lights every pixel, as CIFAR-10's do, there is nothing to pick out.)
+        if not variant.weight_decay and (places := lit(train["image"])).shape[1] < pixels:
             train["pixels"] = places
             train["image"] = np.take_along_axis(train["image"], places[:, None], 2)
     train = jax.device_put(train)

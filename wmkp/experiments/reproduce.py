@@ -177,9 +177,9 @@ def _curves(config: Reproduce, out: Path) -> list[dict[str, Any]]:
             for curve in made:
                 curve.cancel()
         curves = {key: curve.result() for key, curve in zip(config.only, made, strict=True)}
-    seconds = round(time.perf_counter() - begin)
-    console.print(f"All trained in {seconds} s.")
     if fresh:  # all of it, and nothing that was there already
+        seconds = round(time.perf_counter() - begin)
+        console.print(f"All trained in {seconds} s.")
         _started(config, out, **about, seconds=seconds)
     title = f"{name}, {epochs} epochs" + (": ours, and dotted the published" if theirs else "")
     outputs.write_atomically({out / "curves.png": figures.published(curves, theirs, title)})
