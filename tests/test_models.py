@@ -2,7 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import linen as nn
 
 import wmkp
 from wmkp.experiments.models.lenet import LeNet
@@ -45,3 +47,25 @@ def test_parameters_and_projections(name, dtype):
     found = wmkp.projections(loss, variables["params"], rest, x)
     assert not any(p.obstacle for p in found.values())
     assert sum(p.feedback for p in found.values()) == weights
+
+
+def test_lenet_pools_as_flax_does():
+    """Its own maximum gives what nn.max_pool does, and its gradient."""
+
+    class Pooled(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for features in (6, 16):
+                x = nn.max_pool(nn.relu(nn.Conv(features, (5, 5), padding="VALID")(x)), (2, 2), strides=(2, 2))
+            x = x.reshape(x.shape[0], -1)
+            for features in (120, 84):
+                x = nn.relu(nn.Dense(features)(x))
+            return nn.Dense(10, name="output")(x)
+
+    x = jax.random.normal(jax.random.key(0), (4, 32, 32, 1))
+    params = LeNet(10).init(jax.random.key(1), x)
+
+    def of(model):
+        return jax.jit(jax.value_and_grad(lambda p: (model.apply(p, x) ** 2).sum()))(params)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), of(LeNet(10)), of(Pooled()))
