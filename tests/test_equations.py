@@ -346,3 +346,60 @@ def test_engaged_residuals_hold_no_w(rule):
         assert not holds(pull_back, layer["w"])
         if k:
             assert holds(pull_back, feedback[k]["w"]) and holds(backprop, layer["w"])
+
+
+@jax.custom_vjp
+def spike(v):
+    return (v > 0).astype(v.dtype)
+
+
+spike.defvjp(lambda v: (spike(v), v), lambda v, delta: (delta / (1 + abs(v)) ** 2,))
+
+
+def spiking_loss(params, x, target):
+    """Leaky integrate-and-fire neurons, with recurrent weights, reset by subtraction; the readout sums their spikes."""
+
+    def step(v, x):
+        s = spike(v - 1)
+        return 0.8 * v + x @ params["in"] + s @ params["recurrent"] - s, s
+
+    _, s = lax.scan(step, jnp.zeros((x.shape[1], len(params["recurrent"]))), x)
+    return jnp.sum((s.sum(0) @ params["out"] - target) ** 2) / 2
+
+
+@pytest.mark.parametrize("mode", ["plain", "jit of the spike"])
+def test_spiking_network_by_surrogate_gradients_equals_numpy(float64, mode, monkeypatch):
+    """The derivative of a spike is nowhere in its value; the error passes it all the same, and meets B behind it."""
+    if mode != "plain":
+        monkeypatch.setitem(globals(), "spike", jax.jit(spike))
+    rng = np.random.default_rng(3)
+    shapes = {"in": (6, 9), "recurrent": (9, 9), "out": (9, 4)}
+    params = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    feedback = {name: rng.normal(size=shape) if name != "in" else None for name, shape in shapes.items()}
+    x, target = rng.normal(size=(12, 5, 6)), rng.normal(size=(5, 4))
+    rule = wmkp.kolen_pollack()
+    assert {k: p.feedback for k, p in wmkp.projections(spiking_loss, params, x, target).items()} == {
+        "in": False,
+        "recurrent": True,
+        "out": True,
+    }
+    _, (grads, signal) = jax.jit(wmkp.value_and_grad(spiking_loss, rule))(params, feedback, x, target)
+
+    v, s = [np.zeros((5, 9))], []
+    for x_t in x:
+        s.append((v[-1] > 1).astype(float))
+        v.append(0.8 * v[-1] + x_t @ params["in"] + s[-1] @ params["recurrent"] - s[-1])
+    assert 0.05 < np.mean(s) < 0.95
+    error = sum(s) @ params["out"] - target
+    expected = {name: np.zeros(shape) for name, shape in shapes.items()}
+    expected["out"] = sum(s).T @ error
+    delta_v = np.zeros((5, 9))
+    for t in reversed(range(len(x))):
+        expected["in"] += x[t].T @ delta_v
+        expected["recurrent"] += s[t].T @ delta_v
+        delta_s = error @ feedback["out"].T + delta_v @ feedback["recurrent"].T - delta_v
+        delta_v = 0.8 * delta_v + delta_s / (1 + abs(v[t] - 1)) ** 2
+    for name, gradient in expected.items():
+        np.testing.assert_allclose(grads[name], gradient, rtol=1e-9, atol=1e-9)
+        if feedback[name] is not None:
+            np.testing.assert_allclose(signal[name], gradient, rtol=1e-9, atol=1e-9)

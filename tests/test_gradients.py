@@ -650,7 +650,11 @@ def test_the_compiled_step_has_backprops_products_and_no_more(rule):
         )
         x = jnp.tanh(x.reshape(x.shape[0], -1) @ params["dense"])
         x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["stack"])
-        return jnp.sum(x**2)
+        # A state that starts at zero: its first product is one like the rest.
+        h, _ = jax.lax.scan(
+            lambda h, x: (0.9 * h + x + h @ params["recurrent"], None), jnp.zeros((4, 16)), x.reshape(2, 4, 16)
+        )
+        return jnp.sum(h**2)
 
     draw = lambda i, *shape: jax.random.normal(jax.random.fold_in(KEY, 9 + i), shape) / 3
     params = {
@@ -658,6 +662,7 @@ def test_the_compiled_step_has_backprops_products_and_no_more(rule):
         "conv2": draw(1, 3, 3, 8, 8),
         "dense": draw(2, 128, 32),
         "stack": draw(3, 5, 32, 32),
+        "recurrent": draw(5, 16, 16),
     }
     x = draw(4, 4, 8, 8, 3)
     feedback = wmkp.init_feedback(KEY, rule, loss, params, x)

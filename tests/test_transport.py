@@ -45,7 +45,29 @@ def tanh_first(params, x):
     return jnp.tanh(x @ params["first"])
 
 
+def straight_through(forward):
+    """``forward``, with the error let through as it is: by custom_vjp, and by custom_jvp."""
+    by_vjp, by_jvp = jax.custom_vjp(forward), jax.custom_jvp(forward)
+    by_vjp.defvjp(lambda w: (forward(w), None), lambda _, g: (g,))
+    by_jvp.defjvp(lambda w, t: (forward(*w), t[0]))
+    return by_vjp, by_jvp
+
+
+binary, binary_by_jvp = straight_through(lambda w: jnp.where(w > 0, 1.0, -1.0))
+ternary, _ = straight_through(lambda w: (w > 0.5).astype(jnp.float32) - (w < -0.5))
+eight_bit, _ = straight_through(lambda w: (w * 100).astype(jnp.int8) / 100)
+held, _ = straight_through(lambda w: jax.lax.stop_gradient(w) * 2)
+
 UNFOLLOWABLE = {
+    "a binary weight": (lambda p: binary(p["w"]), "custom_vjp_call"),
+    "a binary weight, by custom_jvp": (lambda p: jax.jit(binary_by_jvp)(p["w"]), "custom_jvp_call"),
+    "a ternary weight": (lambda p: 0.5 * ternary(p["w"]), "custom_vjp_call"),
+    "a weight in eight bits": (lambda p: eight_bit(p["w"]).T, "custom_vjp_call"),
+    "a weight held still within": (lambda p: held(p["w"]), "custom_vjp_call"),
+    "binary weights chosen within a scan": (
+        lambda p: jax.lax.scan(lambda c, w: (c, binary(w)), 0.0, p["w"])[1],
+        "custom_vjp_call",
+    ),
     "a standardized weight": (lambda p: (p["w"] - p["w"].mean(0)) / p["w"].std(0), "reduce_sum|div|sub"),
     "a gain for each synapse": (lambda p: p["other"] / jnp.linalg.norm(p["w"], axis=0) ** p["w"], "mul"),
     "the norm of one synapse": (lambda p: (p["w"][:1] / jnp.linalg.norm(p["w"][:1], axis=0)).repeat(6, 0), "mul"),
@@ -295,6 +317,21 @@ def test_custom_derivatives_around_a_projection_are_not_thrown_away():
         return x @ w
 
     linear.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
+
+    def fun(params, x):
+        return jnp.sum(linear(tanh_first(params, x), params["w"]) ** 2)
+
+    refuse(fun, weights("first", "w"), X, match="custom_vjp_call")
+
+
+def test_a_binary_product_with_a_derivative_of_its_own():
+    """Inside, a comparison has no derivative; the custom one has, and it goes through W."""
+
+    def forward(x, w):
+        return x @ jnp.where(w > 0, 1.0, -1.0)
+
+    linear = jax.custom_vjp(forward)
+    linear.defvjp(lambda x, w: (forward(x, w), (x, w)), lambda kept, g: (g @ jnp.sign(kept[1]).T, kept[0].T @ g))
 
     def fun(params, x):
         return jnp.sum(linear(tanh_first(params, x), params["w"]) ** 2)

@@ -223,15 +223,18 @@ def _follows(name: str, kinds: Sequence[Kind]) -> bool:
     return name == "mul" and len(weights) == 1
 
 
-def weight_kind(eqn: Any, kinds: Sequence[Kind]) -> Kind:
-    """The kind of an equation's results where a weight enters (and nothing multiplies it with an activation)."""
+def weight_kind(eqn: Any, kinds: Sequence[Kind], custom: bool = False) -> Kind:
+    """The kind of an equation's results where a weight enters (and nothing multiplies it with an activation).
+
+    Inside a custom derivative (``custom``) an error may come back through what has none of its own.
+    """
     name = compat.primitive_name(eqn)
     out = eqn.outvars[0].aval
     union = union_of(kinds)
     follows = _follows(name, kinds)
     # An index or a comparison has no gradient; a complex weight is not followed.
     if not jnp.issubdtype(out.dtype, jnp.floating):
-        if not jnp.issubdtype(out.dtype, jnp.complexfloating):
+        if not jnp.issubdtype(out.dtype, jnp.complexfloating) and not custom:
             # (What mirror mode cannot work out it cannot mask or select a weight by.)
             return Kind(data=union.data, unmirrored=None if union.data else union.unmirrored or union.obstacle)
         follows = False
@@ -241,7 +244,7 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind]) -> Kind:
     scaled = _scaled(eqn, kinds)
     if follows and any(sum(axes) > 1 for axes in scaled):  # laid out anew, it is no neuron's any more
         follows = False
-    if name == "stop_gradient" and union.data:
+    if name == "stop_gradient" and union.data and not custom:
         return Kind(data=True)
     if name in compat.LAYOUT:
         varying = layout_varying(eqn, kinds[0].varying)

@@ -72,10 +72,17 @@ def _keep_obstacles(first: Plan, last: Plan) -> None:
 
 
 class Analyser:
-    """Builds plans, and notes the parameters that do anything but multiply an activation."""
+    """Builds plans, and notes the parameters that do anything but multiply an activation.
 
-    def __init__(self) -> None:
+    Attributes:
+      shared: these parameters.
+      custom: whether this is inside a custom derivative, where an error may come back through what has none of its own (a
+        spike, a weight's sign).
+    """
+
+    def __init__(self, custom: bool = False) -> None:
         self.shared: set[int] = set()
+        self.custom = custom
 
     def plan(self, jaxpr: Any, kinds: Sequence[Kind], lengths: tuple[int, ...]) -> Plan:
         jaxpr, consts = compat.open_jaxpr(jaxpr)
@@ -138,7 +145,8 @@ class Analyser:
                 if eqn.outvars[0].aval.shape == eqn.invars[0].aval.shape and name not in {"transpose", "rev"}:
                     out = out._replace(product=kinds[0].product)
             out = cut(eqn, kinds, out)
-            if name == "stop_gradient" or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
+            smooth = name != "stop_gradient" and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact)
+            if not smooth and not self.custom:
                 out = Kind(data=True)
             return Step(eqn, "bind", bind), [out] * count
         statics = [i for i, k in enumerate(kinds) if k.static]
@@ -152,7 +160,7 @@ class Analyser:
             return Step(eqn, "bind", bind, (), product), [activation(kinds)] * count
         if name in compat.AFFINE:
             self.note_bias(eqn, kinds, plan)
-        out = cut(eqn, kinds, weight_kind(eqn, kinds))
+        out = cut(eqn, kinds, weight_kind(eqn, kinds, self.custom))
         action = "follow" if out.weight and not out.obstacle else "own" if out.static else "bind"
         gain = gain_operand(eqn, kinds) if action == "follow" else None
         return Step(eqn, action, bind, gain=gain), [out] * count
@@ -217,10 +225,13 @@ class Analyser:
         if not weights:
             return step, [activation(kinds)] * count
         if name in compat.CUSTOM:
-            inner = self.plan(compat.inner_jaxpr(eqn), kinds, lengths)
+            within = Analyser(custom=True)
+            inner = within.plan(compat.inner_jaxpr(eqn), kinds, lengths)
+            self.shared |= within.shared
             settle(inner.outputs)
             hidden = sorted(inner.products(), key=lambda p: p.obstacle is None)
-            outs = [k._replace(obstacle=k.obstacle or name) if k.weight else k for k in inner.outputs]
+            reason = union_of(kinds).obstacle or name
+            outs = [k._replace(obstacle=reason) if k.weight else k for k in inner.outputs]
             if not hidden:
                 return step, outs
             weights = [i for i in weights if kinds[i].params & hidden[0].params] or weights
@@ -274,16 +285,24 @@ class Analyser:
             inner[i] = outside(kind)._replace(varying=varying, stack=stack, copied=copied, scaled=scaled)
         settle(kinds)
         lengths = (*lengths, eqn.params["length"])
+        changed = [c for c in range(carries) if jaxpr.outvars[c] is not jaxpr.invars[consts + c]]
+        start, shared = list(inner), set(self.shared)
         first: Plan | None = None
         while True:
             plan = self.plan(eqn.params["jaxpr"], inner, lengths)
             settle(plan.outputs)
+            # A state that starts as a constant (zeros) and then is an activity is one from the start: what the first turn
+            # multiplies it with is a product, and no weight.
+            late = [consts + c for c in changed if start[consts + c] == CONSTANT and plan.outputs[c].data]
+            if late:
+                for i in late:
+                    start[i] = Kind(data=True)
+                inner, self.shared, first = list(start), set(shared), None
+                continue
             first = first or plan
             settled = True
-            for c in range(carries):
+            for c in changed:
                 i = consts + c
-                if jaxpr.outvars[c] is jaxpr.invars[i]:  # carried along unchanged
-                    continue
                 old = inner[i]
                 inner[i] = join(old, plan.outputs[c], everywhere(avals[i]), "scan")
                 if inner[i].static:
