@@ -230,6 +230,19 @@ def test_scan_that_carries_its_weights():
     check(loss, params, jax.random.normal(KEY, (3, 6)), paths=["w"])
 
 
+def test_without_jit_too_a_weight_that_a_scan_makes_out_of_a_constant_has_its_own_feedback():
+    def loss(params, x):
+        w, _ = jax.lax.scan(lambda w, _: ((w + params[1]) / 2, None), jnp.zeros((6, 6)), None, length=2)
+        return jnp.sum(jnp.tanh(jnp.tanh(x @ params[0]) @ w) ** 2)
+
+    params, x, rule = list(layers(2, 6)), jax.random.normal(KEY, (3, 6)), wmkp.kolen_pollack()
+    arguments = params, wmkp.init_feedback(KEY, rule, loss, params, x), x
+    by_hand = lambda params, x: jnp.sum(jnp.tanh(jnp.tanh(x @ params[0]) @ (0.75 * params[1])) ** 2)
+    expected = wmkp.value_and_grad(by_hand, rule)(*arguments)
+    for transform in (lambda f: f, jax.jit):
+        chex.assert_trees_all_close(transform(wmkp.value_and_grad(loss, rule))(*arguments), expected, rtol=1e-4)
+
+
 @pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.dots_saveable])
 def test_checkpoint(policy):
     def block(w, x):
@@ -476,6 +489,41 @@ def test_a_gain_of_other_parameters_scales_the_error_as_it_scales_the_activity()
         _, (grads, signal) = wmkp.value_and_grad(loss, wmkp.kolen_pollack())(params, feedback, x, target)
     chex.assert_trees_all_close(grads, {"u": du, "v": dv, "g": dg}, rtol=1e-12)
     chex.assert_trees_all_close(signal["v"], db, rtol=1e-12)
+
+
+norm = lambda v: jnp.linalg.norm(v, axis=0)
+own_norm = jax.custom_vjp(norm)
+own_norm.defvjp(lambda v: (norm(v), v), lambda v, d: (d * v / norm(v),))
+turns = lambda body, start: jax.lax.scan(lambda carry, _: (body(carry), None), start, None, length=2)[0]
+NORMS_ELSEWHERE = {  # a layer with weight norm, whose norm is not taken beside its product
+    "before a scan": lambda p, h, n: turns(lambda h: jnp.tanh(h @ (p["v"] * n)), h),
+    "carried by a scan": lambda p, h, n: turns(lambda c: (jnp.tanh(c[0] @ (p["v"] * c[1])), 2 * c[1]), (h, n))[0],
+    "made by a scan": lambda p, h, _: h @ (p["v"] * turns(lambda n: n / jnp.sqrt(norm(p["v"])), p["g"])),
+    "made by a scan out of a constant": lambda p, h, _: h @ (p["v"] * turns(lambda n: n / norm(p["v"]), jnp.ones(6))),
+    "before a branch": lambda p, h, n: jax.lax.cond(h[0, 0] < 9, lambda: h @ (p["v"] * n), lambda: h),
+    "in a branch": lambda p, h, n: h @ (p["v"] * jax.lax.cond(p["g"][0] < 9, lambda: n, lambda: p["g"])),
+    "with a derivative of its own": lambda p, h, _: h @ (p["v"] / own_norm(p["v"]) * p["g"]),
+}
+
+
+@pytest.mark.parametrize("name", NORMS_ELSEWHERE)
+def test_a_norm_is_feedbacks_own_wherever_it_is_taken(name):
+    """With B = W both have one gradient; the derivative of B's, by both, is the Hessian."""
+
+    def loss(p, x):
+        return jnp.sum(jnp.tanh(NORMS_ELSEWHERE[name](p, jnp.tanh(x @ p["u"]), p["g"] / norm(p["v"]))) ** 2)
+
+    rule, x = wmkp.kolen_pollack(), jax.random.normal(KEY, (3, 6))
+    params = {**dict(zip("uv", layers(2, 6), strict=True)), "g": jnp.arange(1.0, 7.0)}
+    both = lambda p: (p, {"u": None, "v": p["v"], "g": None}, x)
+    tied = lambda p: wmkp.value_and_grad(loss, rule)(*both(p))[1]
+    tangent = jax.tree.map(jnp.cos, params)
+    ours, theirs = (jax.jvp(jax.jit(f), (params,), (tangent,)) for f in (tied, jax.grad(lambda p: loss(p, x))))
+    for (grads, signal), expected in zip(ours, theirs, strict=True):
+        chex.assert_trees_all_close(grads, expected, rtol=1e-4, atol=1e-4)
+        chex.assert_trees_all_close(signal["v"], expected["v"], rtol=1e-4, atol=1e-4)
+    by_engage = jax.jit(lambda p: jax.grad(wmkp.engage(loss, rule))(*both(p)))
+    chex.assert_trees_all_close(jax.jvp(by_engage, (params,), (tangent,)), theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_kolen_pollack_learns_the_transpose_under_a_weight_norm():

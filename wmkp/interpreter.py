@@ -111,7 +111,8 @@ def _evaluate(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
             raise ValueError("parameters joined to one weight cannot each have direct feedback; give them another rule")
         return [(y, direct[0]) for y in outs]
     companions = [_companion(pair, handler) for pair in operands]
-    if step.eqn.primitive.name == "pad":  # JAX does not transpose it with respect to the padding alone
+    # JAX does not transpose a pad with respect to the padding alone, nor take a custom_vjp's derivative in forward mode.
+    if step.eqn.primitive.name in {"pad", *compat.CUSTOM}:
         companions[0] = _beside(companions[0], handler.anchor)
     return list(zip(outs, step.bind(*companions), strict=True))
 
@@ -211,20 +212,26 @@ def _shard_map(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]
 
 
 def _as_kind(pair: Pair, kind: Kind) -> Pair:
-    """A value in a place where its kind may be wider than its own: an activation's companion is itself."""
-    return pair if kind.weight and not kind.obstacle else (pair[0], pair[0])
+    """A value in a place where its kind may be wider than its own: an activation's companion is itself.
+
+    What B cannot follow may be a gain yet, such as a norm, which is B's own beside B.
+    """
+    a, b = pair
+    if kind.obstacle and (not kind.static or b is None or isinstance(b, Direct)):
+        return a, a
+    return pair if kind.weight else (a, a)
 
 
 def _cond(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
     (index, _), rest = operands[0], operands[1:]
     kinds = [_join_all([plan.outputs[i] for plan in step.plans], v.aval) for i, v in enumerate(step.eqn.outvars)]
-    followed = [i for i, k in enumerate(kinds) if k.weight and not k.obstacle]
+    followed = [i for i, k in enumerate(kinds) if k.static or (k.weight and not k.obstacle)]
     lost: set[int] = set()
 
     def branch(plan: Plan) -> Callable[[], tuple[list[Any], list[Any], Any]]:
         def evaluate() -> tuple[list[Any], list[Any], Any]:
             inner = handler.within(handler.taps, handler.channel)
-            pairs = run(plan, rest, inner)
+            pairs = [_as_kind(pair, kind) for pair, kind in zip(run(plan, rest, inner), kinds, strict=True)]
             lost.update(i for i in followed if pairs[i][1] is None)
             companions = [pairs[i][0] if i in lost else _companion(pairs[i], handler) for i in followed]
             return [a for a, _ in pairs], companions, inner.channel
@@ -253,8 +260,8 @@ def _scan(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
     fixed, init, xs = operands[:consts], operands[consts : consts + carries], operands[consts + carries :]
     # A carried weight whose companion becomes one of its own along the way needs one from the start.
     for i, kind in enumerate(kinds[consts : consts + carries]):
-        if kind.weight and not kind.obstacle and init[i][1] is init[i][0] and _differs(plan, i):
-            init[i] = (init[i][0], jax.lax.stop_gradient(init[i][0]))
+        if (kind.static or not kind.obstacle) and kind.weight and init[i][1] is init[i][0] and _differs(plan, i):
+            init[i] = (init[i][0], _held(jnp.copy(init[i][0]), handler.anchor))  # (another array, without jit too)
     mine = [p for p in plan.products() if p in handler.taps]
     taps = [handler.taps[p] for p in mine]
     lost: set[int] = set()

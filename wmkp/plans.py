@@ -220,8 +220,8 @@ class Analyser:
     def opaque(self, eqn: Any, bind: Bind, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
         """A call that cannot be opened: a custom derivative (its backward pass would be lost), a while, a kernel."""
         name, count = compat.primitive_name(eqn), len(eqn.outvars)
-        step = Step(eqn, "bind", bind)
         weights = [i for i, k in enumerate(kinds) if k.weight]
+        step = Step(eqn, "own" if weights and not union_of(kinds).data else "bind", bind)
         if not weights:
             return step, [activation(kinds)] * count
         if name in compat.CUSTOM:
