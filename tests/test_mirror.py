@@ -759,6 +759,23 @@ def test_a_gain_is_one_in_mirror_mode():
         assert found["u"] is None and found["g"] is None
 
 
+GAINS_AND_BIASES = {
+    "a weight norm's": lambda p, h, s: h @ (p["w"] / jnp.linalg.norm(p["w"], axis=0) * p["g"]) + p["b"],
+    "data's": lambda p, h, s: h @ (p["w"] / s) + p["b"],
+    "of the bias": lambda p, h, s: h @ p["w"] + p["b"] * p["s"],
+}
+
+
+@pytest.mark.parametrize("name", GAINS_AND_BIASES)
+def test_a_bias_is_not_kept_beside_a_gain(name):
+    params = {"u": normal(0, 4, 6), "w": normal(1, 6, 5), "g": normal(2, 5), "b": normal(3, 5), "s": normal(4)}
+    fun = lambda p, x: jnp.tanh(GAINS_AND_BIASES[name](p, jnp.tanh(x @ p["u"]), x.max()))
+    options = {"noise": "orthogonal", "num_samples": 12, "activation": jnp.tanh}
+    assert signals(one_estimate(**options), fun, params, normal(5, 2, 4))["w"].shape == (6, 5)
+    with pytest.raises(ValueError, match=r"bias=\"kept\" at params\['w'\], where a gain.*bias=\"blocked\""):
+        signals(one_estimate(**options, bias="kept"), fun, params, normal(5, 2, 4))
+
+
 @pytest.mark.parametrize(
     "spec", [(None, None), (None, "b"), ("a", None), ("b", "a"), (("b", "a"), None), (None, ("a", "b"))]
 )

@@ -423,6 +423,17 @@ def test_parameters_that_are_no_floating_point_arrays():
             wmkp.init_feedback(B_KEY, wmkp.kolen_pollack(), fun, {"w": bad}, X)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_parameters_of_eight_bits(dtype):
+    fun = lambda p, x: jnp.sum(tanh_first(p, x) @ p["w"].astype(x.dtype))
+    params = {**weights("first", "w"), "w": jnp.ones((6, 6), dtype)}
+    for rule in (wmkp.kolen_pollack(), wmkp.weight_mirror()):
+        with pytest.raises(TypeError, match=rf"params\['w'\] is {jnp.dtype(dtype)},.*keep params in float32"):
+            wmkp.init_feedback(B_KEY, rule, fun, params, X)
+    with pytest.raises(TypeError, match=r"params\['w'\]"):
+        wmkp.matrix_angles(params, params)
+
+
 def test_patterns_that_match_nothing_and_projections_that_match_no_pattern():
     fun = lambda p, x: jnp.sum(tanh_first(p, x) @ p["w"])
     with pytest.raises(ValueError, match="'haed' matches no projection; there are: first, w"):

@@ -301,7 +301,7 @@ def targets(rules: dict[str, Rule], analysis: Analysis) -> dict[Product, Mirror]
 
     Raises:
       WeightTransportError: noise alone cannot reach one.
-      ValueError: it would take too much noise.
+      ValueError: it would take too much noise; or a bias is kept beside a gain.
     """
     wanted: dict[Product, Mirror] = {}
     for path, products in analysis.sites().items():
@@ -316,6 +316,11 @@ def targets(rules: dict[str, Rule], analysis: Analysis) -> dict[Product, Mirror]
                 raise WeightTransportError(
                     f"mirror mode cannot reach params[{path!r}] by noise alone ({reason}); give it a rule without a "
                     f'mirror mode: rule={{"{path}": wmkp.kolen_pollack(), ".*": ...}}.'
+                )
+            if mirror.bias == "kept" and product.bias is not None and product.scaled:
+                raise ValueError(
+                    f'bias="kept" at params[{path!r}], where a gain scales the weight or its bias: in mirror mode gains are 1, '
+                    'and the bias would not stand to the response as in the layer; use bias="blocked".'
                 )
             wanted.setdefault(product, mirror)
             fan_in, _ = product.fans()
@@ -403,7 +408,8 @@ def mirror_signals(
       ``init_feedback`` has None, and zeros for a B whose own rule has no mirror mode.
 
     Raises:
-      ValueError: no rule has a mirror mode; or one whose signal depends on B was given no ``feedback``.
+      ValueError: no rule has a mirror mode; one whose signal depends on B was given no ``feedback``; or a bias is kept
+        beside a gain.
       WeightTransportError: a projection that noise alone cannot reach; the message names its path and why.
     """
     checks.key(key)

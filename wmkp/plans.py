@@ -216,6 +216,7 @@ class Analyser:
                 continue
             if all(not v or a in y.product.output_axes() for a, v in enumerate(b.varying)):
                 y.product.bias = (plan, var)
+                y.product.scaled |= bool(b.scaled)
 
     def opaque(self, eqn: Any, bind: Bind, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
         """A call that cannot be opened: a custom derivative (its backward pass would be lost), a while, a kernel."""

@@ -54,6 +54,8 @@ class Product:
         self.bind = bind
         self.pending = False  # whether what comes next may yet show it to be a gain (``Kind.fans``)
         self.bias: Any = None  # the weight added to its output, if one is: (plan, variable)
+        # Whether a gain scales the weight, or the bias (what else data does to a weight is ``unmirrored``).
+        self.scaled = bool(kind.scaled) or kind.data
 
     def multiply(self, x: jax.Array, w: jax.Array) -> jax.Array:
         """The product itself, the equation's own."""

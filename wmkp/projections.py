@@ -160,8 +160,8 @@ def direct_sizes(x: tuple[int, ...], error: tuple[int, ...]) -> tuple[int, int, 
 def named_leaves(params: Any, *, shapes_will_do: bool = False) -> dict[str, Any]:
     """params' leaves by path.
 
-    Raises ValueError for one that is deleted (unless ``shapes_will_do``), TypeError for one that is not a floating-point array (nor, with ``shapes_will_do``, the shape of one), and
-    ValueError for two of one path.
+    Raises ValueError for one that is deleted (unless ``shapes_will_do``), TypeError for one that is not a floating-point
+    array of at least 16 bits (nor, with ``shapes_will_do``, the shape of one), and ValueError for two of one path.
     """
     try:
         flat, _ = jax.tree_util.tree_flatten_with_path(params)
@@ -181,6 +181,11 @@ def named_leaves(params: Any, *, shapes_will_do: bool = False) -> dict[str, Any]
             raise TypeError(
                 f"params[{path!r}] is {found}; parameters must be real floating-point arrays. "
                 "Pass anything else as a later argument of fun."
+            )
+        if jnp.finfo(leaf.dtype).bits < 16:
+            raise TypeError(
+                f"params[{path!r}] is {leaf.dtype}, whose sums with wider numbers JAX does not define; keep params in float32 "
+                "or bfloat16, and cast them inside fun."
             )
     if not shapes_will_do:
         checks.alive("params", params)
@@ -287,7 +292,7 @@ def projections(fun: Callable[..., Any], params: Any, *args: Any) -> dict[str, P
       ``backprop()``.
 
     Raises:
-      TypeError: a parameter is not a real floating-point array.
+      TypeError: a parameter is not a real floating-point array of at least 16 bits.
       ValueError, TypeError: ``fun`` raises an error when it is called with them.
     """
     return analyse(fun, params, *args).projections()

@@ -494,7 +494,7 @@ def weight_mirror(
         (see ``wmkp.samples_for_angle``).
       activation: phi, applied to the response; None for a linear one.
       bias: "blocked", or "kept": the layer's own bias is added before phi, which leaves an angle that no number of
-        samples removes.
+        samples removes. (Beside a gain, as a weight norm's, it cannot be kept.)
       target_angle: degrees between B and W^T that the leaky average settles at while W stands still.
       rate: a in (0, 1], the share of the difference between B and the estimate of W^T that one mirror step takes away.
       scale: B starts Gaussian with standard deviation ``scale / sqrt(fan_in)``.
