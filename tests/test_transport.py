@@ -78,7 +78,7 @@ UNFOLLOWABLE = {
     "two gains": (lambda p: p["w"][0] * p["other"][:, :1], "mul"),
     "gains of one column each, joined": (
         lambda p: jnp.concatenate([(p["w"] * p["other"][:, k : k + 1])[:, :1] for k in range(6)], 1),
-        "concatenate",
+        "'concatenate of a weight with gains'",
     ),
     "gains of one column each, in a scan": (
         lambda p: jax.lax.scan(lambda c, g: (c, (p["w"] * g[:, None])[:, 0]), 0.0, p["other"])[1].T,

@@ -231,7 +231,7 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], custom: bool = False) -> Kind:
     name = compat.primitive_name(eqn)
     out = eqn.outvars[0].aval
     union = union_of(kinds)
-    follows = _follows(name, kinds)
+    follows, obstacle = _follows(name, kinds), name
     # An index or a comparison has no gradient; a complex weight is not followed.
     if not jnp.issubdtype(out.dtype, jnp.floating):
         if not jnp.issubdtype(out.dtype, jnp.complexfloating) and not custom:
@@ -243,7 +243,7 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], custom: bool = False) -> Kind:
         return kinds[1 - factor]._replace(scaled=(*_scaled(eqn, kinds), kinds[factor].varying or (False,) * out.ndim))
     scaled = _scaled(eqn, kinds)
     if follows and any(sum(axes) > 1 for axes in scaled):  # laid out anew, it is no neuron's any more
-        follows = False
+        follows, obstacle = False, f"{name} of a weight with gains"
     if name == "stop_gradient" and union.data and not custom:
         return Kind(data=True)
     if name in compat.LAYOUT:
@@ -273,7 +273,7 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], custom: bool = False) -> Kind:
                 if name == "mul" and any(k.static for k in kinds):
                     ours = [k if k.static else CONSTANT for k in kinds]
                     carried = union_of(ours).params, elementwise_varying(eqn, ours)
-                return union._replace(obstacle=union.obstacle or name, varying=varying, gain=carried)
+                return union._replace(obstacle=union.obstacle or obstacle, varying=varying, gain=carried)
             if name in compat.LAYOUT:
                 return activation(kinds)._replace(gain=carried)
             return activation(kinds)
@@ -299,7 +299,7 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], custom: bool = False) -> Kind:
             unmirrored = unmirrored or "data"
         return union._replace(varying=varying, gain=by, unmirrored=unmirrored, masked=masked, scaled=scaled)
     if not follows:
-        return union._replace(obstacle=union.obstacle or name, varying=varying)
+        return union._replace(obstacle=union.obstacle or obstacle, varying=varying)
     plain = union.plain and name not in {"mul", "div", "neg", "broadcast_in_dim", "tile", *compat.WRITTEN}
     if name in {"broadcast_in_dim", "tile"}:
         plain = union.plain and math.prod(out.shape) == math.prod(eqn.invars[0].aval.shape)
