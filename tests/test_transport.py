@@ -123,6 +123,9 @@ BY_HAND = {
     "a branch's products, summed behind it": lambda p, x: jnp.sum(
         jax.lax.cond(x[0, 0] > 0, lambda: x * p["w"][0], lambda: x * p["w"][1]), axis=1
     ),
+    "places pooled by attention": lambda p, x: (
+        (jnp.sin(x[:, :, None] * x[:, None]) + p["w"]) * jax.nn.softmax(x)[:, :, None]
+    ).sum(1),
     "a readout by hand": lambda p, x: jnp.sum(x * p["w"][0], axis=1),
     "a convolution by Fourier transform": lambda p, x: jnp.fft.irfft(jnp.fft.rfft(x) * jnp.fft.rfft(p["w"][0]), 6),
     "a triangular solve": lambda p, x: jax.scipy.linalg.solve_triangular(p["w"] + 3 * jnp.eye(6), x.T),
@@ -238,6 +241,17 @@ def test_an_activity_with_places_added_is_an_activity_still(name):
 
     params = {**weights("first", "w"), "place": jax.random.normal(B_KEY, X.shape)}
     assert wmkp.projections(fun, params, X)["w"].obstacle
+
+
+def test_places_pooled_by_attention_have_feedback_where_it_is_a_product():
+    def fun(params, x):
+        h = tanh_first(params, x)
+        return jnp.sum(jnp.einsum("bnd,bn->bd", h[:, :, None] * h[:, None] + params["w"], jax.nn.softmax(h)) ** 2)
+
+    params, rule = weights("first", "w"), wmkp.kolen_pollack()
+    assert wmkp.init_feedback(B_KEY, rule, fun, params, X)["w"] is not None
+    _, (grads, _) = wmkp.value_and_grad(fun, rule)(params, {"first": None, "w": params["w"]}, X)
+    chex.assert_trees_all_close(grads, jax.grad(fun)(params, X), rtol=1e-4, atol=1e-5)
 
 
 def layer_norm(x, axes, gain):
