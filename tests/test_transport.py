@@ -338,6 +338,26 @@ def test_custom_derivatives_around_a_projection_are_not_thrown_away():
     refuse(fun, weights("first", "w"), X, match="custom_vjp_call")
 
 
+def test_a_loop_with_a_derivative_of_its_own():
+    """JAX has no backward pass through a while loop; a custom derivative around one has (a differential equation's)."""
+
+    def forward(x, w):
+        return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1] @ w)), (0, x))[1]
+
+    def unrolled(x, w):
+        for _ in range(3):
+            x = jnp.tanh(x @ w)
+        return x
+
+    solve = jax.custom_vjp(forward)
+    solve.defvjp(lambda x, w: (forward(x, w), (x, w)), lambda kept, g: jax.vjp(unrolled, *kept)[1](g))
+
+    def fun(params, x):
+        return jnp.sum(solve(tanh_first(params, x), params["w"]) ** 2)
+
+    refuse(fun, weights("first", "w"), X, match="custom_vjp_call")
+
+
 def test_a_binary_product_with_a_derivative_of_its_own():
     """Inside, a comparison has no derivative; the custom one has, and it goes through W."""
 

@@ -239,7 +239,7 @@ class Analyser:
         elif not any(k.data for k in kinds):
             union = union_of(kinds)
             return step, [union._replace(obstacle=name, varying=everywhere(v.aval)) for v in eqn.outvars]
-        elif name == "while":  # JAX itself has no backward pass through it
+        elif name == "while" and not self.custom:  # JAX itself has no backward pass through it
             return step, [activation(kinds)] * count
         else:
             outs = [activation(kinds)] * count

@@ -106,6 +106,24 @@ class Normalizations(eqx.Module):
         return self.layers(x, state)
 
 
+class NeuralODE(eqx.Module):
+    """A differential equation solved by diffrax, and a readout."""
+
+    field: Any
+    head: Any
+    adjoint: Any = eqx.field(static=True)
+
+    def __init__(self, adjoint, key):
+        self.field, self.head = nn.MLP(6, 6, 8, 1, activation=jnp.tanh, key=key), nn.Linear(6, 3, key=key)
+        self.adjoint = adjoint
+
+    def __call__(self, x):
+        diffrax = pytest.importorskip("diffrax", reason="pip install -e '.[integration]'")
+        term = diffrax.ODETerm(lambda t, y, field: field(y))
+        options = {"args": self.field, "adjoint": getattr(diffrax, self.adjoint)(), "max_steps": 8}
+        return self.head(diffrax.diffeqsolve(term, diffrax.Heun(), 0.0, 1.0, 0.25, x, **options).ys[-1])
+
+
 attention = lambda model, x: jax.vmap(model)(x, x, x)
 
 CASES = {
@@ -122,8 +140,13 @@ CASES = {
     "Shared": module(Tied, 2, 5, 6),
     "WeightNorm": module(lambda key: nn.WeightNorm(nn.Linear(6, 5, key=key)), 4, 6, local="bias|/g$"),
     "SpectralNorm": stateful(lambda key: nn.SpectralNorm(nn.Linear(6, 5, key=key), "weight", key=key), 4, 6),
+    "neural ODE": module(lambda key: NeuralODE("DirectAdjoint", key), 4, 6),
+    "neural ODE, with a derivative of its own": module(
+        lambda key: NeuralODE("RecursiveCheckpointAdjoint", key), 4, 6,
+        refused={f"model/field/layers/{i}/{name}": "custom_vjp_call" for i in (0, 1) for name in ("weight", "bias")},
+    ),
     "normalizations": stateful(Normalizations, 4, 3, 6, 6, local="bias|layers/5"),
-}
+}  # fmt: skip
 
 
 @parametrize(CASES)
