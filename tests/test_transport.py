@@ -127,6 +127,17 @@ BY_HAND = {
         (jnp.sin(x[:, :, None] * x[:, None]) + p["w"]) * jax.nn.softmax(x)[:, :, None]
     ).sum(1),
     "a readout by hand": lambda p, x: jnp.sum(x * p["w"][0], axis=1),
+    "a sum over segments": lambda p, x: jax.ops.segment_sum((x * p["w"][0]).T, jnp.array([0, 0, 1, 1, 2, 2]), 3),
+    "synapses in a list": lambda p, x: jax.ops.segment_sum(
+        x.T[jnp.array([5, 0, 2])] * p["w"][0, :3, None], jnp.array([1, 0, 1]), 2
+    ),
+    "synapses in a list, for each example": jax.vmap(
+        lambda p, x: jax.ops.segment_sum(x[jnp.array([5, 0, 2])] * p["w"][0, :3], jnp.array([1, 0, 1]), 2), (None, 0)
+    ),
+    "an average over windows": lambda p, x: jax.lax.reduce_window(
+        x * p["w"][0], 0.0, jax.lax.add, (1, 2), (1, 2), "VALID"
+    ),
+    "sums on the way": lambda p, x: jnp.tanh(jnp.cumsum(x * p["w"][0], axis=1)),
     "a convolution by Fourier transform": lambda p, x: jnp.fft.irfft(jnp.fft.rfft(x) * jnp.fft.rfft(p["w"][0]), 6),
     "a triangular solve": lambda p, x: jax.scipy.linalg.solve_triangular(p["w"] + 3 * jnp.eye(6), x.T),
     "a ragged product": lambda p, x: jax.lax.ragged_dot(x, p["w"].reshape(1, 6, 6), jnp.array([3])),
@@ -271,6 +282,11 @@ pairs = lambda x: x[:, :, None] * x[:, None]
 
 # Each weight belongs to one neuron: no error goes through it to another.
 LOCAL = {
+    "a gain of features, summed over segments": lambda p, y: jax.ops.segment_sum(y * p["v"], jnp.array([1, 0, 1]), 2),
+    "a gain of features, summed over examples on the way": lambda p, y: jnp.cumsum(y * p["v"], axis=0),
+    "a gain of features, averaged over windows": lambda p, y: jax.lax.reduce_window(
+        y * p["v"], 0.0, jax.lax.add, (2, 1), (1, 1), "SAME"
+    ),
     "a layer norm": lambda p, x: layer_norm(x, -1, p["v"]),
     "a layer norm in two terms": lambda p, x: layer_norm_in_two_terms(x, -1, p["v"], p["u"][0]),
     "a norm over images in two terms": lambda p, x: layer_norm_in_two_terms(pairs(x), (1, 2), p["u"], p["v"]).reshape(

@@ -164,6 +164,21 @@ def is_matrix_operand(eqn: Any, operand: int, varying: tuple[bool, ...]) -> bool
     return any(varying[a] for a in inputs) and (one or any(varying[a] for a in outputs))
 
 
+def summed(eqn: Any) -> tuple[int, Sequence[int]]:
+    """Which operand an equation adds up, and along which of its axes (none, if it does no such thing)."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "reduce_sum":
+        return 0, params["axes"]
+    if name == "cumsum":
+        return 0, [params["axis"]]
+    if name == "reduce_window_sum":
+        return 0, [a for a, size in enumerate(params["window_dimensions"]) if size > 1]
+    if name in compat.ADDED:  # of segments, of what several synapses bring to a neuron
+        window = params["dimension_numbers"].update_window_dims
+        return 2, [a for a in range(eqn.invars[2].aval.ndim) if a not in window]
+    return 0, []
+
+
 def same_along(kind: Kind, shape: tuple[int, ...], rank: int) -> tuple[bool, ...]:
     """Along which axes of a result of this rank an operand of an elementwise equation is the same value over again."""
     copied = kind.copied or (False,) * rank

@@ -19,6 +19,7 @@ from wmkp.kinds import (
     join,
     layout_varying,
     outside,
+    summed,
     union_of,
     weight_kind,
 )
@@ -128,11 +129,12 @@ class Analyser:
         if name in compat.BILINEAR:
             return self.bilinear(eqn, bind, kinds, lengths)
         weights = [k for k in kinds if k.weight]
-        if name == "reduce_sum" and kinds[0].gain and any(kinds[0].gain[1][a] for a in eqn.params["axes"]):
+        terms, axes = summed(eqn)
+        scaled = kinds[terms].gain
+        if scaled and any(scaled[1][a] for a in axes):
             # x * w, then a sum along w: a projection written by hand.
-            params = kinds[0].gain[0]
-            kind = Kind(params, varying=everywhere(eqn.invars[0].aval))
-            product = Product(eqn, bind, 0, [kind, activation(kinds)], "mul, then reduce_sum", lengths)
+            kind = Kind(scaled[0], varying=everywhere(eqn.invars[terms].aval))
+            product = Product(eqn, bind, 0, [kind, activation(kinds)], f"mul, then {name}", lengths)
             product.needs_feedback = True
             return Step(eqn, "bind", bind, (), product), [activation(kinds)] * count
         if compat.has_jaxpr(eqn):
