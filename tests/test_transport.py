@@ -582,6 +582,7 @@ REJOINED = {  # a matrix that data has selected, taken apart into rows and put t
     "rolled": lambda w: jnp.roll(w, 1, 0),
     "columns rolled": lambda w: jnp.roll(w, 1, 1),
     "rows concatenated": lambda w: jnp.concatenate([w[1:], w[:1]]),
+    "rows added": lambda w: jnp.stack([0.0 + w[0] + w[1], *w[1:]]),
     "rows padded": lambda w: jnp.pad(w[:1], ((0, 5), (0, 0))),
     "rows written": lambda w: jax.lax.dynamic_update_slice(jnp.zeros((6, 6)), w[:1], (2, 0)),
 }
@@ -593,9 +594,9 @@ def test_rows_of_a_matrix_that_data_selects_make_a_matrix(name):
         return jnp.sin(tanh_first(params, x) @ REJOINED[name](params["w"][k])).sum()
 
     params = {**weights("w", shape=(4, 6, 6)), **weights("first")}
-    feedback = wmkp.init_feedback(B_KEY, wmkp.kolen_pollack(), loss, params, X, 1)
+    feedback = wmkp.init_feedback(B_KEY, wmkp.kolen_pollack(), loss, params, X, np.int32(1))
     assert feedback["first"] is None and feedback["w"] is not None
-    _, (grads, _) = wmkp.value_and_grad(loss, wmkp.kolen_pollack())(params, feedback, X, 1)
+    _, (grads, _) = wmkp.value_and_grad(loss, wmkp.kolen_pollack())(params, feedback, X, np.int32(1))
     delta = jnp.cos(tanh_first(params, X) @ REJOINED[name](params["w"][1])) @ REJOINED[name](feedback["w"][1]).T
     expected = X.T @ (delta * (1 - tanh_first(params, X) ** 2))
     chex.assert_trees_all_close(grads["first"], expected, rtol=1e-4, atol=1e-5)

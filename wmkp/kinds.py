@@ -274,7 +274,8 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], custom: bool = False) -> Kind:
         # or selects from may yet multiply another activation, and must not do so unseen.
         indexed = name in compat.INDEXED and _is_matrix(kinds[0].varying)
         # With no activation beside it, a readout of one neuron (or one filter) that data masks is a weight still.
-        masked = any(varying) and name not in compat.AFFINE and not any(k.active and not k.weight for k in kinds)
+        shifted = name in compat.AFFINE and any(k.data and not k.weight for k in kinds)
+        masked = any(varying) and not shifted and not any(k.active and not k.weight for k in kinds)
         carried = next((k.gain for k in kinds if k.gain and k.weight), None)
         if carried and name in compat.LAYOUT:
             carried = carried[0], layout_varying(eqn, carried[1])
