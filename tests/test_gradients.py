@@ -506,6 +506,24 @@ NORMS_ELSEWHERE = {  # a layer with weight norm, whose norm is not taken beside 
 }
 
 
+def test_a_gain_that_another_weight_gives_is_the_same_beside_feedback():
+    """It scales the error as it scales the activity, whatever that weight's own B."""
+    u, m, v = layers(3, 6)
+    b = {"u": None, "m": layers(2, 6, jax.random.key(1))[0], "v": layers(2, 6, jax.random.key(1))[1]}
+    x = jax.random.normal(KEY, (3, 6))
+
+    def loss(p, x):
+        return jnp.sum(jnp.sin(jnp.tanh(jnp.tanh(x @ p["u"]) @ p["m"]) @ (p["v"] * p["m"][0])))
+
+    _, (grads, signal) = wmkp.value_and_grad(loss, wmkp.kolen_pollack())({"u": u, "m": m, "v": v}, b, x)
+    h0 = jnp.tanh(x @ u)
+    h = jnp.tanh(h0 @ m)
+    delta = jnp.cos(h @ (v * m[0])) * m[0]
+    back = (delta @ b["v"].T * (1 - h**2)) @ b["m"].T
+    chex.assert_trees_all_close(grads["u"], x.T @ (back * (1 - h0**2)), rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(signal["v"], h.T @ delta, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", NORMS_ELSEWHERE)
 def test_a_norm_is_feedbacks_own_wherever_it_is_taken(name):
     """With B = W both have one gradient; the derivative of B's, by both, is the Hessian."""

@@ -93,10 +93,11 @@ def _evaluate(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
         return _shard_map(step, operands, handler)
     assert step.bind is not None
     outs = step.bind(*values)
-    if step.action == "own" or step.gain is not None:  # what has no B of its own is the same beside B: a learned gain
+    if step.action == "own" or step.gain is not None:  # a gain is the same beside B, unless B has one as W has: a norm
         main = None if step.gain is None else 1 - step.gain
+        other = main is not None and not step.norm
         operands = [
-            (a, a) if i != main and (b is None or isinstance(b, Direct)) else (a, b)
+            (a, a) if i != main and (other or b is None or isinstance(b, Direct)) else (a, b)
             for i, (a, b) in enumerate(operands)
         ]
         if main is not None and operands[main][1] is values[main]:  # backprop's

@@ -35,6 +35,7 @@ class Step(NamedTuple):
     plans: tuple["Plan", ...] = ()
     product: Product | None = None
     gain: int | None = None  # of what is followed: the operand that scales the other (``kinds.gain_operand``)
+    norm: bool = False  # whether the gain is made of the weight that it scales
 
 
 class Plan(NamedTuple):
@@ -165,7 +166,8 @@ class Analyser:
         out = cut(eqn, kinds, weight_kind(eqn, kinds, self.custom))
         action = "follow" if out.weight and not out.obstacle else "own" if out.static else "bind"
         gain = gain_operand(eqn, kinds) if action == "follow" else None
-        return Step(eqn, action, bind, gain=gain), [out] * count
+        norm = gain is not None and bool(kinds[0].params & kinds[1].params)
+        return Step(eqn, action, bind, gain=gain, norm=norm), [out] * count
 
     def bilinear(self, eqn: Any, bind: Bind, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
         name = eqn.primitive.name
