@@ -70,7 +70,7 @@ TEXTS = {
     "biotorch-lenet": (
         "BioTorch's table: LeNet on MNIST",
         "BioTorch's recipe for LeNet, the gradients clipped at a norm of 1, under the rules that it publishes and under KP and WM, which it "
-        "lacks. SS is its uSF. Its errors are those of the whole recipe, ours those of as many epochs as were run.",
+        "lacks. SS is its uSF. One run of each.",
     ),
 }
 HEAD = (
