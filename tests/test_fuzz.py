@@ -5,7 +5,7 @@ it stands (which is what wmkp gets to see) and as the reference, where each prod
 activation a is ``op(a, T(W))`` in value, reads T(B) in its derivative with respect to a, and T(W)'s place in that with
 respect to W and B: equation 3, 4 and 15 for every use, by stop_gradient alone.
 
-A thousand of either kind, others with each seed (an hour; the statistics count what was accepted and what refused):
+A thousand of either kind, others with each seed (the statistics say what share was accepted and what refused):
 ``FUZZ_EXAMPLES=1000 pytest -n 0 tests/test_fuzz.py --hypothesis-seed=1 --hypothesis-show-statistics``
 """
 
