@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test, set before JAX starts; and compiling quickly, since tests compile much."""
 
+import gc
 import os
 from importlib.metadata import version
 
@@ -22,6 +23,14 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_left_compiled():
+    """What a module compiled goes with it: thousands of programs kept are gigabytes, and tens of thousands of mappings."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
