@@ -16,6 +16,10 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
+# One program at a time: with several under way on eight devices and two cores, XLA's threads can wait for each other in
+# an all-reduce until it gives up and ends the process (seen twice).
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
 
 @pytest.fixture(scope="module")
 def quick_compile():
