@@ -567,6 +567,8 @@ def check(program):
         strict |= "of a weight with gains" in str(error) and "norm" in program.text.split()  # joined, say
         # Activities that a norm has just scaled, multiplied and summed: the scale is the weights of a sum.
         strict |= "mul by copies of an activation" in str(error) and {"norm", "outer"} <= {*program.text.split()}
+        # Sums that a product by hand (a gain, taken alone) left the same for all: the next one's weights fan them out.
+        strict |= "mul by copies of an activation" in str(error) and "('hand', 'gain'), a gain" in program.text
         assert strict or "UNFOLLOWABLE" in program.text, f"refused: {error}"
         return
     except ValueError as error:  # its only products are by hand, which no error passes, or gains

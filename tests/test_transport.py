@@ -307,6 +307,28 @@ LOCAL = {
     "gains of maps that are pooled": lambda p, x: x.reshape(3, 2, 3).max(2) * p["v"][:2],
     "gains of the largest": lambda p, x: jax.lax.top_k(x, 3)[0] * p["v"][:3],
     "gains of what is shifted": lambda p, x: jnp.roll(x, 1, 1) * p["v"],
+    "gains of what is shifted twice": lambda p, x: jnp.roll(jnp.roll(x, 1, 1), 1, 1) * p["v"],
+    "gains of two that are shifted": lambda p, x: (
+        jnp.concatenate([jnp.roll(x, 1, 1), jnp.roll(jnp.sin(x), 1, 1)], 1) * jnp.repeat(p["v"], 2)
+    ),
+    "gains of columns joined again": lambda p, x: jnp.concatenate([x[:, i : i + 1] for i in range(6)], 1) * p["v"],
+    "gains of columns padded": lambda p, x: jnp.pad(x[:, :1], ((0, 0), (0, 5))) * p["v"],
+    "gains of a column put in place": lambda p, x: (
+        jax.lax.dynamic_update_slice(jnp.zeros((3, 6)), x[:, :1], (0, 2)) * p["v"]
+    ),
+    "gains of copies cut and joined": lambda p, x: (
+        jnp.concatenate(jnp.split(jnp.broadcast_to(x[:, None], (3, 2, 6)), 3, 2), 2) * p["v"]
+    ),
+    "gains of repeated steps beside others": lambda p, x: (
+        jnp.stack([jnp.repeat(x, 2, 0), jnp.sin(jnp.repeat(x, 2, 0))], 1) * p["u"][:2]
+    ),
+    "gains of copies written over": lambda p, x: (
+        jnp.broadcast_to(x[:, None], (3, 2, 6)).at[:, :, 0].set(jnp.sin(x[:, :2])) * p["v"]
+    ),
+    "gains of copies put in place": lambda p, x: (
+        jnp.zeros((3, 4, 6)).at[:, 1:3].set(jnp.broadcast_to(x[:, None], (3, 2, 6))) * p["v"]
+    ),
+    "gains of what a scan hands out": lambda p, x: jax.lax.scan(lambda c, _: (c, jnp.sin(c)), x, None, 2)[1] * p["v"],
     "gains of what is written": lambda p, x: jnp.zeros((3, 8)).at[:, :6].set(x)[:, 1:7] * p["v"],
     "coefficients of a polynomial": lambda p, x: jnp.polyval(p["u"], x),
     "knots of an interpolation": lambda p, x: jnp.interp(x, p["v"], p["u"][0]),
@@ -634,6 +656,37 @@ FANS = {
     "copies kept in a scan": lambda p, h, k: jnp.tanh(
         jax.lax.scan(lambda c, _: (jnp.tanh(c), None), copied(h) * jnp.ones(6), None, 2)[0] * p["w"]
     ).sum(1),
+    "a stack": lambda p, h, k: jnp.tanh(jnp.stack([h] * 6, 2) * p["w"]).sum(1),
+    "what each turn of a scan hands out": lambda p, h, k: jnp.tanh(
+        jax.lax.scan(lambda c, _: (c, jnp.sin(c)), h, None, 6)[1] * p["w"][:, None]
+    ).sum(0),
+    "copies taken apart": lambda p, h, k: sum(
+        jnp.tanh(row * w) for row, w in zip(jnp.unstack(copied(h) * jnp.ones(6), axis=1), p["w"], strict=True)
+    ),
+    "copies in one branch": lambda p, h, k: jnp.tanh(
+        jax.lax.cond(k > 0, lambda: jnp.broadcast_to(copied(h), (3, 6, 6)), lambda: copied(h) * h[:, None]) * p["w"]
+    ).sum(1),
+    "copies from the second turn on": lambda p, h, k: jax.lax.scan(
+        lambda c, _: (jnp.broadcast_to(jnp.sin(c * p["w"][0]).max(1, keepdims=True), (3, 6)), None), h, None, 2
+    )[0],
+    "copies in the first turn": lambda p, h, k: jax.lax.scan(
+        lambda c, _: (jnp.tanh(c * p["w"]) + c.swapaxes(1, 2), None), copied(h) * jnp.ones(6), None, 2
+    )[0],
+    "copies, some written over": lambda p, h, k: jnp.tanh(
+        (copied(h) * jnp.ones(6)).at[:, :, 0].set(jnp.sin(h)) * p["w"]
+    ).sum(1),
+    "copies written to places": lambda p, h, k: jnp.tanh(
+        jnp.zeros((3, 6, 6)).at[:, :, jnp.arange(6)[::-1]].set(copied(h) * jnp.ones(6)) * p["w"]
+    ).sum(1),
+    "copies added to places": lambda p, h, k: jnp.tanh(
+        jnp.zeros((3, 6, 6)).at[:, :, jnp.arange(6)].add(copied(h) * jnp.ones(6)) * p["w"]
+    ).sum(1),
+    "copies chosen by a mask": lambda p, h, k: jnp.tanh(
+        jnp.where(jnp.tri(6) > 0, copied(h), copied(h) * h[:, None]) * p["w"]
+    ).sum(1),
+    "copies laid out by columns": lambda p, h, k: jnp.tanh(
+        jnp.concatenate([(h[:, :1] * jnp.ones(6))[:, i : i + 1] for i in range(6)], 1) * p["w"][0]
+    ),
     "edges of a graph": lambda p, h, k: edges(p, h),
     "vmap": lambda p, h, k: jax.vmap(lambda w: jnp.tanh(h * w).sum(-1), 1, 1)(p["w"]),
     "jit": lambda p, h, k: jnp.tanh(jax.jit(jnp.multiply)(copied(h), p["w"])).sum(1),

@@ -1,8 +1,11 @@
 """Copies of an activation, and the weights that multiply them: products written by hand, which B cannot follow."""
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from wmkp import compat
 from wmkp.kinds import CONSTANT, Kind, activation, elementwise_varying, layout_varying, same_along
@@ -45,7 +48,7 @@ def copied_along(eqn: Any, kinds: Sequence[Kind], shape: tuple[int, ...]) -> tup
         again = [True] * len(shape)
         for axis, out in enumerate(eqn.params["broadcast_dimensions"]):
             again[out] = was[axis] or old[axis] != shape[out]
-    elif name in {"transpose", "squeeze", "reshape"}:
+    elif name in {"transpose", "squeeze", "reshape", "unstack"}:
         again = list(layout_varying(eqn, was))
     elif name == "tile":
         again = [r or reps > 1 for r, reps in zip(was, eqn.params["reps"], strict=True)]
@@ -54,45 +57,110 @@ def copied_along(eqn: Any, kinds: Sequence[Kind], shape: tuple[int, ...]) -> tup
             return ()
         again = _copied_by_dot(eqn, a, was)
     elif name == "gather" and active == [0]:
-        again = _copied_by_gather(eqn, old)
+        again = _copied_by_gather(eqn, old, was)
     elif len(old) == len(shape) and (name in compat.LAYOUT or name == "dynamic_slice"):
         again = list(was)
     elif name.startswith("reduce_") and "axes" in eqn.params:
         again = [r for axis, r in enumerate(was) if axis not in eqn.params["axes"]]
+    elif name in compat.JOINED | compat.WRITTEN or (name in compat.ADDED and 0 not in active):
+        again = _copied_by_joining(eqn, kinds, active, shape)
     else:
         again = [True] * len(shape)
         for i in active:
             old = eqn.invars[i].aval.shape
+            was = kinds[i].copied or (False,) * len(old)
             if old and len(old) != len(shape):
                 return ()
-            was = kinds[i].copied or (False,) * len(old)
             if old:
-                # Only an axis of one is spread; a longer one is joined to others, padded, pooled or chosen from.
+                # Only an axis of one is spread; a longer one is pooled or cut.
                 again = [g and (r or n == 1 != m) for g, r, n, m in zip(again, was, old, shape, strict=True)]
-        if name == "concatenate":  # of more elements than there are, some are there twice
-            sizes: dict[tuple[Any, int], int] = {}
-            for i in active:
-                for source in sources(eqn, kinds, i):
-                    sizes[source] = sizes.get(source, 0) + math.prod(eqn.invars[i].aval.shape)
-            dimension = eqn.params["dimension"]
-            again[dimension] |= any(joined > whole for (_, whole), joined in sizes.items())
-            again[dimension] |= any(kinds[i].copied and kinds[i].copied[dimension] for i in active)
     return tuple(r and size > 1 for r, size in zip(again, shape, strict=True))
+
+
+def _copied_by_joining(eqn: Any, kinds: Sequence[Kind], active: Sequence[int], shape: tuple[int, ...]) -> list[bool]:
+    """What is joined to copies, chosen instead of them or written over a part of them leaves copies in the rest."""
+    name = eqn.primitive.name
+    again = [False] * len(shape)
+    for i in active:
+        was = list(kinds[i].copied) if math.prod(eqn.invars[i].aval.shape) else []
+        if was and name == "stack":
+            was.insert(eqn.params["axis"], False)
+        elif was and i > 0 and name.startswith("scatter"):
+            was = _copied_by_writing(eqn, was, len(shape))
+        again = list(map(operator.or_, again, was or again))
+    if name in {"concatenate", "stack"}:  # of more elements than there are, some are there twice
+        sizes: dict[tuple[Any, int], int] = {}
+        for i in active:
+            *cut_from, (var, size) = sources(eqn, kinds, i)
+            for source in {*cut_from, (var, size)}:
+                sizes[source] = sizes.get(source, 0) + size
+        along = eqn.params["dimension" if name == "concatenate" else "axis"]
+        again[along] |= any(joined > whole for (_, whole), joined in sizes.items())
+    return again
+
+
+def _copied_by_writing(eqn: Any, was: Sequence[bool], rank: int) -> list[bool]:
+    """Along which axes of an array updates are copies that are copies among themselves."""
+    numbers = eqn.params["dimension_numbers"]
+    places = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+    window = dict(zip([a for a in range(rank) if a not in places], numbers.update_window_dims, strict=True))
+    scattered = any(r for a, r in enumerate(was) if a not in numbers.update_window_dims)
+    return [was[window[a]] if a in window else scattered for a in range(rank)]
+
+
+def _source(var: Any, kind: Kind) -> tuple[Any, int]:
+    """A variable, and how many elements it has, each of its copies counted once."""
+    shape = var.aval.shape
+    return var, math.prod(n for n, again in zip(shape, kind.copied or [False] * len(shape), strict=True) if not again)
 
 
 def sources(eqn: Any, kinds: Sequence[Kind], operand: int) -> tuple[tuple[Any, int], ...]:
     """The variables that an operand was cut from, and itself, and how many elements each has; the last few."""
-    var = eqn.invars[operand]
-    return (*kinds[operand].sources[-7:], (var, math.prod(var.aval.shape)))
+    return (*kinds[operand].sources[-7:], _source(eqn.invars[operand], kinds[operand]))
 
 
 def cut(eqn: Any, kinds: Sequence[Kind], out: Kind) -> Kind:
     """The kind of an equation's result, with the variables that an activity in it was cut from."""
     name = eqn.primitive.name
-    if not out.active or out.synaptic or (name not in compat.LAYOUT and name != "concatenate"):
+    if not out.active or out.synaptic or (name not in compat.LAYOUT and name not in {"concatenate", "stack"}):
         return out
     parts = [sources(eqn, kinds, i) for i, k in enumerate(kinds) if k.active]
     return out._replace(sources=tuple(s for s in parts[0] if all(s in other for other in parts)))
+
+
+class Twice:
+    """What a jaxpr computes more than once: by the same primitive, from the same values."""
+
+    def __init__(self) -> None:
+        self.first: dict[Any, Any] = {}  # by variable, the first that has its value
+        self.computed: dict[Any, Sequence[Any]] = {}
+
+    def mark(self, eqn: Any, kinds: Sequence[Kind], outs: list[Kind]) -> list[Kind]:
+        """The kinds of an equation's results: an activity that is there already is, as it were, cut from the first."""
+        operands = [
+            self.first.get(v, v) if isinstance(v, compat.Var) else (np.asarray(v.val).tobytes(), v.aval)
+            for v in eqn.invars
+        ]
+        params = dict(eqn.params)
+        if eqn.primitive.name == "slice":  # of copies, one is as good as another
+            params["start_indices"], params["limit_indices"] = (
+                tuple(None if r else n for r, n in zip(kinds[0].copied or [False] * len(ends), ends, strict=True))
+                for ends in (params["start_indices"], params["limit_indices"])
+            )
+        try:
+            before = self.computed.setdefault((eqn.primitive, *params.items(), *operands), eqn.outvars)
+        except TypeError:  # a parameter that has no hash
+            return outs
+        if eqn.primitive.name == "unstack" and kinds[0].copied and kinds[0].copied[eqn.params["axis"]]:
+            before = [before[0]] * len(outs)
+        pairs = [(v, w) for v, w in zip(eqn.outvars, before, strict=True) if v is not w]
+        if eqn.effects or not pairs:
+            return outs
+        self.first.update(pairs)
+        return [
+            k._replace(sources=(*k.sources[-7:], _source(w, k))) if v is not w and k.active and not k.synaptic else k
+            for v, w, k in zip(eqn.outvars, before, outs, strict=True)
+        ]
 
 
 def _copied_by_dot(eqn: Any, active: int, was: tuple[bool, ...]) -> list[bool]:
@@ -105,14 +173,16 @@ def _copied_by_dot(eqn: Any, active: int, was: tuple[bool, ...]) -> list[bool]:
     return [*(was[a] for a in batch[active]), *own(0), *own(1)]
 
 
-def _copied_by_gather(eqn: Any, old: tuple[int, ...]) -> list[bool]:
+def _copied_by_gather(eqn: Any, old: tuple[int, ...], was: Sequence[bool]) -> list[bool]:
     """More places than there are values to fill them repeat some (fewer are a permutation or a choice)."""
     numbers, shape = eqn.params["dimension_numbers"], eqn.outvars[0].aval.shape
     places = [a for a in range(len(shape)) if a not in numbers.offset_dims]
     from_which = [*numbers.collapsed_slice_dims, *numbers.operand_batching_dims]
     more = math.prod(shape[a] for a in places) > math.prod(old[a] for a in from_which)
+    more |= any(was[a] for a in numbers.collapsed_slice_dims)
     batched = len(numbers.operand_batching_dims)
-    return [more and a in places[batched:] for a in range(len(shape))]
+    kept = dict(zip(numbers.offset_dims, [a for a in range(len(old)) if a not in from_which], strict=True))
+    return [was[kept[a]] if a in kept else more and a in places[batched:] for a in range(len(shape))]
 
 
 def fan_out(

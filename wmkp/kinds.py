@@ -92,6 +92,8 @@ def layout_varying(eqn: Any, varying: tuple[bool, ...]) -> tuple[bool, ...]:
         return tuple(varying[a] for a in eqn.params["permutation"])
     if name == "squeeze":
         return tuple(v for a, v in enumerate(varying) if a not in eqn.params["dimensions"])
+    if name == "unstack":
+        return tuple(v for a, v in enumerate(varying) if a != eqn.params["axis"])
     if name == "reshape":
         return _reshape_varying(eqn.invars[0].aval.shape, shape, varying)
     if shape == eqn.invars[0].aval.shape:
@@ -329,8 +331,9 @@ def join(a: Kind, b: Kind, varying: tuple[bool, ...], name: str) -> Kind:
     if a == b:
         return a
     union = union_of([a, b])
-    active = [k.copied for k in (a, b) if k.active and not k.synaptic]
-    copied = tuple(all(r) for r in zip(*active, strict=True)) if all(active) else ()
+    # Copies in one turn, or one branch, are copies there, whatever comes in the others.
+    active = [k.copied for k in (a, b) if k.copied and k.active and not k.synaptic]
+    copied = tuple(any(r) for r in zip(*active, strict=True))
     if not union.weight or (union.data and not _is_matrix(varying)):
         return Kind(data=union.data, active=union.active, copied=copied)
     scaled = tuple(dict.fromkeys((*a.scaled, *b.scaled)))

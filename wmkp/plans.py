@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from wmkp import compat
-from wmkp.copies import cut, fan_out, settle, sources
+from wmkp.copies import Twice, cut, fan_out, settle, sources
 from wmkp.kinds import (
     CONSTANT,
     Gain,
@@ -56,6 +56,16 @@ class Plan(NamedTuple):
                 yield from plan.products()
 
 
+def _invariant(jaxpr: Any, consts: int, carries: int) -> set[Any]:
+    """The variables of a scan's body that are the same in every turn."""
+    kept = [v for v, out in zip(jaxpr.invars[consts:], jaxpr.outvars[:carries], strict=False) if v is out]
+    same = {*jaxpr.constvars, *jaxpr.invars[:consts], *kept}
+    for eqn in jaxpr.eqns:
+        if not eqn.effects and all(v in same for v in eqn.invars if isinstance(v, compat.Var)):
+            same.update(eqn.outvars)
+    return same
+
+
 def _either(a: Gain | None, b: Gain | None) -> Gain | None:
     """The gain of a value that may be either."""
     if a is None or b is None:
@@ -94,7 +104,7 @@ class Analyser:
         def read(v: Any) -> Kind:
             return env[v] if isinstance(v, compat.Var) else CONSTANT
 
-        plan = Plan(jaxpr, consts, [], env, [])
+        plan, twice = Plan(jaxpr, consts, [], env, []), Twice()
         for eqn in jaxpr.eqns:
             bind = compat.binder(eqn, jaxpr)
             operands = [read(v) for v in eqn.invars]
@@ -104,7 +114,7 @@ class Analyser:
                 step = step._replace(product=product)
                 self.note_uses(step, operands, outs)
             plan.steps.append(step)
-            env.update(zip(eqn.outvars, outs, strict=True))
+            env.update(zip(eqn.outvars, twice.mark(eqn, operands, outs), strict=True))
         plan.outputs.extend(read(v) for v in jaxpr.outvars)
         return plan
 
@@ -120,7 +130,10 @@ class Analyser:
         if name in compat.INLINED or name in compat.REMAT:
             kinds = [k._replace(sources=sources(eqn, kinds, i)) if k.active else k for i, k in enumerate(kinds)]
             inner = self.plan(compat.inner_jaxpr(eqn), kinds, lengths)
-            return Step(eqn, "remat" if name in compat.REMAT else "inline", None, (inner,)), inner.outputs
+            # JAX's cached jaxprs have the same variables each time: those within are not told apart outside.
+            known = frozenset(s for k in kinds for s in k.sources)
+            outs = [k._replace(sources=tuple(s for s in k.sources if s in known)) for k in inner.outputs]
+            return Step(eqn, "remat" if name in compat.REMAT else "inline", None, (inner,)), outs
         if name == "scan":
             return self.scan(eqn, kinds, lengths)
         if name == "cond":
@@ -324,9 +337,12 @@ class Analyser:
             kind._replace(gain=out.gain)
             for kind, out in zip(inner[consts : consts + carries], plan.outputs[:carries], strict=True)
         ]
-        for kind in plan.outputs[carries:]:
+        same = _invariant(plan.jaxpr, consts, carries)
+        for kind, var in zip(plan.outputs[carries:], plan.jaxpr.outvars[carries:], strict=True):
             varying = (kind.weight, *kind.varying)
-            copied = (False, *kind.copied) if kind.copied else ()
+            copied = ()
+            if kind.active and not kind.synaptic:
+                copied = (var in same, *(kind.copied or (False,) * len(var.aval.shape)))
             stack = kind.stack[: len(lengths) - 1]
             gain = kind.gain and (kind.gain[0], (False, *kind.gain[1]))
             scaled = tuple((True, *axes) for axes in kind.scaled)  # each turn has its own
