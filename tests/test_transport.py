@@ -127,6 +127,11 @@ BY_HAND = {
         (jnp.sin(x[:, :, None] * x[:, None]) + p["w"]) * jax.nn.softmax(x)[:, :, None]
     ).sum(1),
     "a readout by hand": lambda p, x: jnp.sum(x * p["w"][0], axis=1),
+    "a readout of some": lambda p, x: jnp.sum(x * p["w"][0], axis=1, where=np.arange(6) > 1),
+    "a readout, scaled": lambda p, x: (-2 * (x * p["w"][0]) * np.arange(1.0, 7.0)).sum(1),
+    "a readout, padded": lambda p, x: jnp.pad(x * p["w"][0], ((0, 0), (1, 2))).sum(1),
+    "a readout by positive weights": lambda p, x: (x * jnp.abs(p["w"][0])).sum(1),
+    "a readout that divides": lambda p, x: (x / p["w"][0]).sum(1),
     "a sum over segments": lambda p, x: jax.ops.segment_sum((x * p["w"][0]).T, jnp.array([0, 0, 1, 1, 2, 2]), 3),
     "synapses in a list": lambda p, x: jax.ops.segment_sum(
         x.T[jnp.array([5, 0, 2])] * p["w"][0, :3, None], jnp.array([1, 0, 1]), 2
@@ -284,6 +289,9 @@ pairs = lambda x: x[:, :, None] * x[:, None]
 LOCAL = {
     "a gain of features, summed over segments": lambda p, y: jax.ops.segment_sum(y * p["v"], jnp.array([1, 0, 1]), 2),
     "a gain of features, summed over examples on the way": lambda p, y: jnp.cumsum(y * p["v"], axis=0),
+    "a gain of features, scaled, masked and averaged over examples": lambda p, y: jnp.mean(
+        jnp.pad(2 * y * jnp.exp(p["v"] / 9), ((1, 1), (0, 0))), 0, where=np.arange(5)[:, None] > 1, keepdims=True
+    ),
     "a gain of features, averaged over windows": lambda p, y: jax.lax.reduce_window(
         y * p["v"], 0.0, jax.lax.add, (2, 1), (1, 1), "SAME"
     ),

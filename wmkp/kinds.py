@@ -181,6 +181,19 @@ def summed(eqn: Any) -> tuple[int, Sequence[int]]:
     return 0, []
 
 
+def carried_gain(eqn: Any, kinds: Sequence[Kind]) -> Gain | None:
+    """The gain of an activity that was just multiplied by one, laid out anew or scaled, masked or padded by constants."""
+    name, out = eqn.primitive.name, eqn.outvars[0].aval
+    gain, *others = (k.gain for k in kinds if k.data)
+    if gain is None or others:
+        return None
+    if name in compat.LAYOUT:
+        return gain[0], layout_varying(eqn, gain[1])
+    if name in {"neg", "mul", "div", "select_n", "pad", "dynamic_slice"} and len(gain[1]) == out.ndim:
+        return gain
+    return None
+
+
 def same_along(kind: Kind, shape: tuple[int, ...], rank: int) -> tuple[bool, ...]:
     """Along which axes of a result of this rank an operand of an elementwise equation is the same value over again."""
     copied = kind.copied or (False,) * rank
@@ -283,17 +296,20 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], custom: bool = False) -> Kind:
             carried = carried[0], layout_varying(eqn, carried[1])
         elif carried:  # (A vector with its biases added is a norm's.)
             axes = carried[1] if len(carried[1]) == out.ndim else varying
-            carried = (carried[0], axes) if _is_matrix(axes) else None
+            alone = sum(k.data or k.weight for k in kinds) == 1
+            carried = (carried[0], axes) if alone or _is_matrix(axes) else None
         if not follows:
             # What is made of a masked matrix is no activity of neurons: it would carry W's own transpose unseen.
             local = name in compat.LOCAL and (union.obstacle or any(k.static for k in kinds))
             if (_is_matrix(varying) and local) or (any(varying) and union.masked):
-                if name == "mul" and any(k.static for k in kinds):
+                if name in {"mul", "div"} and any(k.static for k in kinds):
                     ours = [k if k.static else CONSTANT for k in kinds]
                     carried = union_of(ours).params, elementwise_varying(eqn, ours)
                 return union._replace(obstacle=union.obstacle or obstacle, varying=varying, gain=carried)
             if name in compat.LAYOUT:
                 return activation(kinds)._replace(gain=carried)
+            if name in {"mul", "div"} and any(k.static for k in kinds):
+                return activation(kinds)._replace(gain=(union.params, varying))
             return activation(kinds)
         if not indexed and not masked and not _is_matrix(varying):
             return activation(kinds)._replace(gain=(union.params, varying) if name == "mul" else None)

@@ -13,11 +13,11 @@ from wmkp.kinds import (
     Gain,
     Kind,
     activation,
+    carried_gain,
     everywhere,
     gain_operand,
     is_matrix_operand,
     join,
-    layout_varying,
     outside,
     summed,
     union_of,
@@ -154,12 +154,10 @@ class Analyser:
         if compat.has_jaxpr(eqn):
             return self.opaque(eqn, bind, kinds, lengths)
         if not weights:
-            out = activation(kinds)
-            if name in compat.LAYOUT:
-                if kinds[0].gain:
-                    out = out._replace(gain=(kinds[0].gain[0], layout_varying(eqn, kinds[0].gain[1])))
-                if eqn.outvars[0].aval.shape == eqn.invars[0].aval.shape and name not in {"transpose", "rev"}:
-                    out = out._replace(product=kinds[0].product)
+            out = activation(kinds)._replace(gain=carried_gain(eqn, kinds))
+            same_shape = eqn.outvars[0].aval.shape == eqn.invars[0].aval.shape
+            if name in compat.LAYOUT and same_shape and name not in {"transpose", "rev"}:
+                out = out._replace(product=kinds[0].product)
             out = cut(eqn, kinds, out)
             smooth = name != "stop_gradient" and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact)
             if not smooth and not self.custom:
