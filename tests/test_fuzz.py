@@ -618,6 +618,27 @@ def test_random_programs_that_feedback_cannot_always_follow(program):
     check(program)
 
 
+@settings(SETTINGS, max_examples=LARGE or 8)
+@given(programs())
+def test_orthogonal_noise_mirrors_random_programs_exactly(program):
+    """However a weight is laid out, masked, scaled and shared on its way: what is used of it comes back as it is."""
+    note(repr(program))
+    if LARGE and next(COUNT) % 50 == 0:
+        jax.clear_caches()
+    args = program.fun, program.params, program.x, program.data
+    whole = math.lcm(720, *(p.fan_in for p in wmkp.projections(*args).values()))  # of every fan_in a multiple
+    try:
+        found = wmkp.mirror_signals(jax.random.key(0), wmkp.weight_mirror(noise="orthogonal", num_samples=whole), *args)
+    except wmkp.WeightTransportError:  # sums, and what data selects
+        event("refused")
+        return
+    event("mirrored")
+    for name, signal in found.items():
+        if signal is not None:
+            used = np.abs(signal) > 1e-9
+            np.testing.assert_allclose(np.asarray(signal)[used], np.asarray(program.params[name])[used], atol=1e-6)
+
+
 # --- copies of an activity -----------------------------------------------------------------------------------------
 
 
