@@ -618,7 +618,7 @@ def test_random_programs_that_feedback_cannot_always_follow(program):
     check(program)
 
 
-@settings(SETTINGS, max_examples=LARGE or 8)
+@settings(SETTINGS, max_examples=LARGE or 16)
 @given(programs())
 def test_orthogonal_noise_mirrors_random_programs_exactly(program):
     """However a weight is laid out, masked, scaled and shared on its way: what is used of it comes back as it is."""
