@@ -2,6 +2,7 @@
 
 ``python -m benchmarks.figures runs/akrout-mnist ...`` copies the CSV files, pictures and provenance of these directories
 to ``benchmarks/results/figures``, and then writes RESULTS.md from all that lies there; without a directory it only writes.
+A battery's runs join those of the same settings that were taken in before, whatever commit and day each is of.
 """
 
 import csv
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import benchmarks
-from wmkp.experiments import published, reproduce
+from wmkp.experiments import logs, published, reproduce
 from wmkp.experiments.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -55,12 +56,7 @@ TEXTS = {
     "akrout-resnet20": (
         "Algorithm comparison and learning the transpose: ResNet-20, CIFAR-10",
         "The paper's two figures, which have ImageNet, at a small size: test error, and every layer's matrix and delta angles, against the "
-        "epoch. The rules that are missing here are in the next table, at a sixth of the length.",
-    ),
-    "akrout-resnet20-short": (
-        "The same, cut short, under all six rules",
-        "Kolen-Pollack forgets its random start by a clock that counts steps ([notebook 3](notebooks/3_kolen_pollack.ipynb)): in a "
-        "run cut short its angles are those of its beginning, not of its end.",
+        "epoch.",
     ),
     "akrout-tiny": (
         "Algorithm comparison and learning the transpose: ResNet-18, Tiny ImageNet-100",
@@ -89,33 +85,65 @@ HEAD = (
 def take(directory: Path) -> None:
     """Copies a figure's CSV files, pictures and provenance, the paths of the machine it ran on taken out."""
     run = json.loads((directory / "run.json").read_text())
-    short = f"{run['figure']}-short"
-    kept = KEPT / (short if short in TEXTS and _epochs(run) < _whole(run) else run["figure"])
-    if kept.exists():
-        shutil.rmtree(kept)
-    kept.mkdir(parents=True)
+    kept = KEPT / run["figure"]
     words, hidden = [], False
     for word in run["command"].split():
         words.append("DIR" if hidden else word)
         hidden = word in ("--data-dir", "--reference", "--out")
     run["command"] = " ".join(words)
-    (kept / "run.json").write_text(json.dumps(run, indent=1) + "\n")
-    some_steps = any(settings.get("steps") for settings in run.get("runs", {}).values())  # one point is no curve
-    for path in (*directory.glob("*.csv"), *(() if some_steps else directory.glob("*.png"))):
+    earlier = kept / "run.json"
+    if (
+        run["figure"] in reproduce.ALIGNED
+        and earlier.exists()
+        and _alike(there := json.loads(earlier.read_text()), run)
+    ):
+        also = [there, *there.pop("also", [])]
+        for record in also:
+            record["runs"] = {name: x for name, x in record["runs"].items() if name not in run["runs"]}
+        run["also"] = [record for record in also if record["runs"]]
+    files = list(directory.glob("*.csv"))
+    if not any(settings.get("steps") for settings in run.get("runs", {}).values()):  # one point is no curve
+        files += directory.glob("*.png")
+    others = [name for record in run.get("also", []) for name in record["runs"]]
+    summary = [line for line in _lines(kept / "summary.csv") if line["run"] in others] if others else []
+    if kept.exists():
+        for path in kept.iterdir():
+            if path.stem not in others:
+                path.unlink()
+    kept.mkdir(parents=True, exist_ok=True)
+    for path in files:
         shutil.copy(path, kept)
+    earlier.write_text(json.dumps(run, indent=1) + "\n")
+    if others:
+        order = reproduce.BATTERIES[run["figure"]].runs
+        summary = sorted([*summary, *_lines(directory / "summary.csv")], key=lambda line: order.index(line["run"]))
+        reproduce.write(kept / "summary.csv", summary)
+        names = [line["run"] for line in summary]
+        tests = {name: logs.read(kept / f"{name}.csv") for name in names}
+        reproduce.draw(kept, tests, {name: RECIPES[name].rule for name in names})
 
 
-def section(name: str) -> str:
-    """A figure's part of RESULTS.md."""
-    kept = KEPT / name
-    run = json.loads((kept / "run.json").read_text())
-    with (kept / "summary.csv").open() as file:
-        summary: list[dict[str, Any]] = [
+def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two figures' runs have the same settings, but for the rule."""
+    first, second = (next(iter(run["runs"].values())) | {"rule": ""} for run in (one, other))
+    return first == second
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """A figure's summary."""
+    with path.open() as file:
+        return [
             {name: x if name in ("run", "what") else float(x or "nan") for name, x in row.items()}
             for row in csv.DictReader(file)
         ]
-    figure = run["figure"]
-    title, text = TEXTS[name]
+
+
+def section(figure: str) -> str:
+    """A figure's part of RESULTS.md."""
+    kept = KEPT / figure
+    run = json.loads((kept / "run.json").read_text())
+    summary = _lines(kept / "summary.csv")
+    title, text = TEXTS[figure]
     if figure != "akrout-imagenet":  # throughput is benchmarks' business: these runs may have had company
         summary = [{name: x for name, x in line.items() if name != "examples_per_second"} for line in summary]
     headings, *lines = reproduce.table(summary)
@@ -123,26 +151,33 @@ def section(name: str) -> str:
     table = [[headings[0], "what", *headings[1:]]] + [
         [line[0], what, *line[1:]] for line, what in zip(lines, whats, strict=True)
     ]
-    text = f"{text} {reproduce.verdict(summary)}".strip()
+    text = f"{text} {reproduce.verdict(figure, summary, kept)}".strip()
     if figure == "akrout-cifar10":
         table[0].append("accuracy, mean difference")
         for row, line in zip(table[1:], summary, strict=True):
             row.append(f"{line['accuracy_mean_difference']:+.2f}")
     table.insert(1, ["---", "---", *["---:"] * (len(table[0]) - 2)])
-    machine = run["machine"]
     parts = [
         f"## {title}",
         text,
         "\n".join("| " + " | ".join(row) + " |" for row in table),
         f"{reproduce.caption(summary)} {_length(figure, run, summary)}",
         *(
-            f"![{name}: {path.stem}](benchmarks/results/figures/{name}/{path.name})"
+            f"![{figure}: {path.stem}](benchmarks/results/figures/{figure}/{path.name})"
             for path in sorted(kept.glob("*.png"))
         ),
-        f"`{run['command']}`, commit {run['commit']}, {machine['cpu']} with {machine['cores']} cores ({', '.join(run['devices'])}), "
-        f"jax {run['versions']['jax']}, {run['date'][:10]}. Files: [{name}](benchmarks/results/figures/{name}).",
+        f"{' '.join(map(_made, [*run.get('also', []), run]))} Files: [{figure}](benchmarks/results/figures/{figure}).",
     ]
     return "\n\n".join(parts)
+
+
+def _made(run: dict[str, Any]) -> str:
+    """By which command, from what, where and when runs were made."""
+    machine = run["machine"]
+    return (
+        f"`{run['command']}`, commit {run['commit']}, {machine['cpu']} with {machine['cores']} cores "
+        f"({', '.join(run['devices'])}), jax {run['versions']['jax']}, {run['date'][:10]}."
+    )
 
 
 def _length(figure: str, run: dict[str, Any], summary: list[dict[str, Any]]) -> str:
@@ -152,17 +187,9 @@ def _length(figure: str, run: dict[str, Any], summary: list[dict[str, Any]]) -> 
         return f"{run['epochs']} epochs; the published curves have {published.EPOCHS}.{took}"
     settings = next(iter(run["runs"].values()))
     size = f" Images of {settings['image_size']}x{settings['image_size']}." if settings["image_size"] else ""
-    steps = f"{settings['steps']} steps" if settings["steps"] else f"{_epochs(run):g} epochs"
-    return f"{steps} of batches of {settings['batch_size']}; the whole figure has {_whole(run):g} epochs.{size}"
-
-
-def _epochs(run: dict[str, Any]) -> float:
-    return next(iter(run["runs"].values()))["epochs"]
-
-
-def _whole(run: dict[str, Any]) -> float:
-    """The epochs of a battery's runs when they are not cut short."""
-    return reproduce.BATTERIES[run["figure"]].changes.get("epochs", RECIPES[next(iter(run["runs"]))].epochs)
+    steps = f"{settings['steps']} steps" if settings["steps"] else f"{settings['epochs']:g} epochs"
+    whole = reproduce.BATTERIES[figure].changes.get("epochs", RECIPES[next(iter(run["runs"]))].epochs)
+    return f"{steps} of batches of {settings['batch_size']}; the whole figure has {whole:g} epochs.{size}"
 
 
 def main() -> None:

@@ -260,7 +260,7 @@ def test_orders_keep_the_order_from_epoch_to_epoch_and_span_the_published(datase
         assert losses == pytest.approx([row.train_loss for row in again], rel=1e-5)
 
 
-def test_the_verdict_is_that_of_the_farthest_run_at_the_last_epoch():
+def test_the_verdict_is_that_of_the_farthest_run_at_the_last_epoch(tmp_path):
     nan = float("nan")
     kpm = {"run": "kpm", "what": "", "epoch": 9, "accuracy": 90.0, "matrix_angle": 0.0, "delta_angle": 0.0}
     kpm |= {"delta_angle_mean": 0.0, "delta_angle_sd": 0.0}  # B = W^T: every example's angle is 0
@@ -269,22 +269,53 @@ def test_the_verdict_is_that_of_the_farthest_run_at_the_last_epoch():
     bp = fa | {"run": "bp", "accuracy_published": 89.9}
     bp |= {f"{name}{end}": nan for name in ("matrix_angle", "delta_angle") for end in ("", "_published")}
     bp |= {"delta_angle_mean": nan, "delta_angle_sd": nan}
-    assert reproduce.verdict([bp, kpm, fa]) == (
+    assert reproduce.verdict("akrout-mnist", [bp, kpm, fa], tmp_path) == (
         "Farthest from the published at epoch 9: accuracy 0.20 points (fa; bound 0.3, met); matrix angle 3.50 degrees "
         "(fa; bound 3, missed); delta angle 4.00 degrees (fa; bound 3, missed), and at most 1.5 standard deviations from the "
         "mean over examples."
     )
-    assert reproduce.verdict([kpm]) == "" and reproduce.verdict([{"run": "x", "test_error": 1.0}]) == ""
+    assert reproduce.verdict("akrout-mended", [kpm], tmp_path) == ""
+    assert reproduce.verdict("biotorch-lenet", [{"run": "x", "test_error": 1.0}], tmp_path) == ""
     headings, *lines = reproduce.table([bp, kpm, fa])
     column = headings.index("of 128: mean, sd, published in sd")
     assert [line[column] for line in lines] == ["-, -", "0.00, 0.00", "37.00, 2.00, -1.50"]
 
 
-def test_orders_say_how_far_the_published_lies_from_the_own_order_and_outside_the_others():
+def test_the_papers_claims_are_held_against_the_runs(tmp_path):
+    def left(rule, errors, angles):
+        rows = [f"{10 * i},{x},{angle}" for i, (x, angle) in enumerate(zip(errors, angles, strict=True), 1)]
+        header = "epoch,test_error_percent,matrix_angle_worst_deg"
+        (tmp_path / f"resnet20-cifar10-{rule}.csv").write_text("\n".join([header, *rows, ""]))
+        return {"run": f"resnet20-cifar10-{rule}"}
+
+    def said(*lines):
+        return reproduce.verdict("akrout-resnet20", lines, tmp_path)
+
+    bp, wm = left("bp", (40, 20, 10), ("", "", "")), left("wm", (30, 20, 10.75), (5, 7, 5.5))
+    kp, kpm, fa = (
+        left("kp", (9, 9, 9), (3, 2, 0.5)),
+        left("kpm", (9, 9, 11.25), (0.5, 0.5, 1)),
+        left("fa", (60, 50, 40), (90, 80, 70)),
+    )
+    assert said(bp, wm, kp, fa) == (
+        "Test error over BP's, in points: WM +0.75, KP -1.00 (bound 1, met); FA +30.00 (published as behind). Matrix angle of the "
+        "worst layer, in degrees: WM 5.50 (bound 6, under it from epoch 30 on), KP 0.50 (bound 1, under it from epoch 30 on)."
+    )
+    assert said(bp, kpm) == (
+        "Test error over BP's, in points: KPM +1.25 (bound 1, missed). Matrix angle of the worst layer, in degrees: KPM 1.00 "
+        "(bound 1, missed)."
+    )
+    assert said(left("wm", (9, 9, 9), (5, 5, 5))) == (
+        "Matrix angle of the worst layer, in degrees: WM 5.00 (bound 6, under it from epoch 10 on)."
+    )
+    assert said(bp) == ""
+
+
+def test_orders_say_how_far_the_published_lies_from_the_own_order_and_outside_the_others(tmp_path):
     line = {"run": "mnist", "epoch": 1, "accuracy_least": 87.0, "accuracy_most": 89.0, "accuracy_own": 88.25}
     lines = [line | {"accuracy_published": x} for x in (88.0, 86.0, 89.5)]
     cifar = line | {"run": "cifar10", "accuracy_published": 88.0}
-    assert reproduce.verdict([*lines, cifar]) == (
+    assert reproduce.verdict("akrout-orders", [*lines, cifar], tmp_path) == (
         "mnist: the published accuracies are up to 2.25 points from those in the dataset's own order, and 2 of 3 outside "
         "the other orders' (by up to 1.00). cifar10: the published accuracies are up to 0.25 points from those in the "
         "dataset's own order, and 0 of 1 outside the other orders' (by up to 0.00)."

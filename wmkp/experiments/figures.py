@@ -37,6 +37,8 @@ OTHERS = [
 ]
 TEXT = "#333333"
 
+Curve = Sequence[Mapping[str, float]]
+
 
 def comparison(rows: Sequence["Row"], title: str) -> bytes:
     """Test error, matrix angles and delta angles against the epoch, a line a rule."""
@@ -66,9 +68,7 @@ def runs(directories: Sequence[Path]) -> bytes:
     """
     if not directories:
         raise InputError("name at least one run's directory")
-    others = iter(itertools.cycle(OTHERS))
-    taken: set[str] = set()
-    lines = []
+    tests, rules = {}, {}
     names = [directory.resolve().name for directory in directories]
     if len(set(names)) < len(names):
         names = [str(directory) for directory in directories]
@@ -78,9 +78,20 @@ def runs(directories: Sequence[Path]) -> bytes:
         if not rows:
             raise InputError(f"{directory} has no evaluation: {path.name} is not there, or empty")
         try:
-            rule = str(json.loads((directory / "config.json").read_text())["rule"])
+            rules[name] = str(json.loads((directory / "config.json").read_text())["rule"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{directory / 'config.json'} is damaged: {first_line(error)}") from None
+        tests[name] = rows
+    return curves(tests, rules)
+
+
+def curves(tests: Mapping[str, Curve], rules: Mapping[str, str]) -> bytes:
+    """Runs' evaluations on one picture: the first of a rule in the rule's own colour."""
+    others = iter(itertools.cycle(OTHERS))
+    taken: set[str] = set()
+    lines = []
+    for name, rows in tests.items():
+        rule = rules[name]
         style = next(others) if rule in taken or rule not in STYLES else STYLES[rule]
         taken.add(rule)
         lines.append((name, style, rows))
@@ -90,7 +101,7 @@ def runs(directories: Sequence[Path]) -> bytes:
 ANGLES = tuple(f"{kind}_angle_{which}_deg" for kind in ("matrix", "delta") for which in ("mean", "worst"))
 
 
-def _curves(lines: Sequence[tuple[str, dict[str, Any], list[dict[str, float]]]], title: str) -> bytes:
+def _curves(lines: Sequence[tuple[str, dict[str, Any], Curve]], title: str) -> bytes:
     """Lines of (label, style, rows) on three axes."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     figure.suptitle(title, fontsize=11, color=TEXT)
@@ -133,9 +144,6 @@ def _plain(axes: Any) -> None:
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=TEXT)
-
-
-Curve = Sequence[Mapping[str, float]]
 
 
 def published(

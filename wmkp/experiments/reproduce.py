@@ -12,7 +12,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +63,11 @@ _ALIGNING = {
     "mirror_angle": 5.0,
 }
 
+# The paper's figures: how near BP's test error, in points, and under how many degrees every layer's matrix angle is to come.
+NEAR = 1.0
+UNDER = {"wm": 6.0, "kp": 1.0, "kpm": 1.0}
+ALIGNED = ("akrout-resnet20", "akrout-tiny")
+
 BATTERIES = {
     "akrout-resnet20": Battery(_runs("resnet20-cifar10", "bp wm kp kpm ss fa"), _ALIGNING),
     "akrout-tiny": Battery(_runs("resnet18-tiny", "bp wm kp kpm ss fa"), _ALIGNING),
@@ -106,7 +111,7 @@ def reproduce(config: Reproduce) -> None:
         _check_out(config.out, figure)
         summary = make(config, config.out)
         if devices.is_first():
-            _write(config.out / "summary.csv", summary)
+            write(config.out / "summary.csv", summary)
             _print(config, summary)
 
 
@@ -157,7 +162,7 @@ def _curves(config: Reproduce, out: Path) -> list[dict[str, Any]]:
 
     def one(key: str) -> list[dict[str, float]]:
         def report(rows: list[published.Epoch]) -> None:
-            _write(out / f"{key}.csv", [row._asdict() for row in rows])
+            write(out / f"{key}.csv", [row._asdict() for row in rows])
             if len(rows) % 20 == 0:
                 last, seconds = rows[-1], time.perf_counter() - begin
                 console.print(f"{key}: epoch {last.epoch}, {last.test_accuracy_percent:.2f} %, {seconds:.0f} s")
@@ -202,7 +207,7 @@ def _orders(config: Reproduce, out: Path) -> list[dict[str, Any]]:
             ordered = dataset._replace(train={key: x[places] for key, x in dataset.train.items()})
             curves.append(published.run(variant, ordered, published.HIDDEN[name], epochs, config.seed))
             rows = [{"order": i, **row._asdict()} for i, curve in enumerate(curves) for row in curve]
-            _write(out / f"{name}.csv", rows)
+            write(out / f"{name}.csv", rows)
         for own, *others in zip(*curves, strict=True):
             found = [row.test_accuracy_percent for row in others]
             line = {
@@ -316,11 +321,15 @@ def _battery(config: Reproduce, out: Path) -> list[dict[str, Any]]:
     if devices.is_first():
         tests = {name: logs.read(run.out / "test.csv") for name, run in runs.items()}
         for name, rows in tests.items():
-            _write(out / f"{name}.csv", rows)
-        pictures: dict[str, bytes | None] = {"curves": figures.runs([run.out for run in runs.values()])}
-        pictures["layers"] = figures.layers(tests, {name: run.rule for name, run in runs.items()})
-        outputs.write_atomically({out / f"{name}.png": png for name, png in pictures.items() if png is not None})
+            write(out / f"{name}.csv", rows)
+        draw(out, tests, {name: run.rule for name, run in runs.items()})
     return lines
+
+
+def draw(out: Path, tests: Mapping[str, figures.Curve], rules: Mapping[str, str]) -> None:
+    """A battery's pictures, of its runs' evaluations."""
+    pictures = {"curves": figures.curves(tests, rules), "layers": figures.layers(tests, rules)}
+    outputs.write_atomically({out / f"{name}.png": png for name, png in pictures.items() if png is not None})
 
 
 def _rows(path: Path, *columns: str) -> list[dict[str, float]]:
@@ -342,7 +351,8 @@ def memory(config: Train) -> dict[str, int]:
     return {"state": found.argument_size_in_bytes, "step": found.temp_size_in_bytes}
 
 
-def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Rows to a CSV file, their columns those of all of them; what is not a number is left empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
@@ -408,7 +418,8 @@ def caption(summary: Sequence[dict[str, Any]]) -> str:
     examples = ""
     if "delta_angle_sd" in summary[0]:
         examples = f" A delta angle is that of the first training example; then over {published.EXAMPLES} of them"
-        examples += ", and how far from their mean the published one lies." if verdict(summary) else "."
+        held = any("delta_angle_published" in line for line in summary)
+        examples += ", and how far from their mean the published one lies." if held else "."
     if "accuracy_published" in summary[0]:
         return f"Ours, the published, and the largest difference over the curve. Angles in degrees.{examples}"
     if "accuracy" in summary[0]:
@@ -416,8 +427,10 @@ def caption(summary: Sequence[dict[str, Any]]) -> str:
     return "Error: on the test set, ours, and the published where there is one. Angles: degrees, over the layers, at the end."
 
 
-def verdict(summary: Sequence[dict[str, Any]]) -> str:
-    """How far the curves are from the published, and whether that is within BOUNDS; "" if none was published."""
+def verdict(figure: str, summary: Sequence[dict[str, Any]], directory: Path) -> str:
+    """How far the figure in a directory is from the published, and whether that is within BOUNDS; "" if none was published."""
+    if figure in ALIGNED:
+        return _claims({line["run"]: logs.read(directory / f"{line['run']}.csv") for line in summary})
     if "accuracy_least" in summary[0]:
         return _place(summary)
     said = []
@@ -433,6 +446,35 @@ def verdict(summary: Sequence[dict[str, Any]]) -> str:
     if found := [x for x in found if not math.isnan(x)]:
         said[-1] += f", and at most {max(found):.1f} standard deviations from the mean over examples"
     return f"Farthest from the published at epoch {summary[0]['epoch']:g}: {'; '.join(said)}."
+
+
+def _claims(tests: Mapping[str, figures.Curve]) -> str:
+    """What the paper claims of test errors and matrix angles, and what became of it; "" of backprop alone."""
+    ends = {recipes.RECIPES[name].rule: rows for name, rows in tests.items()}
+    said = []
+    if (bp := ends.pop("bp", None)) and ends:
+        over = {rule: rows[-1]["test_error_percent"] - bp[-1]["test_error_percent"] for rule, rows in ends.items()}
+        parts = []
+        if near := {rule: x for rule, x in over.items() if rule in UNDER}:
+            met = "met" if max(near.values()) <= NEAR else "missed"
+            parts.append(f"{_by_rule(near)} (bound {NEAR:g}, {met})")
+        if behind := {rule: x for rule, x in over.items() if rule not in UNDER}:
+            parts.append(f"{_by_rule(behind)} (published as behind)")
+        said.append(f"Test error over BP's, in points: {'; '.join(parts)}.")
+    angles = []
+    for rule, bound in UNDER.items():
+        if rule in ends:
+            worst = [row["matrix_angle_worst_deg"] for row in ends[rule]]
+            under = max((i for i, x in enumerate(worst, 1) if not x < bound), default=0)
+            when = f"under it from epoch {ends[rule][under]['epoch']:g} on" if under < len(worst) else "missed"
+            angles.append(f"{rule.upper()} {worst[-1]:.2f} (bound {bound:g}, {when})")
+    if angles:
+        said.append(f"Matrix angle of the worst layer, in degrees: {', '.join(angles)}.")
+    return " ".join(said)
+
+
+def _by_rule(points: Mapping[str, float]) -> str:
+    return ", ".join(f"{rule.upper()} {x:+.2f}" for rule, x in points.items())
 
 
 def _place(summary: Sequence[dict[str, Any]]) -> str:
@@ -464,6 +506,7 @@ def _print(config: Reproduce, summary: list[dict[str, Any]]) -> None:
     if not console.is_terminal:  # a log or a notebook: nothing is cut off
         console = Console(width=max(console.width, 160))
     console.print(shown)
-    if said := verdict(summary):
+    assert config.out is not None
+    if said := verdict(config.figure, summary, config.out):
         print(said)
     print(f"Written: {config.out}")
