@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 import benchmarks
-from benchmarks import engaged
+from benchmarks import engaged, figures
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,6 +21,7 @@ def pages(comparison: Path | None = None, every_rule: Path | None = None) -> Non
     """
     fill("README.md", "cost", cost())
     fill("README.md", "mirror", mirror())
+    fill("README.md", "resnet20", resnet20())
     if comparison is not None:
         fill("README.md", "table", (comparison / "comparison.md").read_text())
         shutil.copy(comparison / "comparison.png", ROOT / "docs" / "comparison.png")
@@ -55,6 +56,15 @@ def mirror() -> str:
         f"A mirror step after every {every} engaged steps, under which ResNet-18's angles were at most {worst:.1f} degrees, adds "
         f"{share['ResNet-18']} % to its operations at 224 and batch 256, and {share['ResNet-50']} % to ResNet-50's "
         "([mirror_cost](benchmarks/results/mirror_cost.json)).\n"
+    )
+
+
+def resnet20() -> str:
+    """The paper's comparison of the algorithms at the size of ResNet-20, by ``results/figures``."""
+    lines, where = figures.section("akrout-resnet20").split("\n"), "benchmarks/results/figures/akrout-resnet20"
+    table = [line for line in lines if line.startswith("|")]
+    return "\n".join(
+        [*table, "", f"![Test error, matrix angles and delta angles against the epoch]({where}/curves.png)", ""]
     )
 
 

@@ -72,10 +72,11 @@ def test_code_runs(page):
 # --- what the pages say of the code -----------------------------------------------------------------------------------
 
 
-def test_the_readmes_costs_are_those_of_the_results():
+def test_the_readmes_figures_are_those_of_the_results():
     """``python -m benchmarks.pages`` wrote them."""
     text = (ROOT / "README.md").read_text()
-    for name, content in (("cost", pages.cost()), ("mirror", pages.mirror())):
+    for name in ("cost", "mirror", "resnet20"):
+        content = getattr(pages, name)()
         assert f"<!-- {name} -->\n{content}<!-- end of {name} -->" in text
 
 

@@ -118,7 +118,7 @@ def _curves(lines: Sequence[tuple[str, dict[str, Any], Curve]], title: str) -> b
             axes.fill_between(epochs, mean, worst, color=style["color"], alpha=0.15, linewidth=0)
 
     error.set(title="Test error", ylabel="%", yscale="log")
-    error.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    error.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     error.yaxis.set_major_formatter("{x:g}")
     error.yaxis.set_minor_locator(NullLocator())
     matrix.set(title="Matrix angles: W to B", ylabel="degrees: mean, shaded to the worst layer")
