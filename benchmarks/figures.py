@@ -56,7 +56,7 @@ TEXTS = {
     "akrout-resnet20": (
         "Algorithm comparison and learning the transpose: ResNet-20, CIFAR-10",
         "The paper's two figures, which have ImageNet, at a small size: test error, and every layer's matrix and delta angles, against the "
-        "epoch.",
+        "epoch. One run of each.",
     ),
     "akrout-tiny": (
         "Algorithm comparison and learning the transpose: ResNet-18, Tiny ImageNet-100",
@@ -97,7 +97,7 @@ def take(directory: Path) -> None:
         and earlier.exists()
         and _alike(there := json.loads(earlier.read_text()), run)
     ):
-        also = [there, *there.pop("also", [])]
+        also = [*there.pop("also", []), there]
         for record in also:
             record["runs"] = {name: x for name, x in record["runs"].items() if name not in run["runs"]}
         run["also"] = [record for record in also if record["runs"]]
