@@ -5,7 +5,8 @@
 One run of ``wmkp train`` goes on undisturbed, its memory, open files and threads looked at after every evaluation.
 Another, with the same settings, is killed and resumed: some kills fall while a process starts or restores, the others
 where a number of steps is reached, and saves and evaluations are so frequent that many fall into one. Exit code 1 if
-the runs differ, if something is left behind or if memory grows.
+the runs differ, if something is left behind or if memory grows. All of it under a weight mirror, whose second mode has random
+keys of its own, and again under Kolen-Pollack, whose B has an optimizer's state of its own.
 """
 
 import os
@@ -27,16 +28,20 @@ from wmkp.experiments import checkpoints, logs, train
 
 STEPS, KILLS, AT_START = 2000, 30, 8
 SEED = 0
-OPTIONS = (
-    "mlp-digits-wm --hidden 16 16 --batch-size 32 --accumulate 2 --augment --clip-norm 1 --label-smoothing 0.1 "
-    f"--mirror-every 3 --mirror-steps 20 --mirror-angle 20 --steps {STEPS} --log-every 10 --save-every 0.5"
-).split()
+COMMON = (
+    f"--hidden 16 16 --batch-size 32 --accumulate 2 --augment --clip-norm 1 --label-smoothing 0.1 --steps {STEPS} "
+    "--log-every 10 --save-every 0.5"
+)
+OPTIONS = {
+    "wm": f"mlp-digits-wm {COMMON} --mirror-every 3 --mirror-steps 20 --mirror-angle 20".split(),
+    "kp": f"mlp-digits-kp {COMMON}".split(),
+}
 GROWTH = 0.02  # of memory, from the second quarter of the steps to the last
 
 
-def start(out: pathlib.Path, *options: str) -> subprocess.Popen[bytes]:
+def start(rule: str, out: pathlib.Path, *options: str) -> subprocess.Popen[bytes]:
     """``wmkp train`` in a session of its own, whatever it starts included; all compile once, into one cache."""
-    command = [sys.executable, "-c", "from wmkp.experiments.cli import main; main()", "train", *OPTIONS, *options]
+    command = [sys.executable, "-c", "from wmkp.experiments.cli import main; main()", "train", *OPTIONS[rule], *options]
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(out.parent / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -78,9 +83,9 @@ def sample(process: int) -> dict[str, float]:
     }
 
 
-def undisturbed(out: pathlib.Path) -> list[dict[str, float]]:
+def undisturbed(rule: str, out: pathlib.Path) -> list[dict[str, float]]:
     """A run from beginning to end -> a sample after each evaluation but the last."""
-    process = start(out)
+    process = start(rule, out)
     samples: list[dict[str, float]] = []
     while process.poll() is None:
         step = last_step(out, "test")
@@ -92,7 +97,7 @@ def undisturbed(out: pathlib.Path) -> list[dict[str, float]]:
     return samples
 
 
-def killed(out: pathlib.Path) -> Iterator[dict[str, Any]]:
+def killed(rule: str, out: pathlib.Path) -> Iterator[dict[str, Any]]:
     """A run that is killed again and again, and then ends -> one dict a kill."""
     rng = random.Random(SEED)
     early = set(rng.sample(range(1, KILLS), AT_START))  # the first life tells how long a start takes
@@ -101,7 +106,7 @@ def killed(out: pathlib.Path) -> Iterator[dict[str, Any]]:
     startup = 0.0
     for number in range(KILLS):
         before, begin = last_step(out), time.perf_counter()
-        process = start(out, "--resume")
+        process = start(rule, out, "--resume")
         if number in early:
             time.sleep(rng.uniform(0, startup))
         else:
@@ -122,7 +127,7 @@ def killed(out: pathlib.Path) -> Iterator[dict[str, Any]]:
             "ended_before": ended,
             "left_running": len(session(process.pid)),
         }
-    process = start(out, "--resume")
+    process = start(rule, out, "--resume")
     if process.wait():
         sys.exit(f"the resumed run ended with exit code {process.returncode}")
 
@@ -151,13 +156,14 @@ def files(out: pathlib.Path) -> list[str]:
     return sorted(str(path) for path in paths if not {"tensorboard", "state"} & set(path.parts))
 
 
-def main() -> None:
-    """Prints and saves what was found."""
+def worn(rule: str) -> dict[str, Any]:
+    """What was found under a rule, which is printed besides."""
+    print(rule)
     with tempfile.TemporaryDirectory() as scratch:
         one, other = pathlib.Path(scratch) / "undisturbed", pathlib.Path(scratch) / "killed"
-        samples = undisturbed(one)
+        samples = undisturbed(rule, one)
         kills = []
-        for kill in killed(other):
+        for kill in killed(rule, other):
             kills.append(kill)
             print(f"kill {len(kills)}, {kill['at']}: step {kill['step']}", flush=True)
         mine, theirs = arrays(one), arrays(other)
@@ -185,15 +191,20 @@ def main() -> None:
     print(f"memory {growth:+.2%}; open files and threads at least {held}")
     for condition, holds in conditions.items():
         print(f"{'yes' if holds else 'NO '}  {condition}")
-    result = {
+    return {
         "conditions": conditions,
         "memory_growth": growth,
         "files_left": left["killed"],
         "kills": kills,
         "samples": samples,
     }
+
+
+def main() -> None:
+    """Saves what was found."""
+    result = {rule: worn(rule) for rule in OPTIONS}
     print(f"Written: {save('wear', result)}")
-    sys.exit(not all(conditions.values()))
+    sys.exit(not all(holds for found in result.values() for holds in found["conditions"].values()))
 
 
 if __name__ == "__main__":

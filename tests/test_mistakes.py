@@ -1,6 +1,7 @@
 """Wrong calls of every public function: a library error that names the argument and the way out, and never a NaN."""
 
 import functools
+import itertools
 import re
 
 import flax.linen as nn
@@ -161,6 +162,15 @@ WRONG = {
             wmkp.product_feedback_alignment(scale=scale), wmkp.weight_mirror(scale=scale),
         )
     },
+    **{
+        f"noise_std={std} in half precision": (
+            lambda std=std: wmkp.mirror_signals(
+                KEY, wmkp.weight_mirror(noise_std=std, num_samples=4), fun, jax.tree.map(lambda x: x.astype(jnp.float16), PARAMS),
+                X.astype(jnp.float16)),
+            f"noise_std={std:g} makes signals", "params['w']", "which float16 cannot hold", "nearer to 1")
+        for std in (300.0, 1e-4)
+    },
+    "alignment that overshoots": (lambda: wmkp.alignment(amplitude=1, decay=20, rate=0.1), "rate * decay must lie below 2"),
     "alignment of nothing": (wmkp.alignment, "coefficients", "all zero"),
     "alignment, whitened noise": (lambda: wmkp.alignment(decay=1, whiten=True), "whiten", "activity"),
     "a noise that is not used": (lambda: wmkp.alignment(decay=1, on="activity", noise="white"), "noise must be"),
@@ -528,8 +538,9 @@ WRONG = {
         lambda: updates.weight_mirror(0.1, 1).update(PARAMS, optax.EmptyState(), made(KP)), "signal must have the structure of feedback"),
     **{
         f"calibrated_mirror(rate={bad!r})": (lambda bad=bad: updates.calibrated_mirror(WM, bad), "rate")
-        for bad in (-0.1, NAN, "0.1", jnp.ones(3))
+        for bad in (-0.1, 2.5, NAN, "0.1", jnp.ones(3))
     },
+    "a mirror's rate and decay": (lambda: updates.weight_mirror(1000.0, 10.0), "learning_rate * decay must lie below 2"),
     # --- make_steps
     "an optimizer that wants the loss": (
         lambda: make(rule=wmkp.feedback_alignment(), optimizer=optax.contrib.reduce_on_plateau()).init(KEY, PARAMS),
@@ -719,13 +730,9 @@ def wrong_calls(draw):
     return call, {**arguments, name: draw(st.sampled_from(BAD))}, (name,)
 
 
-@settings(deadline=None, derandomize=True, max_examples=120, phases=[Phase.explicit, Phase.generate],
-          suppress_health_check=list(HealthCheck))  # fmt: skip
-@given(wrong_calls())
-def test_any_change_of_a_valid_call_is_right_or_an_error_that_names_the_argument(changed_call):
-    call, arguments, names = changed_call
+def right_or_named(call, arguments, names):
+    """The call is answered with finite numbers, or with an error of the library that names one of these arguments."""
     function, valid = CALLS[call]
-    note(f"{call}: {names} changed, {arguments}")
     try:
         # ``fun``'s own arguments come by position.
         if "args" in valid and call in (
@@ -740,13 +747,32 @@ def test_any_change_of_a_valid_call_is_right_or_an_error_that_names_the_argument
             result = function(**arguments)
     except Exception as error:
         text = said_by_the_library(error)
-        # What ``fun`` itself raises comes with all that it was called with.
-        assert "raised" in text or any(re.search(rf"\b{name}\b", text) for name in names), text
+        # What ``fun`` itself raises comes with all that it was called with; what params and feedback differ in is in both.
+        named = (*names, "feedback") if "params" in names else names
+        assert "raised" in text or any(re.search(rf"\b{name}\b", text) for name in named), text
         return
     for leaf in jax.tree.leaves(result):
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact):
             assert jnp.isfinite(leaf).all()
         assert not isinstance(leaf, float) or np.isfinite(leaf)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_every_bad_value_in_every_place_and_every_two_arguments_exchanged(call):
+    valid = CALLS[call][1]
+    for name, bad in itertools.product(valid, BAD):
+        right_or_named(call, {**valid, name: bad}, (name,))
+    for name, other in itertools.combinations(valid, 2):
+        right_or_named(call, {**valid, name: valid[other], other: valid[name]}, (name, other))
+
+
+@settings(deadline=None, derandomize=True, max_examples=120, phases=[Phase.explicit, Phase.generate],
+          suppress_health_check=list(HealthCheck))  # fmt: skip
+@given(wrong_calls())
+def test_any_change_of_a_valid_call_is_right_or_an_error_that_names_the_argument(changed_call):
+    call, arguments, names = changed_call
+    note(f"{call}: {names} changed, {arguments}")
+    right_or_named(call, arguments, names)
 
 
 # --- random keys ------------------------------------------------------------------------------------------------------

@@ -132,6 +132,8 @@ BY_HAND = {
     "a readout, padded": lambda p, x: jnp.pad(x * p["w"][0], ((0, 0), (1, 2))).sum(1),
     "a readout by positive weights": lambda p, x: (x * jnp.abs(p["w"][0])).sum(1),
     "a readout that divides": lambda p, x: (x / p["w"][0]).sum(1),
+    "a readout by a column of constants": lambda p, x: (x * p["w"][0]) @ np.arange(6.0),
+    "columns, one by one": lambda p, x: jnp.stack([(x * p["w"][:, k]) @ np.ones((6, 1)) for k in range(6)]),
     "a sum over segments": lambda p, x: jax.ops.segment_sum((x * p["w"][0]).T, jnp.array([0, 0, 1, 1, 2, 2]), 3),
     "synapses in a list": lambda p, x: jax.ops.segment_sum(
         x.T[jnp.array([5, 0, 2])] * p["w"][0, :3, None], jnp.array([1, 0, 1]), 2
@@ -295,6 +297,8 @@ LOCAL = {
     "a gain of features, averaged over windows": lambda p, y: jax.lax.reduce_window(
         y * p["v"], 0.0, jax.lax.add, (2, 1), (1, 1), "SAME"
     ),
+    "gains of features, mixed": lambda p, x: (x * p["v"]) @ np.cos(np.arange(36.0)).reshape(6, 6),
+    "gains of features, averaged over examples by a row": lambda p, x: np.ones((1, 3)) @ (x * p["v"]),
     "a layer norm": lambda p, x: layer_norm(x, -1, p["v"]),
     "a layer norm in two terms": lambda p, x: layer_norm_in_two_terms(x, -1, p["v"], p["u"][0]),
     "a norm over images in two terms": lambda p, x: layer_norm_in_two_terms(pairs(x), (1, 2), p["u"], p["v"]).reshape(

@@ -224,6 +224,33 @@ REFUSED = {
 }
 
 
+def test_a_trial_is_compiled_and_goes_on_until_something_moves():
+    calls = 0
+
+    def update(gradients, state, params=None):
+        nonlocal calls
+        calls += 1
+        return optax.adamw(ETA, weight_decay=LAMBDA).update(gradients, state, params)
+
+    for every in (1, 100):
+        tx = optax.GradientTransformation(optax.adamw(ETA, weight_decay=LAMBDA).init, update)
+        updates.kolen_pollack(optax.MultiSteps(tx, every).gradient_transformation()).init(float32(trees())[1])
+    assert 0 < calls < 30
+    with pytest.raises(ValueError, match=WEIGHTS):
+        updates.kolen_pollack(optax.MultiSteps(optax.lamb(ETA), 100).gradient_transformation()).init(
+            float32(trees())[1]
+        )
+
+
+def test_one_that_takes_a_gradient_of_each_example_is_refused():
+    with pytest.raises(ValueError, match="its updates have other shapes than the gradients"):
+        updates.kolen_pollack(contrib.dpsgd(ETA, 1.0, 1.0, 0)).init(float32(trees())[1])
+
+
+def test_a_schedule_in_python_is_tried_as_it_is():
+    updates.kolen_pollack(optax.sgd(lambda count: 0.1 if count < 3 else 0.2)).init(float32(trees())[1])
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refuses_where_equation_14_cannot_hold(name):
     tx, reason = REFUSED[name]

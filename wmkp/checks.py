@@ -46,6 +46,12 @@ def scalar(name: str, value: Any) -> None:
     coefficient(name, value)
 
 
+def stable(name: str, share: Any) -> None:
+    """ValueError if this share of B, taken away at each step, is known and leaves more than there was."""
+    if not isinstance(share, jax.core.Tracer):
+        number(name, float(share), "lie below 2, or B grows from step to step", lambda x: x < 2)
+
+
 def one_of(name: str, value: Any, names: tuple[str, ...]) -> None:
     """ValueError unless ``value`` is one of these words."""
     if not isinstance(value, str) or value not in names:

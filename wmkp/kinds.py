@@ -166,9 +166,15 @@ def is_matrix_operand(eqn: Any, operand: int, varying: tuple[bool, ...]) -> bool
     return any(varying[a] for a in inputs) and (one or any(varying[a] for a in outputs))
 
 
-def summed(eqn: Any) -> tuple[int, Sequence[int]]:
+def summed(eqn: Any, kinds: Sequence[Kind]) -> tuple[int, Sequence[int]]:
     """Which operand an equation adds up, and along which of its axes (none, if it does no such thing)."""
     name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":  # with a column of constants (a matrix of them mixes neurons, and is no sum)
+        contract, batch = params["dimension_numbers"]
+        for i, column in enumerate(kinds):
+            own = set(range(eqn.invars[i].aval.ndim)) - {*contract[i], *batch[i]}
+            if column == CONSTANT and all(eqn.invars[i].aval.shape[a] == 1 for a in own):
+                return 1 - i, contract[1 - i]
     if name == "reduce_sum":
         return 0, params["axes"]
     if name == "cumsum":

@@ -301,7 +301,8 @@ def targets(rules: dict[str, Rule], analysis: Analysis) -> dict[Product, Mirror]
 
     Raises:
       WeightTransportError: noise alone cannot reach one.
-      ValueError: it would take too much noise; or a bias is kept beside a gain.
+      ValueError: it would take too much noise, or noise whose signals the weight's dtype cannot hold; or a bias is kept beside
+        a gain.
     """
     wanted: dict[Product, Mirror] = {}
     for path, products in analysis.sites().items():
@@ -323,6 +324,12 @@ def targets(rules: dict[str, Rule], analysis: Analysis) -> dict[Product, Mirror]
                     'and the bias would not stand to the response as in the layer; use bias="blocked".'
                 )
             wanted.setdefault(product, mirror)
+            power, limits = mirror.noise_std**2, jnp.finfo(product.weight_aval.dtype)
+            if not 64 * float(limits.tiny) <= power <= float(limits.max) / 64:
+                raise ValueError(
+                    f"noise_std={mirror.noise_std:g} makes signals of {power:.2g} times W at params[{path!r}], which "
+                    f"{limits.dtype} cannot hold; give a noise_std nearer to 1, or keep params in a wider dtype"
+                )
             fan_in, _ = product.fans()
             samples = _drawn(mirror, fan_in)
             # Twice fan_in orthogonal samples, in pairs, are exact: what a projection of any size may need.

@@ -140,10 +140,7 @@ class Analyser:
             return self.cond(eqn, kinds, lengths)
         if name == "shard_map":
             return self.shard_map(eqn, kinds, lengths)
-        if name in compat.BILINEAR:
-            return self.bilinear(eqn, bind, kinds, lengths)
-        weights = [k for k in kinds if k.weight]
-        terms, axes = summed(eqn)
+        terms, axes = summed(eqn, kinds)
         scaled = kinds[terms].gain
         if scaled and any(scaled[1][a] for a in axes):
             # x * w, then a sum along w: a projection written by hand.
@@ -151,6 +148,9 @@ class Analyser:
             product = Product(eqn, bind, 0, [kind, activation(kinds)], f"mul, then {name}", lengths)
             product.needs_feedback = True
             return Step(eqn, "bind", bind, (), product), [activation(kinds)] * count
+        if name in compat.BILINEAR:
+            return self.bilinear(eqn, bind, kinds, lengths)
+        weights = [k for k in kinds if k.weight]
         if compat.has_jaxpr(eqn):
             return self.opaque(eqn, bind, kinds, lengths)
         if not weights:

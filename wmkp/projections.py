@@ -199,7 +199,7 @@ def explained(fun: Callable[..., Any]) -> Callable[..., Any]:
     def called(params: Any, *args: Any) -> Any:
         try:
             return fun(params, *args)
-        except (WeightTransportError, RuntimeError, ArithmeticError, MemoryError):  # no mistake of the call's
+        except (WeightTransportError, RuntimeError, ZeroDivisionError, MemoryError):  # no mistake of the call's
             raise
         except Exception as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError

@@ -369,6 +369,7 @@ def alignment(
             "the coefficients (amplitude, decay, null, sparse, self_alignment) are all zero; one must be positive"
         )
     checks.positive("rate", rate)
+    checks.stable("rate * decay", rate * decay)
     checks.one_of("normalize", normalize, ("none", "mean", "total"))
     checks.one_of("on", on, ("noise", "activity"))
     checks.flag("whiten", whiten)

@@ -79,7 +79,7 @@ def _check_arrays(name: str, tree: Any) -> None:
             raise TypeError(f"{where} is {checks.shape(x)}; it must hold floating-point arrays alone (or None)")
 
 
-_TRIALS = 64  # steps tried at most: a warm-up may start at a rate of zero, and MultiSteps waits
+_TRIALS = 1024  # steps tried at most: a warm-up may start at a rate of zero, and MultiSteps waits
 
 
 def _check_holds(optimizer: optax.GradientTransformation, tree: Any) -> None:
@@ -94,7 +94,7 @@ def _check_holds(optimizer: optax.GradientTransformation, tree: Any) -> None:
 
 
 def _try(optimizer: optax.GradientTransformation, tree: Any, dtype: Any) -> None:
-    update: Any = optimizer.update
+    update: Any = jax.jit(optimizer.update)  # eagerly, a branch (as in MultiSteps) would be compiled at every step
     random = np.random.default_rng(0)
     small = lambda offset: _small(random, tree, offset, dtype)
     start, b = small(0.0), small(1.0)
@@ -102,9 +102,15 @@ def _try(optimizer: optax.GradientTransformation, tree: Any, dtype: Any) -> None
         state_w, state_b = optimizer.init(start), optimizer.init(b)
         try:
             update(start, state_w, start)
-        except TypeError:  # one that is to be told the loss
-            update = partial(update, value=jnp.ones((), dtype))
+        except jax.errors.ConcretizationTypeError:  # Python that asks for values, as a schedule may
+            update = optimizer.update
             update(start, state_w, start)
+        except TypeError:  # one that is to be told the loss
+            update = jax.jit(partial(optimizer.update, value=jnp.ones((), dtype)))
+            update(start, state_w, start)
+        u, _ = update(start, state_w, start)
+        if [x.shape for x in jax.tree.leaves(u)] != [x.shape for x in jax.tree.leaves(start)]:
+            raise ValueError("its updates have other shapes than the gradients (one for each example?)")
     except Exception as error:
         raise ValueError(
             "optimizer cannot train Kolen-Pollack's B: tried on small arrays in the structure of B's tree, it raised "
@@ -153,7 +159,7 @@ def _check_others_do_not_matter(init: Any, update: Any, start: Any, steps: list[
     first = lambda tree: jax.tree.leaves(tree)[0]
     tree, place = {"a": jnp.zeros_like(first(start)), "w": first(start)}, 1  # its place in the tree is another too
     try:
-        init(tree)
+        update(tree, init(tree), tree)
     except Exception:  # one made for B's structure alone (labels, masks)
         tree, place = start, 0
     leaves = jax.tree.leaves(tree)
@@ -253,10 +259,12 @@ def weight_mirror(learning_rate: Any, decay: Any) -> optax.GradientTransformatio
       followed uphill).
 
     Raises:
-      ValueError, TypeError: a negative number, or none; from ``update``, a signal that does not match feedback.
+      ValueError, TypeError: a negative number, or none, or two whose product is 2 or more, under which B grows without end;
+        from ``update``, a signal that does not match feedback.
     """
     checks.scalar("learning_rate", learning_rate)
     checks.scalar("decay", decay)
+    checks.stable("learning_rate * decay", learning_rate * decay)
 
     def update(signal: Any, state: Any, feedback: Any = None) -> tuple[Any, Any]:
         if feedback is None:
@@ -277,10 +285,11 @@ def calibrated_mirror(rule: Rule, rate: Any = None) -> optax.GradientTransformat
       rate: a, by default the rule's own; a leaky average of this rate over mirror steps.
 
     Raises:
-      ValueError, TypeError: the rule has no mirror mode; ``rate`` is negative, or no number.
+      ValueError, TypeError: the rule has no mirror mode; ``rate`` is negative, 2 or more, or no number.
     """
     gain = mirror_gain(rule)
     if rate is not None:
         checks.scalar("rate", rate)
+        checks.stable("rate", rate)
     rate = rule.mirror.rate if rate is None and rule.mirror is not None else rate
     return weight_mirror(rate / gain, gain)
