@@ -39,6 +39,8 @@ class Case(NamedTuple):
       first: a pattern of the projections that no error must pass, so that they have no B.
       refused: {path: primitive} of the parameters that B cannot follow: an error, and ``backprop()`` the way out.
       unmirrored: a pattern of the projections that noise alone cannot reach: an error in mirror mode, KP the way out.
+      in_part: a pattern of the parameters whose gradient B's signal is not: tied ones, of which it is a part, and those under a
+        weight norm, where B has its own.
       bound: of a gradient's difference from jax.grad's, over its largest entry (or a tenth of the largest of all).
     """
 
@@ -47,6 +49,7 @@ class Case(NamedTuple):
     first: str = "$^"
     refused: Mapping[str, str] = MappingProxyType({})
     unmirrored: str = "$^"
+    in_part: str = "$^"
     bound: float = 2e-6
 
 
@@ -117,6 +120,14 @@ def angles(params: Any, feedback: Any) -> dict[str, float]:
     return {path: float(np.degrees(np.arccos(np.clip(c, -1, 1)))) for path, c in cosine.items()}
 
 
+def differences(params: Any, feedback: Any) -> dict[str, np.ndarray]:
+    """W - B, by path."""
+    ws = paths_of(params)
+    return {
+        path: np.asarray(ws[path], np.float64) - np.asarray(b, np.float64) for path, b in paths_of(feedback).items()
+    }
+
+
 def check(case: Case) -> None:
     """Everything that is asserted of a model."""
     fun, params, args = case.make()
@@ -157,6 +168,10 @@ def check(case: Case) -> None:
         losses.append(loss)
     assert np.isfinite(losses).all()
     angles_fall(before, angles(w, b))
+    for path, difference in differences(w, b).items():  # eq. 14, if B's signal is W's gradient
+        expected = differences(params, feedback)[path] * 0.8**STEPS
+        off = np.max(np.abs(difference - expected)) / np.max(np.abs(expected))
+        assert (off > 0.1) == bool(re.search(case.in_part, path)), (path, off)
 
     rule = {**way_out, ".*": MIRROR}
     if case.unmirrored != "$^":

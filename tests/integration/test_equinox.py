@@ -137,8 +137,8 @@ CASES = {
     "LSTMCell": module(lambda key: RNN(nn.LSTMCell, key), 2, 5, 4),
     "MultiheadAttention": module(lambda key: nn.MultiheadAttention(2, 6, key=key), 2, 4, 6, call=attention),
     "layers under filter_vmap, scan and filter_checkpoint": module(Layers, 4, 6),
-    "Shared": module(Tied, 2, 5, 6),
-    "WeightNorm": module(lambda key: nn.WeightNorm(nn.Linear(6, 5, key=key)), 4, 6, local="bias|/g$"),
+    "Shared": module(Tied, 2, 5, 6, in_part="weight"),
+    "WeightNorm": module(lambda key: nn.WeightNorm(nn.Linear(6, 5, key=key)), 4, 6, local="bias|/g$", in_part="weight"),
     "SpectralNorm": stateful(lambda key: nn.SpectralNorm(nn.Linear(6, 5, key=key), "weight", key=key), 4, 6),
     "neural ODE": module(lambda key: NeuralODE("DirectAdjoint", key), 4, 6),
     "neural ODE, with a derivative of its own": module(

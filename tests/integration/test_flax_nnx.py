@@ -104,7 +104,7 @@ CASES = {
     "Conv 2d": module(lambda rngs: nnx.Conv(4, 6, (3, 3), strides=2, feature_group_count=2, rngs=rngs), 2, 6, 6, 4),
     "Conv 3d": module(lambda rngs: nnx.Conv(3, 3, (2, 2, 2), rngs=rngs), 2, 4, 4, 4, 3),
     "ConvTranspose": module(lambda rngs: nnx.ConvTranspose(3, 5, (3, 3), strides=(2, 2), rngs=rngs), 2, 4, 4, 3),
-    "Embed with attend": module(Attend, 2, 4, 6),
+    "Embed with attend": module(Attend, 2, 4, 6, in_part="embedding"),
     "RNN of SimpleCell": module(lambda rngs: nnx.RNN(nnx.SimpleCell(4, 6, rngs=rngs), rngs=rngs), 2, 5, 4),
     "RNN of LSTMCell": module(lambda rngs: nnx.RNN(nnx.LSTMCell(4, 6, rngs=rngs), rngs=rngs), 2, 5, 4),
     "RNN of OptimizedLSTMCell": module(
@@ -117,12 +117,22 @@ CASES = {
     ),
     "LoRA": module(lambda rngs: nnx.LoRA(6, 2, 5, base_module=nnx.Linear(6, 5, rngs=rngs), rngs=rngs), 4, 6),
     "LoRALinear": module(lambda rngs: nnx.LoRALinear(6, 5, lora_rank=2, rngs=rngs), 4, 6),
+    "Bidirectional": module(
+        lambda rngs: nnx.Bidirectional(
+            nnx.RNN(nnx.LSTMCell(4, 6, rngs=rngs), rngs=rngs), nnx.RNN(nnx.GRUCell(4, 6, rngs=rngs), rngs=rngs), rngs=rngs
+        ),
+        2, 5, 4,
+    ),
+    "Conv, circular": module(lambda rngs: nnx.Conv(4, 5, (3,), padding="CIRCULAR", rngs=rngs), 2, 8, 4),
+    "ConvTranspose, transposed": module(
+        lambda rngs: nnx.ConvTranspose(3, 5, (3, 3), transpose_kernel=True, rngs=rngs), 2, 4, 4, 3
+    ),
     "SpectralNorm": module(
         lambda rngs: nnx.SpectralNorm(nnx.Linear(6, 5, rngs=rngs), update_stats=True, rngs=rngs), 4, 6
     ),
     "WeightNorm": module(
         lambda rngs: nnx.WeightNorm(nnx.Linear(6, 5, rngs=rngs), rngs=rngs),
-        4, 6, concrete=True,
+        4, 6, concrete=True, in_part="kernel",
     ),
     "normalizations": module(Normalizations, 4, 6),
     "scan": module(Scanned, 4, 6),

@@ -79,7 +79,7 @@ CASES = {
     "Conv2DLSTM": haiku(core(lambda: hk.Conv2DLSTM((4, 4), 3, 3)), 3, 2, 4, 4, 2),
     "MultiHeadAttention": haiku(lambda x: hk.MultiHeadAttention(2, 3, w_init=jnp.ones)(x, x, x), 2, 4, 6),
     "layer_stack and remat": haiku(stack, 4, 6),
-    "embedding tied by hand": haiku(tied, 4, 6),
+    "embedding tied by hand": haiku(tied, 4, 6, in_part="embed"),
     "SpectralNorm": haiku(spectral, 4, 6),
     "nets.ResNet": haiku(resnet, 2, 16, 16, 3),
     "nets.MobileNetV1": haiku(lambda x: hk.nets.MobileNetV1((1, 2), (4, 4), 3)(x, is_training=True), 2, 8, 8, 3),

@@ -112,7 +112,7 @@ CASES = {
     "depthwise and separable convolutions": model(
         chain(lambda: layers.DepthwiseConv2D(3, depth_multiplier=2), lambda: layers.SeparableConv2D(4, 2)), 2, 5, 5, 3
     ),
-    "ReversibleEmbedding": model(tied, 2, 4, 6),
+    "ReversibleEmbedding": model(tied, 2, 4, 6, in_part="embeddings"),
     "SimpleRNN": model(chain(lambda: layers.SimpleRNN(6)), 2, 5, 4),
     "LSTM": model(chain(lambda: layers.LSTM(6, return_sequences=True)), 2, 5, 4),
     "GRU": model(chain(lambda: layers.GRU(6, dropout=0.2, recurrent_dropout=0.2, seed=1)), 2, 5, 4),

@@ -99,7 +99,7 @@ CASES = {
     "ConvTranspose by the transposed kernel": linen(nn.ConvTranspose(5, (3,), transpose_kernel=True), 2, 6, 4),
     "ConvLocal": linen(nn.ConvLocal(5, (3,)), 2, 6, 4),
     "ConvLocal 2d": linen(nn.ConvLocal(3, (2, 2), strides=(2, 2)), 2, 4, 4, 2),
-    "Embed with attend": linen(Attend(), 2, 4, 6),
+    "Embed with attend": linen(Attend(), 2, 4, 6, in_part="embedding"),
     "RNN of SimpleCell": linen(rnn(nn.SimpleCell(6)), 2, 5, 4),
     "RNN of LSTMCell": linen(rnn(nn.LSTMCell(6)), 2, 5, 4),
     "RNN of OptimizedLSTMCell": linen(rnn(nn.OptimizedLSTMCell(6), reverse=True), 2, 5, 4),
@@ -112,8 +112,8 @@ CASES = {
         nn.MultiHeadDotProductAttention(2, dropout_rate=0.3, deterministic=False), 2, 4, 6
     ),
     "SpectralNorm": linen(nn.SpectralNorm(nn.Dense(5)), 4, 6, kwargs={"update_stats": True}),
-    "WeightNorm": linen(nn.WeightNorm(nn.Dense(5)), 4, 6),
-    "WeightNorm of a convolution": linen(nn.WeightNorm(nn.Conv(5, (3, 3))), 2, 4, 4, 3),
+    "WeightNorm": linen(nn.WeightNorm(nn.Dense(5)), 4, 6, in_part="kernel"),
+    "WeightNorm of a convolution": linen(nn.WeightNorm(nn.Conv(5, (3, 3))), 2, 4, 4, 3, in_part="kernel"),
     "normalizations": linen(
         nn.Sequential(
             [nn.Dense(6), nn.BatchNorm(False), nn.Dense(6), nn.GroupNorm(2), nn.PReLU(), nn.Dense(6), nn.RMSNorm(),
