@@ -22,6 +22,7 @@ import optax
 import benchmarks
 import wmkp
 from benchmarks import Part, Row, Settings, arrays, models, programs
+from wmkp import checks
 from wmkp.mirror import draw_noise
 
 ANGLE = 6.0  # degrees, to be held by every projection at every step
@@ -143,7 +144,7 @@ def paths_gram(case: models.Case, batches: list[Any]) -> dict[str, np.ndarray]:
 
     def note(params: Any) -> None:
         for path, w in jax.tree_util.tree_leaves_with_path(params):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            name = checks.path_name(path)
             if name in past:
                 past[name].append(np.array(w).ravel())
 

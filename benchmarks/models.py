@@ -130,7 +130,7 @@ def chained(step: Callable[..., tuple[Any, Any]], state: Any, *args: Any) -> Cal
     box = [state]
 
     def call() -> Any:
-        box[0], out = step(box[0], *args)
-        return jax.block_until_ready(out)
+        box[0], out = jax.block_until_ready(step(box[0], *args))
+        return out
 
     return call

@@ -225,7 +225,11 @@ def test_missing_dataset_says_how_to_get_it(monkeypatch, tmp_path, capsys):
     arguments = ["compare", "--dataset", "mnist", "--data-dir", tmp_path / "data", "--out", tmp_path / "out"]
     assert wmkp(monkeypatch, *arguments) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "has no dataset 'mnist'" in err and "download_and_prepare()" in err
+    assert (
+        err.count("\n") == 1
+        and "has no dataset 'mnist'" in err
+        and f"wmkp data mnist --data-dir {tmp_path / 'data'}" in err
+    )
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "data"], "nothing was downloaded or written"
 
 

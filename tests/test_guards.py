@@ -111,6 +111,7 @@ def test_a_mirror_step_is_two_products_a_projection():
     steps, state = steps_and_state(case(), RULES["WM"])
     compiled = steps.mirror_step.lower(state).compile()
     assert sum(programs.products(compiled).values()) == 2 * 3  # the first layer has no B
+    assert programs.weight_copies(compiled, state.params) == 0, "B is not written in place"
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "rademacher", "uniform"])

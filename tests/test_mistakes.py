@@ -351,6 +351,10 @@ WRONG = {
     },
     "masked params": (lambda: grad(KP, changed(w=np.ma.ones((6, 2), np.float32)), made(KP)), "params['w'] is MaskedArray"),
     **{
+        f"{of.__name__} under {rule.name}: params and feedback exchanged": (lambda of=of, rule=rule: of(fun, rule)(made(rule), PARAMS, X), "params and feedback are exchanged")
+        for of in (wmkp.engage, wmkp.value_and_grad) for rule in (KP, PFA, DFA)
+    },
+    **{
         f"{name}: data by keyword": (functools.partial(call, PARAMS, made(KP), x=X), "x was given by keyword", "by position", "functools.partial")
         for name, call in {
             "engage": wmkp.engage(fun, KP), "value_and_grad": wmkp.value_and_grad(fun, KP), "backprop": wmkp.value_and_grad(fun, BP),

@@ -836,6 +836,69 @@ def test_activity_mirror_on_a_conv(float64, name):
         np.testing.assert_allclose(feedback["w"], expected, rtol=0, atol=1e-9)
 
 
+LOCAL = {
+    "symmetric_alignment": wmkp.symmetric_alignment(),
+    "activation_alignment": wmkp.activation_alignment(),
+    "activity_mirror": wmkp.activity_mirror(),
+    "whitened": wmkp.activity_mirror(whiten=True),
+}
+
+
+@pytest.mark.parametrize("name", LOCAL)
+@pytest.mark.parametrize("how", ["scan", "unrolled", "parts"])
+def test_a_local_loss_is_a_mean_over_uses(float64, name, how):
+    """A weight used five times, or in parts: B's signal is the mean of those that a weight for each use would have."""
+    turns, rule = 5, LOCAL[name]
+    w, gain, x = normal(0, 6, 6, fan_in=6), normal(1, 6) + 2, normal(2, 8, 6)
+
+    def loss(params, x):
+        h, own = jnp.tanh(x * params["gain"]), params["w"]
+        if how == "scan" and own.ndim == 3:
+            h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, own)
+        elif how == "scan":
+            h, _ = jax.lax.scan(lambda h, _: (jnp.tanh(h @ own), None), h, length=turns)
+        elif how == "unrolled":
+            for i in range(turns):
+                h = jnp.tanh(h @ (own[i] if own.ndim == 3 else own))
+        else:  # its columns, each by itself
+            h = jnp.concatenate([jnp.tanh(h @ own[:, i : i + 2]) for i in range(0, 6, 2)], 1)
+        return jnp.sum(h)
+
+    def signal(w, b):
+        params, feedback = {"gain": jnp.asarray(gain), "w": jnp.asarray(w)}, {"gain": None, "w": jnp.asarray(b)}
+        _, (_, found) = wmkp.value_and_grad(loss, rule)(params, feedback, x)
+        return np.asarray(found["w"])
+
+    b = normal(3, 6, 6, fan_in=6)
+    if how == "parts":
+        whole = lambda params, x: jnp.sum(jnp.tanh(jnp.tanh(x * params["gain"]) @ params["w"]))
+        params, feedback = {"gain": jnp.asarray(gain), "w": jnp.asarray(w)}, {"gain": None, "w": jnp.asarray(b)}
+        _, (_, expected) = wmkp.value_and_grad(whole, rule)(params, feedback, x)
+        np.testing.assert_allclose(signal(w, b), expected["w"], rtol=0, atol=1e-12)
+        return
+    each = signal(np.stack([w] * turns), np.stack([b] * turns))
+    np.testing.assert_allclose(signal(w, b), each.mean(0), rtol=0, atol=1e-12)
+    if name == "symmetric_alignment":
+        np.testing.assert_allclose(signal(w, b), b - w, rtol=0, atol=1e-12)
+
+
+def test_parts_of_one_weight_learn_by_one_rule():
+    def joined(params, x):
+        return jnp.sum(jnp.tanh(x * params["gain"]) @ jnp.concatenate([params["a"], params["b"]], 1))
+
+    params = {"gain": normal(1, 6) + 2, "a": normal(2, 6, 3), "b": normal(3, 6, 3)}
+    x, kp, mirror = normal(4, 8, 6), wmkp.kolen_pollack(), wmkp.weight_mirror()
+    for a, b in (
+        (kp, wmkp.activity_mirror()),
+        (mirror, wmkp.weight_mirror(noise_std=3.0)),
+        (mirror, wmkp.information_alignment()),
+    ):
+        with pytest.raises(ValueError, match=r"params\['a'\] and a parameter that is joined to it.*one rule"):
+            wmkp.init_feedback(KEY, {"a": a, "b": b}, joined, params, x)
+    for a, b in ((kp, wmkp.kolen_pollack(start="mirror")), (mirror, wmkp.feedback_alignment())):
+        wmkp.init_feedback(KEY, {"a": a, "b": b}, joined, params, x)
+
+
 # --- where each B settles ---------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """The two compiled steps: what they change, compiled once, donated, in loops and over devices as on one."""
 
+import copy
 import itertools
 import math
 
@@ -129,14 +130,12 @@ def test_mirror_step_changes_b_alone_and_only_where_the_rule_mirrors(name):
     state = steps.init(KEY, network())
     before = jax.tree.map(jnp.copy, state)
     state, metrics = steps.mirror_step(state)
+    assert metrics == {}
     chex.assert_trees_all_equal(state._replace(feedback=None, key=None), before._replace(feedback=None, key=None))
     assert not np.array_equal(jax.random.key_data(state.key), jax.random.key_data(before.key))
     if name != "wm":
         chex.assert_trees_all_equal(state.feedback, before.feedback)
-        assert float(metrics["feedback_change"]) == 0
         return
-    change = jax.tree.map(jnp.subtract, state.feedback, before.feedback)
-    assert float(metrics["feedback_change"]) == pytest.approx(float(optax.tree.norm(change)), rel=1e-5)
     # The calibrated update: a tenth of the way from B to an estimate of W^T.
     for k in (1, 2):
         w, old, new = (np.asarray(weights(t)[k]) for t in (before.params, before.feedback, state.feedback))
@@ -219,7 +218,7 @@ def test_mirrored_start():
         state, _ = steps.engaged_step(state, batch(i))
     before = jax.tree.map(jnp.copy, state.feedback)
     state, metrics = steps.mirror_step(state)
-    assert float(metrics["feedback_change"]) == 0
+    assert metrics == {}
     chex.assert_trees_all_equal(state.feedback, before)
     assert all(float(a) < 1e-3 for a in wmkp.matrix_angles(state.params, state.feedback).values())
     assert not np.allclose(weights(state.params)[1], weights(network())[1], atol=1e-3), "W must have learned"
@@ -447,15 +446,21 @@ def test_model_state_is_averaged_and_each_device_draws_its_own(how):
     def loss(params, model_state, batch, key):
         draw = jax.random.uniform(key)
         value, _ = loss_fn(params, None, batch, key)
-        return value, ({"mean": jnp.mean(batch[0], 0)}, {"draw": draw, "square": draw**2})
+        alike = {"count": model_state["count"] + 1, "key": jax.random.fold_in(model_state["key"], 1)}
+        return value, ({"mean": jnp.mean(batch[0], 0), **alike}, {"draw": draw, "square": draw**2})
 
-    start = {"mean": np.zeros(SIZES[0], np.float32)}
+    start = {"mean": np.zeros(SIZES[0], np.float32), "count": np.int32(0), "key": jax.random.key(3)}
     steps = make(RULES["kp"], loss=loss, model_state=start, axis_name="d")
     step = over_devices(how, steps.engaged_step)
     states, metrics = step(replicate(steps.init(KEY, network(), start)), split(batch(0, 16)))
+    np.testing.assert_array_equal(states.model_state["count"], 1)
     for device in range(DEVICES):
         np.testing.assert_allclose(states.model_state["mean"][device], batch(0, 16)[0].mean(0), rtol=1e-5, atol=1e-6)
     assert float(metrics["square"][0] - metrics["draw"][0] ** 2) > 1e-3, "one draw on all devices"
+    states, _ = step(states, split(batch(1, 16)))
+    np.testing.assert_array_equal(states.model_state["count"], 2)
+    key = jax.random.fold_in(jax.random.fold_in(start["key"], 1), 1)
+    np.testing.assert_array_equal(jax.random.key_data(states.model_state["key"])[-1], jax.random.key_data(key))
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -498,6 +503,23 @@ def test_steps_under_scan_inside_shard_map():
     _, expected = one.engaged_step(one.init(KEY, network()), jax.tree.map(lambda a: a[0], data))
     assert float(metrics["loss"][0]) == pytest.approx(float(expected["loss"]), rel=1e-5)
     assert all(float(a) < 75 for a in wmkp.matrix_angles(state.params, state.feedback).values())
+
+
+def test_a_mirrored_start_is_exact_whatever_optimizer_mirrors_later():
+    rule = {"^1/": wmkp.kolen_pollack(start="mirror"), ".*": wmkp.weight_mirror(num_samples=4)}
+    steps = make(rule, mirror_optimizer=wmkp.updates.weight_mirror(0.1, 1.0))
+    state = steps.init(KEY, network())
+    np.testing.assert_allclose(weights(state.feedback)[1], weights(network())[1], atol=1e-5)
+    assert not np.allclose(weights(state.feedback)[2], weights(network())[2], atol=0.1)
+
+
+def test_steps_can_be_copied_and_name_a_wrong_keyword():
+    steps = make(RULES["kp"])
+    again = copy.deepcopy(steps.engaged_step)
+    state, _ = again(steps.init(KEY, network()), batch(0))
+    assert int(state.step) == 1
+    with pytest.raises(TypeError, match="lr"):
+        steps.engaged_step(steps.init(KEY, network()), batch(0), lr=0.1)
 
 
 def test_a_mirrored_start_is_exact_in_bfloat16_too():

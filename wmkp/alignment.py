@@ -81,8 +81,8 @@ def covariance(product: Any, x: jax.Array) -> jax.Array:
 _RIDGE = 1e-4  # of the mean variance: directions that the activity hardly reaches are left out of the whitening
 
 
-def activity_gradient(alignment: Alignment, product: Any) -> Callable[[Any, Any, Any, Any], Any]:
-    """``(x, u, w, b) -> `` the gradient of R on a product's own activity, in W's layout."""
+def activity_gradient(alignment: Alignment, product: Any, uses: float) -> Callable[[Any, Any, Any, Any], Any]:
+    """``(x, u, w, b) -> `` the gradient of R on a product's own activity, in W's layout; R a mean over so many uses."""
 
     def gradient(x: jax.Array, u: jax.Array, w: jax.Array, b: jax.Array) -> jax.Array:
         samples = product.samples()
@@ -90,7 +90,7 @@ def activity_gradient(alignment: Alignment, product: Any) -> Callable[[Any, Any,
             if alignment.normalize != "none":
                 power = jnp.mean(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) + 1e-12
                 samples = samples * power * (product.fans()[0] if alignment.normalize == "total" else 1)
-            return local_gradient(alignment, product.multiply, x, u, w, b, samples)
+            return local_gradient(alignment, product.multiply, x, u, w, b, samples) / uses
         others = alignment._replace(amplitude=0.0)
         alone = Alignment(amplitude=alignment.amplitude)
         signal = local_gradient(alone, product.multiply, x, u, w, b, samples)
@@ -99,6 +99,6 @@ def activity_gradient(alignment: Alignment, product: Any) -> Callable[[Any, Any,
         ridge = (_RIDGE * mean + 1e-30) * jnp.eye(c.shape[-1])  # without activity no signal, rather than NaN
         whitened = jnp.linalg.solve(c + ridge, product.to_matrices(signal).astype(c.dtype))
         signal = product.from_matrices(whitened, b.shape).astype(b.dtype)
-        return signal + local_gradient(others, product.multiply, x, u, w, b, samples)
+        return (signal + local_gradient(others, product.multiply, x, u, w, b, samples)) / uses
 
     return gradient

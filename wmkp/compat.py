@@ -8,7 +8,6 @@ import jax
 from jax.extend import core
 
 Var = core.Var
-Literal = core.Literal
 
 # Primitives that hold one jaxpr which is simply evaluated in place: {name: key of the jaxpr in the parameters}.
 INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}

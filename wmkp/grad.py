@@ -1,6 +1,7 @@
 """Any JAX function with its backward pass through feedback weights: init_feedback, engage, value_and_grad."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -173,6 +174,12 @@ def evaluate(
     """``fun``'s value, the error going back through ``carriers``; taps come in by ``tapped(product, x, y, tap)``."""
     direct = any(isinstance(carrier, Direct) for carrier in carriers)
     last = analysis.last() if direct else None
+    # How often an element of a parameter is used, on average: a local loss is a mean over uses, as mirror mode's signal is.
+    uses = {
+        path: sum(math.prod(p.lengths) * p.weight_aval.size / sum(leaves[i].size for i in p.params) for p in products)
+        for path, products in analysis.sites().items()
+        if path in rules and rules[path].local
+    }
 
     def on_product(handler: Handler, product: Product, x: Any, w: Any, b: Any, tap: Any) -> Any:
         path = analysis.paths[min(product.params)]
@@ -184,7 +191,7 @@ def evaluate(
         elif isinstance(b, Direct):
             y, handler.channel = pathways.directly(product, x, w, b.array, handler.channel)
         else:
-            gradient = None if local is None else activity_gradient(local, product)
+            gradient = None if local is None else activity_gradient(local, product, uses[path])
             y = pathways.through_feedback(product, x, w, b, gradient)
         if product is last:
             y = pathways.emit_error(y, handler.channel)
@@ -202,7 +209,8 @@ def engage(fun: Callable[..., Any], rule: RuleOrRules) -> Callable[..., Any]:
     """``fun`` in engaged mode: the same value, its backward pass through the feedback weights B (eq. 3-4).
 
     At each projection, forward ``y = W x``; backward ``dx = B delta`` and ``dW = delta x^T``. The cotangent of B is
-    ``x delta^T`` in W's layout (eq. 15) under a rule whose B learns in engaged mode, and zero under the others.
+    ``x delta^T`` in W's layout (eq. 15) under a rule whose B learns in engaged mode (the circuit's own, even under
+    ``kolen_pollack_transported``), the gradient of R under one that has a local loss R on activity, zero under the others.
 
     Args:
       fun: any JAX function ``fun(params, *args)``.
@@ -228,8 +236,7 @@ def engage(fun: Callable[..., Any], rule: RuleOrRules) -> Callable[..., Any]:
 
     @functools.wraps(fun, assigned=("__name__", "__doc__"), updated=())
     def engaged(params: Any, feedback: Any, *args: Any, **named: Any) -> Any:
-        _check_by_position(named)
-        checks.values("args", args)
+        _check_call(params, feedback, args, named)
         if isinstance(rule, Rule) and rule.backward is None:
             _check_no_feedback(params, feedback)
             return explained(fun)(params, *args)
@@ -251,12 +258,21 @@ def engage(fun: Callable[..., Any], rule: RuleOrRules) -> Callable[..., Any]:
     return engaged
 
 
-def _check_by_position(named: dict[str, Any]) -> None:
+def _check_call(params: Any, feedback: Any, args: Any, named: dict[str, Any]) -> None:
     if named:
         raise TypeError(
             f"{next(iter(named))} was given by keyword; fun's arguments go by position here: (params, feedback, *args). "
             "What is no data can be bound beforehand, by functools.partial."
         )
+    checks.values("args", args)
+    if len(jax.tree.leaves(params)) < len(
+        jax.tree.leaves(feedback)
+    ):  # else B has an array for each parameter, or fewer
+        try:
+            feedback_leaves(feedback, params)
+        except (TypeError, ValueError):
+            return
+        raise ValueError("params and feedback are exchanged; an engaged function takes (params, feedback, *args)")
 
 
 def _check_no_feedback(params: Any, feedback: Any) -> None:
@@ -295,8 +311,8 @@ def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = F
     Returns:
       ``(params, feedback, *args) -> value, (grads, feedback_signal)``; ``value`` is ``(loss, aux)`` with ``has_aux``.
       ``grads`` are in params' structure, shapes and dtypes. ``feedback_signal`` is in feedback's: what a gradient is to
-      W, to be descended on; ``x delta^T`` (eq. 15) for a rule whose B learns in engaged mode, zeros for one whose B
-      does not.
+      W, to be descended on; ``x delta^T`` (eq. 15) for a rule whose B learns in engaged mode; the gradient of R for one
+      that has a local loss R on activity, by a step of ``rule.local.rate``; zeros for one whose B does not learn there.
 
     Raises:
       TypeError: ``rule`` is no rule, ``fun`` no function.
@@ -308,8 +324,7 @@ def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = F
     checks.flag("has_aux", has_aux)
 
     def value_and_gradients(params: Any, feedback: Any, *args: Any, **named: Any) -> Any:
-        _check_by_position(named)
-        checks.values("args", args)
+        _check_call(params, feedback, args, named)
         if isinstance(rule, Rule) and rule.backward is None:
             _check_no_feedback(params, feedback)
             loss_fn = check_loss(explained(fun), has_aux)

@@ -223,10 +223,8 @@ class Analyser:
 
     def note_bias(self, eqn: Any, kinds: list[Kind], plan: Plan) -> None:
         """A weight added to a product's output, and varying along nothing but its outputs, is that layer's bias."""
-        for (y, _), (b, var) in (
-            ((kinds[0], None), (kinds[1], eqn.invars[1])),
-            ((kinds[1], None), (kinds[0], eqn.invars[0])),
-        ):
+        for i in (0, 1):
+            y, b, var = kinds[i], kinds[1 - i], eqn.invars[1 - i]
             if y.product is None or not b.static or b.obstacle or eqn.primitive.name == "sub":
                 continue
             if all(not v or a in y.product.output_axes() for a, v in enumerate(b.varying)):

@@ -590,7 +590,7 @@ def resolve(rule: RuleOrRules, analysis: Analysis) -> dict[str, Rule]:
     Raises:
       TypeError: ``rule`` is no rule and no mapping of patterns to rules.
       ValueError: no projection at all; a pattern that matches none, or a projection that matches no pattern; a
-        projection of no neurons, or that no sample reaches.
+        projection of no neurons, or that no sample reaches; parts of one weight whose B would learn differently.
       WeightTransportError: feedback weights cannot follow a parameter whose rule is not backprop.
     """
     check_rule(rule)
@@ -621,6 +621,12 @@ def resolve(rule: RuleOrRules, analysis: Analysis) -> dict[str, Rule]:
                     f"params[{path!r}] is {list(product.weight_aval.shape)} where it multiplies an activation: a "
                     "projection of no neurons (fan_in or fan_out is zero) has no feedback weights. Leave it out of "
                     "the model, or give it backprop()."
+                )
+            joined = [rules[analysis.paths[leaf]] for leaf in product.params]
+            if len({r.local for r in joined}) > 1 or len({r.mirror for r in joined if r.mirror}) > 1:
+                raise ValueError(
+                    f"rule gives params[{path!r}] and a parameter that is joined to it, as one weight, different mirrors or "
+                    "local losses; give all parts of a weight one rule"
                 )
             if product.obstacle and rules[path].backward is not None:
                 raise WeightTransportError(

@@ -52,6 +52,8 @@ class CompiledStep:
             raise
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_step":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self._step, name)
 
 
@@ -60,11 +62,12 @@ class Steps(NamedTuple):
 
     Attributes:
       init: ``(key, params, model_state=None, mirror_steps=None) -> TrainState``; ``mirror_steps`` mirror before
-        training, with W standing still, so that B is the plain mean of that many estimates ("in utero"). By default one
-        where a rule starts from a mirror, none elsewhere.
+        training, with W standing still, so that B is the plain mean of that many estimates ("in utero"); with a
+        ``mirror_optimizer``, or by an alignment loss, so many of its own steps. By default one where any rule starts from
+        a mirror, none elsewhere.
       engaged_step: ``(state, batch) -> (state, metrics)``, jitted, the state donated.
       mirror_step: ``state -> (state, metrics)``, jitted, the state donated; changes B alone, and only where the rule
-        mirrors at each step.
+        mirrors at each step. There is nothing to report: ``metrics`` is empty.
 
     Raises:
       ValueError, TypeError: a state or batch that does not match the examples that ``make_steps`` was given, a state
@@ -105,7 +108,8 @@ def make_steps(
       mirror_optimizer: of B in mirror mode, stateless; by default ``updates.calibrated_mirror`` of each projection's
         rule.
       axis_name: the axis of a ``jax.pmap`` or ``jax.shard_map`` around the steps: gradients, signals, metrics and
-        model_state are averaged over it, and each device draws its own part of the mirror's noise.
+        model_state's floating-point arrays are averaged over it (its counters and random keys, an NNX model's among them,
+        stay alike on all devices), and each device draws its own part of the mirror's noise.
       mesh: devices that train together. Each draws its own part of the mirror's noise, so that a mirror step gets
         cheaper with devices; all of the state is on every device.
       fsdp: over a mesh, W, B and what the optimizers keep of them are divided among the devices too, each array along
@@ -207,6 +211,10 @@ def make_steps(
             return x
         return jax.tree.map(lambda leaf: compat.vary(leaf, axis_name), x)
 
+    def floats(f: Callable[[Any], Any], tree: Any) -> Any:
+        """``f`` of the floating-point leaves; counters and random keys are the same on every device."""
+        return jax.tree.map(lambda x: f(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
     def own_key(key: jax.Array) -> jax.Array:
         return key if axis_name is None else jax.random.fold_in(own(key), jax.lax.axis_index(axis_name))
 
@@ -216,11 +224,12 @@ def make_steps(
         key, loss_key, draw_key = jax.random.split(state.key, 3)
         feedback = redrawn(draw_key, state.params, state.feedback)
         (loss, (model_state, metrics)), (grads, signal) = engaged_gradient(
-            own(state.params), own(feedback), own(state.model_state), batch, own_key(loss_key)
+            own(state.params), own(feedback), floats(own, state.model_state), batch, own_key(loss_key)
         )
         metrics = {"loss": loss, **metrics}
         # Signals that nothing reads cost nothing to average: the compiler leaves them out.
-        grads, signal, model_state, metrics = mean((grads, signal, model_state, metrics))
+        grads, signal, metrics = mean((grads, signal, metrics))
+        model_state = floats(mean, model_state)
         if check_finite:
             pairs = zip(tree.flatten_up_to(grads), tree.flatten_up_to(signal), strict=True)
             finite = {path: _all_finite(pair) for path, pair in zip(analysis.paths, pairs, strict=True)}
@@ -252,7 +261,7 @@ def make_steps(
                 if losses is not None:  # the signal is the whole change
                     leaves[i] = leaves[i] + (losses.rate * signal).astype(signal.dtype)
                     continue
-                if mirror_optimizer is not None:
+                if mirror_optimizer is not None and mirrors[path].each_step:
                     change, _ = mirror_optimizer.update(signal, mirror_optimizer.init(leaves[i]), leaves[i])
                     leaves[i] = leaves[i] + change
                     continue
@@ -266,8 +275,7 @@ def make_steps(
         check_state(state)
         key, noise_key = jax.random.split(state.key)
         feedback = mirror_feedback(noise_key, state.params, state.feedback, None)
-        change = optax.tree.norm(optax.tree.sub(feedback, state.feedback))
-        return place(state._replace(feedback=feedback, key=key)), {"feedback_change": change}
+        return place(state._replace(feedback=feedback, key=key)), {}
 
     def init(key: jax.Array, params: Any, model_state: Any = None, mirror_steps: int | None = None) -> TrainState:
         if mirror_steps is None:
@@ -308,7 +316,7 @@ def make_steps(
         )
         return state if mesh is None else jax.jit(place)(state)
 
-    def explain(error: Exception, state: Any = None, batch: Any = None, *more: Any) -> None:
+    def explain(error: Exception, state: Any = None, batch: Any = None, *more: Any, **named: Any) -> None:
         """Raises what was wrong with a step's arguments, if it is one of the mistakes that JAX sees before the step does."""
         for name, value in (("state", state), ("batch", batch)):
             for path, leaf in jax.tree_util.tree_leaves_with_path(value):

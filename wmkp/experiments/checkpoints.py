@@ -106,8 +106,8 @@ def restore(manager: ocp.CheckpointManager, like: Any, step: int | None = None) 
     name = f"{manager.directory}/{step}"
     with _readable(name, manager, step):
         found = manager.item_metadata(step)["state"]
-        theirs = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found.tree)}
-    ours = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
+        theirs = {checks.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found.tree)}
+    ours = {checks.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
     differences = [f"{path} is not in it" for path in ours if path not in theirs]
     differences += [f"{path} is in it and not expected" for path in theirs if path not in ours]
     for path in ours.keys() & theirs.keys():
@@ -153,7 +153,7 @@ def _digest(state: Any, progress: dict[str, Any]) -> str:
         x = _data(leaf)
         if not (x.is_fully_addressable or x.is_fully_replicated):
             x = multihost_utils.process_allgather(x, tiled=True)
-        digest.update(f"{_path(path)} {_describe(x)}".encode())
+        digest.update(f"{checks.path_name(path)} {_describe(x)}".encode())
         digest.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
@@ -161,11 +161,6 @@ def _digest(state: Any, progress: dict[str, Any]) -> str:
 def _data(x: Any) -> Any:
     """A random key as the numbers it is saved as."""
     return jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-
-
-def _path(path: Any) -> str:
-    """A leaf's path as Orbax keeps it: named tuples and custom nodes by the names or numbers of their fields."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _describe(x: Any) -> str:

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -252,7 +253,4 @@ def _read(opened: Any, split: str, max_bad: float) -> Examples:
 
 
 def _how_to_get(name: str, where: Path) -> str:
-    return (
-        'prepare it there once, with TensorFlow installed: python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder({name!r}, data_dir={str(where)!r}, file_format='array_record').download_and_prepare()\""
-    )
+    return f"prepare it there once: wmkp data {shlex.quote(name)} --data-dir {shlex.quote(str(where))}"

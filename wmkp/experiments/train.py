@@ -37,6 +37,7 @@ import wmkp
 from wmkp import checks
 from wmkp.experiments import checkpoints, devices, feeds, logs, outputs, tasks
 from wmkp.experiments.config import RULES, InputError, Train, first_line, flag, refusals
+from wmkp.projections import named_leaves
 from wmkp.training import state_sharding
 
 # What may change when a run is resumed: none of it changes what is learned.
@@ -132,7 +133,7 @@ def build(config: Train) -> Run:
         )
     mirrors = rule.mirror is not None and rule.mirror.each_step
     init = partial(steps.init, state_key, params, model_state, config.mirror_steps if mirrors else None)
-    names = ["loss", *(jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in _leaves(params))]
+    names = ["loss", *named_leaves(params)]
     zero, none = np.float32(0), np.int32(0)
     tally = Tally(zero, zero, zero, none, np.bool_(False), {name: np.bool_(True) for name in names})
 
@@ -172,9 +173,9 @@ def build(config: Train) -> Run:
         )
         found = {f"matrix_angle_deg/{path}": x for path, x in matrix.items()}
         found |= {f"delta_angle_deg/{path}": x for path, x in delta.items()}
-        weights = {jax.tree_util.keystr(path, simple=True, separator="/"): w for path, w in _leaves(state.params)}
-        for path, b in _leaves(state.feedback):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+        weights = named_leaves(state.params)
+        for path, b in jax.tree_util.tree_leaves_with_path(state.feedback):
+            name = checks.path_name(path)
             if name in matrix:
                 found[f"norm_ratio/{name}"] = jnp.linalg.norm(b) / jnp.linalg.norm(weights[name])
         return found
@@ -527,7 +528,3 @@ def _warn(config: Train, run: Run) -> None:
                 "left at its end (eq. 14). Train longer, raise --weight-decay, or start from a mirror: --rule kpm",
                 file=sys.stderr,
             )
-
-
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(tree)
