@@ -26,8 +26,8 @@ SIZES: dict[str, tuple[int, float, tuple[str, ...], int]] = {
     "MLP 784-500-10": (128, 12, tuple(RULES), 28),
     "ResNet-50": (4, 60, ("FA, WM", "KP"), 32),
     "ResNet-20": (128, 40, tuple(RULES), 32),
-    "ViT-Ti": (8, 40, tuple(RULES), 32),
-    "ResNet-18": (8, 50, tuple(RULES), 32),
+    "ViT-Ti": (32, 120, tuple(RULES), 32),
+    "ResNet-18": (32, 160, tuple(RULES), 32),
 }
 
 

@@ -64,20 +64,16 @@ RUNS = {
     "MLP 784-500-10": Run("mnist", 128, 300),
     "ResNet-20": Run("cifar10", 128, 40),
     "ResNet-18": Run("tiny_imagenet100", 32, 24, large=8, warm=(models.sgd, 0.1)),
+    "ResNet-50": Run("tiny_imagenet100", 32, 24, large=4, warm=(models.sgd, 0.1)),
     "ViT-Ti, patches of 7": Run("mnist", 64, 64, warm=(models.adamw, 5e-4)),
 }
 
 
 def parts(settings: Settings) -> dict[str, Part]:
-    """Mirror steps against their products, then the schedules; ResNet-50's is ResNet-18's."""
-    found: dict[str, int] = {}
+    """Mirror steps against their products, then the schedules."""
     runs = {name: run._replace(batch_size=2, steps=4) if settings.quick else run for name, run in RUNS.items()}
     every: dict[str, Part] = {f"{name}: products": partial(against_products, name, settings) for name in runs}
-    for name, run in runs.items():
-        every[f"{name}: schedule"] = partial(schedules, name, run, settings, found)
-        if name == "ResNet-18":
-            every["ResNet-50: schedule"] = partial(at_224, "ResNet-50", 4, found, settings)
-    return every
+    return every | {f"{name}: schedule": partial(schedules, name, run, settings) for name, run in runs.items()}
 
 
 def case_of(name: str, batch_size: int, dataset: str) -> models.Case:
@@ -206,7 +202,7 @@ def cheapest(case: models.Case, grams: dict[str, np.ndarray]) -> tuple[Any, list
     return chosen, best
 
 
-def schedules(name: str, run: Run, settings: Settings, found: dict[str, int]) -> Iterator[Row]:
+def schedules(name: str, run: Run, settings: Settings) -> Iterator[Row]:
     """Finds a model's schedule, trains with it, and says what it holds and costs."""
     case = case_of(name, run.batch_size, run.dataset)
     if run.warm is not None:
@@ -216,7 +212,6 @@ def schedules(name: str, run: Run, settings: Settings, found: dict[str, int]) ->
     batches = [jax.device_put(b) for b in arrays.batches(train, run.batch_size, run.steps)]
     grams = paths_gram(case, batches)
     chosen, best = cheapest(case, grams)
-    found[name] = chosen["every"]
     rule = wmkp.weight_mirror(chosen["noise"], target_angle=chosen["noise_degrees"], rate=chosen["rate"])
     worst, between, engaged, mirror = trained(case, rule, chosen["every"], batches)
     step, state = models.backprop_step(case)
@@ -250,7 +245,7 @@ def schedules(name: str, run: Run, settings: Settings, found: dict[str, int]) ->
         note=f"of an engaged step's; one mirror step takes {once.value:.2f} of one",
     )
     if run.large:
-        yield from at_224(name, run.large, found, settings)
+        yield from at_224(name, run.large, rule, chosen["every"], settings)
 
 
 def trained(
@@ -281,14 +276,10 @@ def timed(seconds: list[float], step: Callable[[], tuple[Any, Any]]) -> Any:
     return state
 
 
-def at_224(name: str, batch_size: int, found: dict[str, int], settings: Settings) -> Iterator[Row]:
-    """A mirror step (orthogonal, N = fan_in) over an engaged step of 256 images of 224, over the schedule of ResNet-18."""
-    if "ResNet-18" not in found:
-        yield Row(f"{name} at 224, batch 256: mirror over engaged, average", note="no schedule was found for ResNet-18")
-        return
-    every, target = found["ResNet-18"], 0.05
+def at_224(name: str, batch_size: int, rule: wmkp.Rule, every: int, settings: Settings) -> Iterator[Row]:
+    """A mirror step over an engaged step of 256 images of 224, once in ``every``."""
+    target = 0.05
     case = models.make(name, 1 if settings.quick else batch_size, size=32 if settings.quick else None)
-    rule = wmkp.weight_mirror("orthogonal", target_angle=0.01, rate=1.0)
     steps, state = mirror_steps(case, rule)
     engaged_step = steps.engaged_step.lower(state, case.batch).compile()
     mirror_step = steps.mirror_step.lower(state).compile()

@@ -32,12 +32,10 @@ def pages(comparison: Path | None = None, every_rule: Path | None = None) -> Non
 
 def cost() -> str:
     """Each rule's engaged step over backprop's, a column for each model of ``results/engaged.json``."""
-    times = {row.name: row.value for row in benchmarks.read(benchmarks.RESULTS / "engaged.json")}
-    heads = [f"{name}, batch {size}" for name, (size, *_) in engaged.SIZES.items()]
-    ratios = [
-        [rule, *(f"{times[f'{name}: {rule} over BP, time']:.2f}" for name in engaged.SIZES)]
-        for rule in ("KP", "FA, WM")
-    ]
+    rows = {row.name: row for row in benchmarks.read(benchmarks.RESULTS / "engaged.json")}
+    of = lambda name, rule: rows[f"{name}: {rule} over BP, time"]
+    heads = [f"{name}, {of(name, 'KP').note.split(';')[0]}" for name in engaged.SIZES]
+    ratios = [[rule, *(f"{of(name, rule).value:.2f}" for name in engaged.SIZES)] for rule in ("KP", "FA, WM")]
     lines = [["", *heads], ["---"] * (1 + len(heads)), *ratios]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("|  |", "| |")
 
