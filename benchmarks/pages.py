@@ -1,5 +1,6 @@
 """Puts tables and a picture from ``wmkp compare`` and ``python -m benchmarks`` into the pages: no figure is typed."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -22,12 +23,13 @@ def pages(comparison: Path | None = None, every_rule: Path | None = None) -> Non
     fill("README.md", "cost", cost())
     fill("README.md", "mirror", mirror())
     fill("README.md", "resnet20", resnet20())
+    fill("README.md", "training", training())
+    fill("README.md", "scaling", scaling())
     if comparison is not None:
         fill("README.md", "table", (comparison / "comparison.md").read_text())
         shutil.copy(comparison / "comparison.png", ROOT / "docs" / "comparison.png")
     if every_rule is not None:
-        for page in ("README.md", "docs/rules.md"):
-            fill(page, "rules", (every_rule / "comparison.md").read_text())
+        fill("docs/rules.md", "rules", (every_rule / "comparison.md").read_text())
 
 
 def cost() -> str:
@@ -63,6 +65,40 @@ def resnet20() -> str:
     table = [line for line in lines if line.startswith("|")]
     return "\n".join(
         [*table, "", f"![Test error, matrix angles and delta angles against the epoch]({where}/curves.png)", ""]
+    )
+
+
+# Rows of ``training``: the recipe, what is said of it, the number shown.
+TRAINED = (
+    ("decoder-characters", "Transformer, characters, 400 steps: nats", "test_loss", ".3f"),
+    ("vit-mnist", "ViT-Ti, MNIST, 400 steps: test error %", "test_error_percent", ".2f"),
+    ("resnet20-cifar10", "ResNet-20, CIFAR-10 (a JPEG copy), 2 epochs: test error %", "test_error_percent", ".2f"),
+)
+
+
+def training() -> str:
+    """Short runs of ``wmkp train``, by ``results/training.json``: a number and the mean matrix angle."""
+    runs = {row["run"]: row for row in json.loads((benchmarks.RESULTS / "training.json").read_text())["rows"]}
+    lines = [["run", "BP", "KP, mirrored start", "KP, random start", "WM"], ["---"] * 5]
+    for base, what, name, form in TRAINED:
+        cells = [what]
+        for rule in ("bp", "kpm", "kp", "wm"):
+            row = runs.get(f"{base}-{rule}")
+            angle = (
+                "" if row is None or row["matrix_angle_mean_deg"] is None else f" ({row['matrix_angle_mean_deg']:.1f}°)"
+            )
+            cells.append("" if row is None else f"{row[name]:{form}}{angle}")
+        lines.append(cells)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("|  |", "| |")
+
+
+def scaling() -> str:
+    """What B's optimizer takes where batches are small, by ``results/scaling.json``."""
+    rows = {row.name: row.value for row in benchmarks.read(benchmarks.RESULTS / "scaling.json")}
+    small, large = (rows[f"KP over BP, dense layers, batch {size}"] for size in (16, 256))
+    return (
+        "Under KP the optimizer has B to move beside W, which shows where batches are small: dense layers of 512 units take "
+        f"{small:.2f} at batch 16, {large:.2f} at 256 ([scaling](benchmarks/results/scaling.json)).\n"
     )
 
 

@@ -36,7 +36,10 @@ def test_kept_with_its_outputs_and_small(path):
 @each
 def test_installs_wmkp_first_and_only_where_it_is_missing(path):
     first = cells(path, "code")[0][1]
-    assert re.search(r'find_spec\("wmkp"\) is None:\n    %pip install .*"wmkp\[experiments\]"', first)
+    assert re.search(
+        r'find_spec\("wmkp"\) is None:\n    %pip install -q "wmkp\[experiments\] @ git\+https://github.com/OWNER/REPO"',
+        first,
+    )
     assert "import jax" not in first and "import wmkp" not in first
 
 

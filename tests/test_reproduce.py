@@ -16,12 +16,13 @@ import pytest
 from matplotlib.image import imread
 
 import wmkp
-from wmkp.experiments import cli, data, outputs, published, recipes, reproduce, train
+from wmkp.experiments import cli, data, figures, outputs, published, recipes, reproduce, train
 from wmkp.experiments.config import InputError, Reproduce
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 HIDDEN, CLASSES = 7, 4
+SPREAD = [f"delta_angle_hidden_{what}_deg" for what in ("mean", "sd")]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,12 @@ def dataset():
     train = examples(3 * published.BATCH + 50, dark=True)
     train["image"][published.BATCH : 2 * published.BATCH, 0, 0] = 0
     return data.Dataset(train, examples(200), CLASSES)
+
+
+def colour(dataset):
+    """The dataset with its images in three equal channels."""
+    splits = ({**split, "image": np.repeat(split["image"], 3, -1)} for split in (dataset.train, dataset.test))
+    return data.Dataset(*splits, CLASSES)
 
 
 def sigmoid(z):
@@ -231,6 +238,11 @@ def test_curves_are_held_against_the_published(dataset, tmp_path, monkeypatch, c
     assert run_command(monkeypatch, *("4" if x == 3 else x for x in arguments)) == 0
     assert "seconds" not in json.loads((out / "run.json").read_text())
     assert len(read(out / "kp.csv")) == 4
+    # Nor is it all of the commit that it goes on at.
+    monkeypatch.setattr(reproduce, "provenance", lambda: {"commit": "later", "date": "today"})
+    assert run_command(monkeypatch, *("5" if x == 3 else x for x in arguments)) == 0
+    record = json.loads((out / "run.json").read_text())
+    assert record["commit"] == "later" and [x["commit"] for x in record["before"]] == [written["commit"]]
 
 
 def test_orders_keep_the_order_from_epoch_to_epoch_and_span_the_published(dataset, tmp_path, monkeypatch, capsys):
@@ -277,8 +289,66 @@ def test_the_verdict_is_that_of_the_farthest_run_at_the_last_epoch(tmp_path):
     assert reproduce.verdict("akrout-mended", [kpm], tmp_path) == ""
     assert reproduce.verdict("biotorch-lenet", [{"run": "x", "test_error": 1.0}], tmp_path) == ""
     headings, *lines = reproduce.table([bp, kpm, fa])
-    column = headings.index("of 128: mean, sd, published in sd")
-    assert [line[column] for line in lines] == ["-, -", "0.00, 0.00", "37.00, 2.00, -1.50"]
+    column = headings.index("delta angle of 128: mean, sd")
+    assert [line[column] for line in lines] == ["-, -", "0.00, 0.00", "37.00, 2.00"]
+    assert [line[headings.index("published, in sd from the mean")] for line in lines] == ["-", "-", "-1.50"]
+    wm = fa | {"run": "wm", "matrix_angle": 45.0}
+    assert "3.50 degrees (wm; bound 3, missed, by fa too with 3.50)" in reproduce.verdict(
+        "akrout-mnist", [bp, fa, wm], tmp_path
+    )
+
+
+def test_a_mean_difference_is_over_all_epochs():
+    """Between two evaluations ours is on the line between them: they are not weighed by how often it was evaluated."""
+    columns = reproduce.COMPARED.values()
+    ours = [{"epoch": float(e), **dict.fromkeys((*columns, *SPREAD), y)} for e, y in ((0, 1.0), (1, 3.0), (5, 7.0))]
+    theirs = {e: dict.fromkeys(columns, float(e)) for e in range(6)}
+    line = reproduce._compared("kp", "", ours, theirs)
+    assert line["accuracy_mean_difference"] == pytest.approx(np.mean([1, 2, 2, 2, 2, 2]))
+    assert line["accuracy_largest_difference"] == 2
+
+
+def test_steps_are_for_throughput(tmp_path):
+    """Each step's own rate is kept, and the mirror period is no longer than the run."""
+    short, whole = (Reproduce("akrout-imagenet", steps=steps, out=tmp_path) for steps in (8, None))
+    short, whole = (reproduce.settings(config, "resnet18-imagenet-wm") for config in (short, whole))
+    assert (short.log_every, short.mirror_steps) == (1, 8) and (whole.log_every, whole.mirror_steps) == (100, 100)
+
+
+def test_layers_come_in_a_nets_order():
+    names = ["output", "Dense_1", "Conv_10", "Conv_2", "Dense_0", "Conv_0"]
+    found = figures._paths([{f"matrix_angle_deg/{name}/kernel": 1.0 for name in names}], "matrix")
+    assert [path.split("/")[1] for path in found] == ["Conv_0", "Conv_2", "Conv_10", "Dense_0", "Dense_1", "output"]
+
+
+def test_images_through_jpeg():
+    flat = np.full((3, 16, 16, 3), 128, np.uint8)
+    noise = np.random.default_rng(0).integers(256, size=(3, 16, 16, 3), dtype=np.uint8)
+    off = {}
+    for quality in (95, 50):
+        examples = published.through_jpeg({"image": np.concatenate([flat, noise]), "label": np.arange(6)}, quality)
+        assert examples["image"].dtype == np.uint8 and examples["label"].tolist() == list(range(6))
+        np.testing.assert_allclose(examples["image"][:3], flat, atol=1)
+        off[quality] = np.abs(examples["image"][3:].astype(int) - noise).mean()
+    assert 0 < off[95] < off[50] < 80
+
+
+def test_what_jpeg_does_is_said_of_the_later_epochs(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(published, "load", lambda name, data_dir: colour(dataset))
+    monkeypatch.setattr(published, "HIDDEN", {"cifar10": HIDDEN})
+    arguments = ["akrout-jpeg", "--epochs", 12, "--only", "bp", "bp-jpeg50", "--out", tmp_path]
+    assert run_command(monkeypatch, *arguments) == 0
+    plain, again = (read(tmp_path / f"{name}.csv") for name in ("bp", "bp-jpeg50"))
+    assert plain[0]["train_loss"] != again[0]["train_loss"], "other pixels"
+    for row, x in zip(again, range(12), strict=True):
+        row["test_accuracy_percent"] = float(row["test_accuracy_percent"]) + x
+    reproduce.write(tmp_path / "bp-jpeg50.csv", again)
+    said = reproduce.verdict("akrout-jpeg", read(tmp_path / "summary.csv"), tmp_path)
+    assert "Test accuracy beside bp's" in capsys.readouterr().out and "the 3 evaluations from epoch 10 on" in said
+    off = [
+        float(b["test_accuracy_percent"]) - float(a["test_accuracy_percent"]) for a, b in zip(plain, again, strict=True)
+    ][9:]
+    assert f"bp-jpeg50 {np.mean(off):+.2f} (sd from epoch to epoch {np.std(off):.2f})" in said and np.mean(off) > 5
 
 
 def test_the_papers_claims_are_held_against_the_runs(tmp_path):

@@ -260,6 +260,7 @@ class Reproduce:
             "akrout-cifar10",
             "akrout-orders",
             "akrout-mended",
+            "akrout-jpeg",
             "akrout-resnet20",
             "akrout-tiny",
             "akrout-imagenet",
@@ -267,8 +268,8 @@ class Reproduce:
         ]
     ]
     """akrout-mnist and akrout-cifar10: the curves published with the paper's NumPy code. akrout-orders: how far their first
-    epochs hang on the order of the data. akrout-mended: what each of that code's quirks changes. akrout-resnet20,
-    akrout-tiny, akrout-imagenet: the paper's figures, test error and every layer's angles, with ResNet-20 on CIFAR-10,
+    epochs hang on the order of the data. akrout-mended: what each of that code's quirks changes. akrout-jpeg: what JPEG does
+    to CIFAR-10's. akrout-resnet20, akrout-tiny, akrout-imagenet: the paper's figures, test error and every layer's angles, with ResNet-20 on CIFAR-10,
     ResNet-18 on Tiny ImageNet-100, ResNet-18 and -50 on ImageNet. biotorch-lenet: BioTorch's table for LeNet on MNIST."""
     data_dir: DataDir = None
     """Where TFDS has its datasets prepared. Nothing is downloaded."""
@@ -309,7 +310,7 @@ class Reproduce:
         )
         if len(set(self.only)) < len(self.only):
             raise InputError(f"--only must name no run twice; got {' '.join(self.only)}")
-        if self.figure in ("akrout-mnist", "akrout-cifar10", "akrout-orders", "akrout-mended"):
+        if self.figure in ("akrout-mnist", "akrout-cifar10", "akrout-orders", "akrout-mended", "akrout-jpeg"):
             for name in ("steps", "batch_size", "image_size", "dtype", "distributed"):
                 if getattr(self, name):
                     raise InputError(f"{flag(name)} is not for {self.figure}, whose settings are the published ones")

@@ -151,14 +151,14 @@ def published(
     theirs: Mapping[str, Mapping[int, Mapping[str, float]] | None],
     title: str,
 ) -> bytes:
-    """Curves of one hidden layer: test accuracy, matrix angle and delta angle; published ones dotted, by epoch.
+    """Curves of one hidden layer: training loss, test accuracy, matrix and delta angle; the published pale and dotted.
 
     A band is the mean over examples and their standard deviation to each side.
     """
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(14, 4.4), layout="constrained")
     figure.suptitle(title, fontsize=11, color=TEXT)
-    panels = figure.subplots(1, 3, sharex=True)  # of backprop alone two of them are empty
-    columns = ("test_accuracy_percent", "matrix_angle_W2_deg", "delta_angle_hidden_deg")
+    panels = figure.subplots(1, 4, sharex=True)  # of backprop alone two of them are empty
+    columns = ("train_loss", "test_accuracy_percent", "matrix_angle_W2_deg", "delta_angle_hidden_deg")
     others, taken = itertools.cycle(OTHERS), set()
     for name, rows in ours.items():
         rule = name.split("-")[0]
@@ -178,15 +178,16 @@ def published(
                 axes.plot(
                     [e + 1 for e in epochs], shown, color=style["color"], linewidth=2.6, linestyle=":", alpha=0.45
                 )
-    panels[0].set(title="Test accuracy", ylabel="%")
-    panels[1].set(title="Matrix angle: W to B", ylabel="degrees")
-    panels[2].set(title="Delta angle: δ to backprop's δ", ylabel="degrees: one example's; mean ± sd of all")
+    panels[0].set(title="Training loss", yscale="log")
+    panels[1].set(title="Test accuracy", ylabel="%")
+    panels[2].set(title="Matrix angle: W to B", ylabel="degrees")
+    panels[3].set(title="Delta angle: δ to backprop's δ", ylabel="degrees; band: mean ± sd of 128")
     for axes in panels:
         _plain(axes)
         axes.set(xscale="log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
-    for axes in panels[1:]:
+    for axes in panels[2:]:
         axes.set_ylim(-1, None)
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(ours), 6), frameon=False, handlelength=3)
@@ -231,6 +232,8 @@ def _paths(rows: Curve, kind: str) -> list[str]:
 
 
 def _depth(path: str) -> tuple[Any, ...]:
-    """A key that puts a model's layers in their order: numbers as numbers, the output last."""
-    parts = re.split(r"(\d+)", path.split("/", 1)[1])
-    return (path.endswith("output/kernel"), [int(p) if p.isdigit() else -1 for p in parts[1::2]], parts)
+    """A key that puts a model's layers in their order: numbers as numbers, a flat net's dense layers behind its convolutions
+    (LeNet's), the output last."""
+    name = path.split("/", 1)[1]
+    parts = re.split(r"(\d+)", name)
+    return (path.endswith("output/kernel"), name.startswith("Dense_"), [int(p) for p in parts[1::2]], parts)

@@ -1,6 +1,7 @@
 """The NumPy experiments published with Akrout et al. (2019), each of their quirks kept, and each of them mended."""
 
 import contextlib
+import io
 import math
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from PIL import Image
 
 import wmkp
 from wmkp.experiments import checkpoints, data
@@ -37,6 +39,7 @@ class Variant(NamedTuple):
         to settle at W^T; "gaussian": ``wmkp.weight_mirror()`` as it is; "exact": orthogonal noise, B is the estimate.
       shuffled: whether each epoch has an order of its own, instead of the dataset's.
       weight_decay: lambda of W and B.
+      jpeg: the quality at which all images are put through JPEG first, or None.
     """
 
     rule: str
@@ -45,6 +48,7 @@ class Variant(NamedTuple):
     mirror: str = "published"
     shuffled: bool = False
     weight_decay: float = 0.0
+    jpeg: int | None = None
 
 
 PUBLISHED = {
@@ -65,6 +69,13 @@ MENDED = {
     "wm-decay": PUBLISHED["wm"]._replace(title="B decays, calibrated to settle at W^T", mirror="decay"),
     "wm-gaussian": PUBLISHED["wm"]._replace(title="Gaussian noise, linear response, calibrated", mirror="gaussian"),
     "wm-exact": PUBLISHED["wm"]._replace(title="orthogonal noise: exact", mirror="exact"),
+}
+JPEG = {
+    "bp": PUBLISHED["bp"],
+    **{
+        f"bp-jpeg{quality}": PUBLISHED["bp"]._replace(title=f"through JPEG once more, quality {quality}", jpeg=quality)
+        for quality in (95, 75, 50)
+    },
 }
 
 
@@ -102,6 +113,17 @@ def unhashed(examples: data.Examples, split: str) -> data.Examples:
 
     places = np.argsort(sorted(range(len(examples["label"])), key=Hasher(split).hash_key))
     return {key: x[places] for key, x in examples.items()}
+
+
+def through_jpeg(examples: data.Examples, quality: int) -> data.Examples:
+    """Examples whose images, uint8 (examples, height, width, 3), were saved as JPEG of this quality and read again."""
+
+    def once(image: np.ndarray) -> np.ndarray:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=quality)
+        return np.asarray(Image.open(file))
+
+    return {**examples, "image": np.stack([once(image) for image in examples["image"]])}
 
 
 def make_rule(variant: Variant, fan_in: int, fan_out: int) -> wmkp.Rule:
@@ -211,6 +233,9 @@ def run(
     Raises:
       InputError: ``directory`` is of another run, or as ``checkpoints`` says.
     """
+    if variant.jpeg is not None:
+        train, test = (through_jpeg(split, variant.jpeg) for split in (dataset.train, dataset.test))
+        dataset = dataset._replace(train=train, test=test)
     some, test = jax.device_put((jax.tree.map(lambda x: x[:EXAMPLES], dataset.train), dataset.test))
     state, train, run_epoch, measure = start(variant, dataset, hidden, seed)
     rows: list[Epoch] = []
