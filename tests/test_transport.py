@@ -780,3 +780,78 @@ def test_activity_that_scales_a_weights_outputs_is_a_gain_of_theirs(name):
             return jnp.sum((stop(h) @ SCALED[name](p["w"], h) + back - stop(back)) ** 2)
 
         chex.assert_trees_all_close(grads, jax.grad(reference)(params), rtol=1e-4, atol=1e-5)
+
+
+# --- weights that data lays out or scales, and readouts that data masks ------------------------------------------------
+
+PRE, POST = np.arange(12) % 6, (np.arange(12) * 5 + np.arange(12) // 6) % 6
+BY_DATA = {
+    "synapses at places of data": lambda w, d: jnp.zeros((6, 6)).at[d["pre"], d["post"]].add(w),
+    "synapses put at places of data": lambda w, d: jnp.zeros((6, 6)).at[d["pre"], d["post"]].set(w),
+    "a mask by einsum": lambda w, d: jnp.einsum("io,io->io", w, d["mask"]),
+    "a mask by einsum, from the left": lambda w, d: jnp.einsum("io,oi->io", d["mask"], w),
+    "rows scaled by einsum": lambda w, d: jnp.einsum("i,io->io", d["mask"][0], w),
+}
+
+
+@pytest.mark.parametrize("name", BY_DATA)
+def test_a_weight_that_data_lays_out_or_scales_has_its_b(name):
+    """Against the product written with W forward and the same layout of B backward."""
+    make = BY_DATA[name]
+    w = weights("w", shape=(12,) if "places" in name else (6, 6))["w"]
+    data = {
+        "pre": jnp.asarray(PRE),
+        "post": jnp.asarray(POST),
+        "mask": jnp.asarray(np.cos(np.arange(36.0)).reshape(6, 6)),
+    }
+    params, stop = weights("first") | {"w": w}, jax.lax.stop_gradient
+
+    def fun(params, x, data):
+        return jnp.sum(jnp.sin(tanh_first(params, x) @ make(params["w"], data)))
+
+    def through(b):
+        def marked(params, x, data):
+            h = tanh_first(params, x)
+            back = h @ make(stop(b), data)
+            return jnp.sum(jnp.sin(stop(h) @ make(params["w"], data) + back - stop(back)))
+
+        return jax.grad(marked)(params, X, data)
+
+    rule = wmkp.kolen_pollack()
+    feedback = wmkp.init_feedback(B_KEY, rule, fun, params, X, data)
+    gradient = lambda b: wmkp.value_and_grad(fun, rule)(params, feedback | {"w": b}, X, data)[1][0]
+    chex.assert_trees_all_close(gradient(feedback["w"]), through(feedback["w"]), rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(gradient(w), jax.grad(fun)(params, X, data), rtol=1e-4, atol=1e-5)
+
+
+READOUTS = {
+    "where": lambda h, w, m: jnp.sum(h * w, -1, where=m > 0),
+    "times a mask": lambda h, w, m: (h * w * m).sum(-1),
+    "chosen by data": lambda h, w, m: jnp.where(m > 0, h * w, 0.0).sum(-1),
+    "at a temperature": lambda h, w, m: (h * w / m[0, 0]).sum(-1),
+    "of segments of weights": lambda h, w, m: (h * jax.ops.segment_sum(w, PRE[:6], 6)).sum(-1),
+    "of synapses by copies": lambda h, w, m: (h[:, :, None] * jnp.zeros((6, 6)).at[PRE[:6], POST[:6]].add(w)).sum(1),
+    "of synapses bent": lambda h, w, m: jnp.tanh(h[:, :, None] * jnp.zeros((6, 6)).at[PRE[:6], POST[:6]].add(w)),
+}
+
+
+@pytest.mark.parametrize("name", READOUTS)
+def test_a_readout_by_hand_that_data_masks(name):
+    params = weights("first") | weights("w", shape=(6,))
+
+    def fun(params, x, mask):
+        return jnp.sum(jnp.sin(READOUTS[name](tanh_first(params, x), params["w"], mask)))
+
+    mask = jnp.asarray(np.random.default_rng(0).integers(0, 2, (3, 6)) + 0.5, jnp.float32)
+    refuse(fun, params, X, mask, match="mul, then reduce_sum|mul by copies")
+
+
+def test_a_frozen_weight_is_mirrored():
+    def fun(params, x):
+        return jnp.sum(jnp.tanh(tanh_first(params, x) @ jax.lax.stop_gradient(params["w"])) @ params["out"])
+
+    params = weights("first", "w", "out")
+    rule = wmkp.weight_mirror("orthogonal", num_samples=6, rate=1.0)
+    found = wmkp.mirror_signals(KEY, rule, fun, params, X)
+    for name in ("w", "out"):
+        np.testing.assert_allclose(found[name], params[name], rtol=1e-4, atol=1e-5)

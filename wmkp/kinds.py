@@ -166,6 +166,18 @@ def is_matrix_operand(eqn: Any, operand: int, varying: tuple[bool, ...]) -> bool
     return any(varying[a] for a in inputs) and (one or any(varying[a] for a in outputs))
 
 
+def scaled_by_data(eqn: Any, kinds: Sequence[Kind]) -> int | None:
+    """Which operand of a dot_general is a matrix that data, which no parameter enters, scales element by element."""
+    if eqn.primitive.name == "dot_general":
+        contract, batch = eqn.params["dimension_numbers"]
+        for i, (weight, by) in enumerate(zip(kinds, reversed(kinds), strict=True)):
+            matrix = weight.synaptic and not weight.obstacle and _is_matrix(weight.varying)
+            alone = by.data and not by.active and len(batch[0]) == eqn.invars[1 - i].aval.ndim
+            if matrix and alone and not contract[0]:
+                return i
+    return None
+
+
 def summed(eqn: Any, kinds: Sequence[Kind]) -> tuple[int, Sequence[int]]:
     """Which operand an equation adds up, and along which of its axes (none, if it does no such thing)."""
     name, params = eqn.primitive.name, eqn.params
@@ -188,9 +200,10 @@ def summed(eqn: Any, kinds: Sequence[Kind]) -> tuple[int, Sequence[int]]:
 
 
 def carried_gain(eqn: Any, kinds: Sequence[Kind]) -> Gain | None:
-    """The gain of an activity that was just multiplied by one, laid out anew or scaled, masked or padded by constants."""
+    """The gain of an activity that was just multiplied by one, laid out anew or scaled, masked or padded by what no
+    parameter enters."""
     name, out = eqn.primitive.name, eqn.outvars[0].aval
-    gain, *others = (k.gain for k in kinds if k.data)
+    gain, *others = (k.gain for k in kinds if k.active)
     if gain is None or others:
         return None
     if name in compat.LAYOUT:
@@ -287,7 +300,8 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], custom: bool = False) -> Kind:
     elif name in compat.INDEXED:
         varying = everywhere(out)
     elif name in compat.ADDED and not kinds[0].weight and not _is_matrix(kinds[2].varying):
-        varying = (False,) * out.ndim  # a bias of some neurons
+        # Biases of some neurons; or, on constants alone, synapses by their places.
+        varying = (False,) * out.ndim if kinds[0].data else everywhere(out)
     else:
         varying = elementwise_varying(eqn, kinds)
     if union.data:

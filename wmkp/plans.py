@@ -19,6 +19,7 @@ from wmkp.kinds import (
     is_matrix_operand,
     join,
     outside,
+    scaled_by_data,
     summed,
     union_of,
     weight_kind,
@@ -183,6 +184,10 @@ class Analyser:
     def bilinear(self, eqn: Any, bind: Bind, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
         name = eqn.primitive.name
         union = union_of(kinds)
+        if (scaled := scaled_by_data(eqn, kinds)) is not None:  # as a multiplication by a mask
+            kind = kinds[scaled]
+            out = kind._replace(data=True, plain=False, masked=True, unmirrored=kind.unmirrored or "data")
+            return Step(eqn, "follow", bind), [out._replace(varying=everywhere(eqn.outvars[0].aval))]
         statics = [i for i, k in enumerate(kinds) if k.static]
         weights = [i for i, k in enumerate(kinds) if k.weight]
         if not union.data or (union.masked and any(not k.data and not k.weight for k in kinds)):
