@@ -45,18 +45,16 @@ def cost() -> str:
 def mirror() -> str:
     """What mirroring costs at 224 and batch 256, by ``results/mirror_cost.json``."""
     rows = {row.name: row for row in benchmarks.read(benchmarks.RESULTS / "mirror_cost.json")}
-    share, every = {}, 0
+    held = []
     for name in ("ResNet-18", "ResNet-50"):
-        row = rows[f"{name} at 224, batch 256: mirror over engaged, operations"]
-        share[name], every = f"{100 * (row.value or 0):.1f}", row.detail["every"]
-    worst = next(
-        row.value for name, row in rows.items() if re.match(r"ResNet-18: .*: worst angle at an engaged step", name)
-    )
-    return (
-        f"A mirror step after every {every} engaged steps, under which ResNet-18's angles were at most {worst:.1f} degrees, adds "
-        f"{share['ResNet-18']} % to its operations at 224 and batch 256, and {share['ResNet-50']} % to ResNet-50's "
-        "([mirror_cost](benchmarks/results/mirror_cost.json)).\n"
-    )
+        cost = rows[f"{name} at 224, batch 256: mirror over engaged, operations"]
+        angle = next(r for key, r in rows.items() if re.match(f"{name}: .*: worst angle at an engaged step", key))
+        steps = "each engaged step" if cost.detail["every"] == 1 else f"every {cost.detail['every']} engaged steps"
+        held.append(
+            f"after {steps} {name}'s angles were at most {angle.value:.1f} degrees ({angle.note.split(',')[0]} images of 64x64), which "
+            f"at 224 and batch 256 adds {100 * (cost.value or 0):.1f} % to the operations"
+        )
+    return f"With a mirror step {', and '.join(held)} ([mirror_cost](benchmarks/results/mirror_cost.json)).\n"
 
 
 def resnet20() -> str:
