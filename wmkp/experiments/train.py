@@ -322,8 +322,8 @@ def _train(config: Train, stack: contextlib.ExitStack) -> bool:
         done, stop = step == run.total, stopping(step)
         if step % config.log_every == 0 or done:
             host = read()
-            seconds = time.perf_counter() - begin
-            rate = (step - first) * config.batch_size / seconds
+            now = time.perf_counter()  # (a mirror step may be at work yet: it counts from here)
+            rate = (step - first) * config.batch_size / (now - begin)
             bar.update(shown, rate=f"{rate:,.0f} examples/s")
             update = (step - 1) // config.accumulate
             count = max(float(host.count), 1.0)
@@ -340,7 +340,7 @@ def _train(config: Train, stack: contextlib.ExitStack) -> bool:
                 train_log.write(row)
             zero = devices.put_everywhere((np.float32(0),) * 3, run.mesh)
             tally = tally._replace(loss=zero[0], error=zero[1], count=zero[2])
-            begin, first = time.perf_counter(), step
+            begin, first = now, step
         if step % eval_steps == 0 or done:
             read()
             row = test()
