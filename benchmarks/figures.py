@@ -48,7 +48,7 @@ TEXTS = {
     "akrout-jpeg": (
         "What JPEG does to the accuracy",
         "CIFAR-10's experiment under BP, on our copy's images as they are (they have been through JPEG, at a quality that is not known) "
-        "and put through JPEG once more: the same order, weights and everything else. What differs is the pixels' doing alone.",
+        "and put through JPEG once more: the same order, weights and everything else. What differs is the pixels' doing alone; a second time at the copy's own quality would change next to nothing, so the larger effect counts.",
     ),
     "akrout-mended": (
         "What each quirk changes",
