@@ -151,14 +151,23 @@ def published(
     theirs: Mapping[str, Mapping[int, Mapping[str, float]] | None],
     title: str,
 ) -> bytes:
-    """Curves of one hidden layer: training loss, test accuracy, matrix and delta angle; the published pale and dotted.
+    """Curves of one hidden layer: training loss, test accuracy, and where there is a B matrix and delta angle; the published
+    pale and dotted.
 
     A band is the mean over examples and their standard deviation to each side.
     """
-    figure = Figure(figsize=(14, 4.4), layout="constrained")
+    settings = {
+        "train_loss": {"title": "Training loss", "yscale": "log"},
+        "test_accuracy_percent": {"title": "Test accuracy", "ylabel": "%"},
+        "matrix_angle_W2_deg": {"title": "Matrix angle: W to B", "ylabel": "degrees"},
+        "delta_angle_hidden_deg": {
+            "title": "Delta angle: δ to backprop's δ", "ylabel": "degrees; band: mean ± sd of 128"
+        },
+    }  # fmt: skip
+    columns = [c for c in settings if not all(math.isnan(row[c]) for rows in ours.values() for row in rows)]
+    figure = Figure(figsize=(3.5 * len(columns), 4.4), layout="constrained")
     figure.suptitle(title, fontsize=11, color=TEXT)
-    panels = figure.subplots(1, 4, sharex=True)  # of backprop alone two of them are empty
-    columns = ("train_loss", "test_accuracy_percent", "matrix_angle_W2_deg", "delta_angle_hidden_deg")
+    panels = figure.subplots(1, len(columns), sharex=True)
     others, taken = itertools.cycle(OTHERS), set()
     for name, rows in ours.items():
         rule = name.split("-")[0]
@@ -178,11 +187,8 @@ def published(
                 axes.plot(
                     [e + 1 for e in epochs], shown, color=style["color"], linewidth=2.6, linestyle=":", alpha=0.45
                 )
-    panels[0].set(title="Training loss", yscale="log")
-    panels[1].set(title="Test accuracy", ylabel="%")
-    panels[2].set(title="Matrix angle: W to B", ylabel="degrees")
-    panels[3].set(title="Delta angle: δ to backprop's δ", ylabel="degrees; band: mean ± sd of 128")
-    for axes in panels:
+    for axes, column in zip(panels, columns, strict=True):
+        axes.set(**settings[column])
         _plain(axes)
         axes.set(xscale="log")
         axes.xaxis.set_major_formatter("{x:g}")
