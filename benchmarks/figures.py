@@ -33,8 +33,8 @@ TEXTS = {
     "akrout-cifar10": (
         "The curves published with the paper's code: CIFAR-10",
         "3072-1000-10, as above. Our copy of CIFAR-10 has been through JPEG, and has an order of its own. Under every "
-        "rule the training loss is within 10 % of the published up to epoch 100; late in the run both jump under BP, WM and KP, each at epochs of "
-        "its own (picture): there a single epoch says little. FA's accuracy jumps from epoch to epoch, the published too. The first epochs' "
+        "rule the training loss runs beside the published (picture), until late in the run both jump under BP, WM and KP, each at epochs of "
+        "its own: there a single epoch says little. FA's accuracy jumps from epoch to epoch, the published too. The first epochs' "
         "accuracies hang on the order of the data (next section); what JPEG alone can do comes after that. The last column "
         "is the accuracy's mean difference over all epochs, ours between two evaluations taken from the line between them.",
     ),

@@ -265,9 +265,8 @@ def _check_call(params: Any, feedback: Any, args: Any, named: dict[str, Any]) ->
             "What is no data can be bound beforehand, by functools.partial."
         )
     checks.values("args", args)
-    if len(jax.tree.leaves(params)) < len(
-        jax.tree.leaves(feedback)
-    ):  # else B has an array for each parameter, or fewer
+    ours, theirs = jax.tree.leaves(params), jax.tree.leaves(feedback)
+    if len(ours) < len(theirs):  # of params in their places there are as many as of B, or more
         try:
             feedback_leaves(feedback, params)
         except (TypeError, ValueError):

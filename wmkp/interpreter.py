@@ -352,11 +352,8 @@ def _collect(
             outs = _collect_scan(step, operands, wanted, found, level)
         elif step.action == "shard_map":
             _collect_shard_map(step, operands, wanted, found, level)
-        elif step.eqn.primitive.name in compat.VARIED | {
-            "stop_gradient"
-        }:  # (what differs between devices is seen already;
-            # a weight that is frozen has a B all the same, and the signal goes back by the way of its layout)
-            outs = operands
+        elif step.eqn.primitive.name in (*compat.VARIED, "stop_gradient"):
+            outs = operands  # what differs between devices is seen already; a frozen weight's signal must reach its B
         elif step.eqn.primitive.name == "convert_element_type" and plan.kinds[step.eqn.outvars[0]].weight:
             outs = operands  # B is mirrored at its own precision, whatever the compute dtype
         elif step.gain is not None and _mirrored(plan.kinds[step.eqn.outvars[0]]):
