@@ -69,6 +69,7 @@ class Builder:
         self.selected = False  # whether data selects from the weight in hand
         self.rng = np.random.default_rng(draw(st.integers(0, 2**20)))
         self.active = False  # whether the activation in hand depends on a parameter
+        self.drawn = 0  # how often a parameter was taken
         self.stacks = []  # lengths of the scans around what is drawn, whose slices parameters are
         self.names = set()  # the parameters of the weight in hand
         self.chosen, self.again = set(), set()  # those of weights that data selects from, and those shared
@@ -82,6 +83,7 @@ class Builder:
     # --- parameters and weight expressions: (params, data) -> array
 
     def param(self, shape, stack=None):
+        self.drawn += 1
         same = [n for n, (s, k) in self.shapes.items() if s == shape and k == stack]
         if same and self.draw(st.integers(0, 4)) == 0:
             name = self.choose(*same)  # shared
@@ -461,8 +463,10 @@ class Builder:
 
             return scanned, size
         if kind in ("recurrent", "fori"):
-            self.active = True
+            before, drawn = self.active, self.drawn
+            self.active = True  # by the second turn, if a parameter comes in
             f = self.same_size(size, depth)
+            self.active = before or self.drawn > drawn
             if kind == "fori":
                 return (lambda env, a: lax.fori_loop(0, 2, lambda i, h: jnp.tanh(f(env, h)), a)), size
             return (lambda env, a: lax.scan(lambda h, _: (jnp.tanh(f(env, h)), None), a, None, 2)[0]), size
@@ -491,7 +495,6 @@ class Builder:
         if kind == "vmap":
             return (lambda env, a: jax.vmap(lambda a: f(env, a))(jnp.stack([a, 2 * a])).sum(0)), out
         if kind == "twice" and out == size:
-            self.active = True
             return (lambda env, a: f(env, jnp.tanh(f(env, a)))), out
         if kind == "frozen":
             return (lambda env, a: f(env, stop(a)) + f(env, a)), out
@@ -569,6 +572,8 @@ def check(program):
         strict |= "of a weight with gains" in str(error) and "norm" in program.text.split()  # joined, say
         # Activities that a norm has just scaled, multiplied and summed: the scale is the weights of a sum.
         strict |= "mul by copies of an activation" in str(error) and {"norm", "outer"} <= {*program.text.split()}
+        # A gain right before a norm's mean or variance, which sum what it scaled (docs, troubleshooting).
+        strict |= "mul, then reduce_sum" in str(error) and not {"layer", "first"}.isdisjoint(program.text.split())
         # Sums that a product by hand (a gain, taken alone) left the same for all: the next one's weights fan them out.
         strict |= "mul by copies of an activation" in str(error) and "('hand', 'gain'), a gain" in program.text
         assert strict or "UNFOLLOWABLE" in program.text, f"refused: {error}"

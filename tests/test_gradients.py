@@ -197,6 +197,38 @@ def test_scan_over_time_reversed_and_nested():
     check(loss, params, jax.random.normal(KEY, (5, 3, 6)), paths=["wh"])
 
 
+def test_a_learned_vector_has_the_part_of_an_activity():
+    """Unrolled, a recurrent network's learned start meets the weights before any data does; so does a code, a bias's net."""
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape) / 2
+    params = {"wx": draw(0, 4, 6), "wh": draw(1, 6, 6), "h0": draw(2, 6), "code": draw(3, 5), "wc": draw(4, 5, 6),
+              "head": draw(5, 6, 1)}  # fmt: skip
+    x, multiply = draw(6, 3, 2, 4), lambda x, w, _: x @ w
+
+    def run(params, xs, multiply, feedback):
+        h = jnp.broadcast_to(params["h0"], (3, 6))
+        out = jnp.sum(multiply(h, params["head"], feedback["head"]))
+        for x in xs.swapaxes(0, 1):
+            bias = multiply(jnp.tanh(params["code"]), params["wc"], feedback["wc"])
+            h = jnp.tanh(multiply(h, params["wh"], feedback["wh"]) + x @ params["wx"] + bias)
+        return out + jnp.sum(multiply(h, params["head"], feedback["head"]) ** 2)
+
+    loss = lambda params, x: run(params, x, multiply, params)
+    _, _, feedback = check(loss, params, x, paths=["head", "wc", "wh"])
+
+    @jax.custom_vjp
+    def through(x, w, b):
+        return x @ w
+
+    through.defvjp(lambda x, w, b: (x @ w, (x, b)), lambda kept, d: (d @ kept[1].T, *[jnp.outer(kept[0], d)
+                   if d.ndim == 1 else kept[0].T @ d] * 2))  # fmt: skip
+    expected = jax.grad(run, (0, 3))(params, x, through, feedback)
+    grads, signal = wmkp.value_and_grad(loss, wmkp.kolen_pollack())(params, feedback, x)[1]
+    chex.assert_trees_all_close((grads, signal), expected, rtol=1e-5, atol=1e-6)
+    exact = wmkp.weight_mirror("orthogonal", target_angle=1e-3, rate=1.0)
+    for path, mirrored in wmkp.mirror_signals(KEY, exact, loss, params, x).items():
+        assert mirrored is None or np.allclose(mirrored, params[path], atol=1e-5)
+
+
 def test_scan_that_carries_a_learned_start_beside_a_constant():
     """What no error goes through in the first turn, a jitted call on zeros here, is planned from the second on."""
     call = jax.jit(jnp.tanh)
@@ -415,11 +447,13 @@ def test_experts_chosen_by_data_and_masked_weights():
         x = jnp.tanh(x @ params["in"])
         x = jnp.tanh(jnp.einsum("nd,nde->ne", x, params["experts"][index]))  # a lookup of whole matrices
         x = jnp.tanh(x @ (params["dropped"] * (noise > 0)))  # DropConnect
-        return jnp.sum((x @ (params["noisy"] + noise)) ** 2)  # a sampled weight
+        one = x @ (params["one"] + noise[:, :1])  # a readout by one neuron
+        return jnp.sum((x @ (params["noisy"] + noise)) ** 2) + jnp.sum(jnp.sin(one))  # a sampled weight
 
     params = {"in": layers(1, 6)[0], "experts": layers(3, 6), "dropped": layers(1, 6)[0], "noisy": layers(1, 6)[0]}
+    params["one"] = params["noisy"][:, :1]
     args = jax.random.normal(KEY, (4, 6)), jnp.array([0, 2, 1, 2]), jax.random.normal(KEY, (6, 6))
-    check(loss, params, *args, paths=["dropped", "experts", "noisy"])
+    check(loss, params, *args, paths=["dropped", "experts", "noisy", "one"])
 
 
 def test_mixture_of_experts_by_einsum():

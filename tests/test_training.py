@@ -286,6 +286,9 @@ def test_compiled_once(name):
     assert steps.engaged_step._cache_size() == 1
     assert steps.mirror_step._cache_size() == 1
     steps.engaged_step(steps.init(KEY, network()), batch())  # NumPy's arrays are traced as JAX's
+    weak = jax.tree.map(lambda w: jnp.full(w.shape, 0.5), network())  # as jnp.full makes a LayerScale
+    assert all(w.aval.weak_type for w in jax.tree.leaves(weak))
+    steps.engaged_step(steps.init(KEY, weak), batch())
     assert traces == first
 
 

@@ -85,6 +85,7 @@ UNFOLLOWABLE = {
         "transpose",
     ),
     "a product of two parameters": (lambda p: p["w"] @ p["other"], "dot_general of two parameters"),
+    "a matrix times a vector": (lambda p: (p["w"] @ p["other"][0])[:, None], "dot_general of two parameters"),
     "two parameters multiplied": (lambda p: p["w"] * p["other"], "mul"),
     "its own transpose": (lambda p: p["w"] @ p["w"].T, "dot_general of two parameters"),
     "a nonlinearity": (lambda p: jnp.tanh(p["w"]), "tanh"),
@@ -109,6 +110,38 @@ def test_weights_that_feedback_cannot_follow(name):
 
     obstacles = refuse(fun, weights("first", "other", "w"), X, match=primitive)
     assert "w" in obstacles and "first" not in obstacles
+
+
+PLACES = np.random.default_rng(0).normal(size=(3, 6))
+
+PARAMETERS_ALONE = {
+    "learned positions times W": lambda p, h: h + p["other"][:3] @ p["w"],
+    "a network on constants": lambda p, h: h + jax.nn.relu(PLACES @ p["other"]) @ p["w"],
+    "positions where data says so": lambda p, h: jnp.where(h[:, :1] > 0, h, p["other"][:3] @ p["w"]),
+    "gains from a network on constants": lambda p, h: h * (jnp.tanh(PLACES @ p["other"]) @ p["w"]),
+    "weights with gains from one": lambda p, h: h @ (p["head"] * (jnp.tanh(PLACES @ p["other"]) @ p["w"])[0]),
+    "a scan's state from two": lambda p, h: jax.lax.scan(
+        lambda s, _: (jnp.tanh(s + h), None), p["other"][:3] @ p["w"], None, 2
+    )[0],
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS_ALONE)
+def test_a_network_of_parameters_alone_whose_errors_come_from_activities(name):
+    """In it one parameter plays the part of an activity, whose error goes back through another."""
+    fun = lambda params, x: jnp.sum(PARAMETERS_ALONE[name](params, tanh_first(params, x)) ** 2)
+    obstacles = refuse(fun, weights("first", "head", "other", "w"), X, match="dot_general of two parameters")
+    assert {"w", "other"} <= set(obstacles)
+
+
+def test_parameters_alone_that_meet_no_activity_or_get_no_error_are_let_be():
+    def fun(params, x):
+        product = params["other"] @ params["w"]
+        h = tanh_first(params, x) + jax.lax.stop_gradient(product)[0]
+        return jnp.sum((h @ params["head"]) ** 2) + jnp.sum(product**2) + jnp.sum((product @ product) ** 2)
+
+    found = wmkp.projections(fun, weights("first", "other", "w", "head"), X)
+    assert not [p.obstacle for p in found.values() if p.obstacle] and set(found) == {"first", "head"}
 
 
 BY_HAND = {
@@ -406,6 +439,15 @@ def test_a_loop_with_a_derivative_of_its_own():
         return jnp.sum(solve(tanh_first(params, x), params["w"]) ** 2)
 
     refuse(fun, weights("first", "w"), X, match="custom_vjp_call")
+
+    def given_all(params, x):
+        """All parameters go in: those that are multiplied elsewhere alone are no part of it."""
+        return jnp.sum((layer(tanh_first(params, x), params) @ params["head"]) ** 2)
+
+    layer = jax.custom_vjp(lambda x, params: forward(x, params["w"]))
+    unrolled_layer = lambda x, params: unrolled(x, params["w"])
+    layer.defvjp(lambda x, p: (forward(x, p["w"]), (x, p)), lambda kept, g: jax.vjp(unrolled_layer, *kept)[1](g))
+    assert refuse(given_all, weights("first", "w", "head"), X, match="custom_vjp_call") == ["w"]
 
 
 def test_a_binary_product_with_a_derivative_of_its_own():

@@ -40,6 +40,9 @@ class Kind(NamedTuple):
     # Of a weight: what other parameters have scaled it as a gain (``gain_operand``), and along which axes each did.
     scaled: tuple[tuple[bool, ...], ...] = ()
 
+    # Of a weight: a product of parameters (which) with others of them, so that the errors of some go back through the rest.
+    joint: str | None = None
+
     @property
     def weight(self) -> bool:
         return bool(self.params)
@@ -69,6 +72,7 @@ def union_of(kinds: Sequence[Kind]) -> Kind:
         masked=any(k.masked for k in kinds) and all(k.synaptic or not k.active for k in kinds),
         plain=all(k.plain for k in kinds if k.weight),
         stack=max((k.stack for k in kinds if k.weight), key=len, default=()),
+        joint=next((k.joint for k in kinds if k.joint), None),
     )
 
 
@@ -287,8 +291,10 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], custom: bool = False) -> Kind:
             # (What mirror mode cannot work out it cannot mask or select a weight by.)
             return Kind(data=union.data, unmirrored=None if union.data else union.unmirrored or union.obstacle)
         follows = False
+    if name == "stop_gradient":
+        union = union._replace(joint=None)
     factor = gain_operand(eqn, kinds)
-    if factor is not None and not union.data:
+    if factor is not None and not union.data and not kinds[factor].joint:
         return kinds[1 - factor]._replace(scaled=(*_scaled(eqn, kinds), kinds[factor].varying or (False,) * out.ndim))
     scaled = _scaled(eqn, kinds)
     if follows and any(sum(axes) > 1 for axes in scaled):  # laid out anew, it is no neuron's any more
@@ -308,9 +314,11 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], custom: bool = False) -> Kind:
         # A bias, gain or threshold beside an activation leaves an activation; a matrix that data scales, masks, shifts
         # or selects from may yet multiply another activation, and must not do so unseen.
         indexed = name in compat.INDEXED and _is_matrix(kinds[0].varying)
-        # With no activation beside it, a readout of one neuron (or one filter) that data masks is a weight still.
+        # With no activation beside it, a readout of one neuron (or one filter) that data masks, or shifts whole (noise), is a
+        # weight still.
         shifted = name in compat.AFFINE and any(k.data and not k.weight for k in kinds)
-        masked = any(varying) and not shifted and not any(k.active and not k.weight for k in kinds)
+        alone = any(varying) and not any(k.active and not k.weight for k in kinds)
+        masked = alone and (not shifted or varying == everywhere(out))
         carried = next((k.gain for k in kinds if k.gain and k.weight), None)
         if carried and name in compat.LAYOUT:
             carried = carried[0], layout_varying(eqn, carried[1])
@@ -346,7 +354,8 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], custom: bool = False) -> Kind:
             elif others:
                 by = union.params, tuple(v and not all(c) for v, *c in zip(varying, *others, strict=True))
         # There is no axis of examples. (A vector that is looked up is an embedding.)
-        whole = masked and varying == everywhere(out) and not (indexed and (_places(eqn) or not _is_matrix(varying)))
+        whole = alone and not shifted and varying == everywhere(out)
+        whole &= not (indexed and (_places(eqn) or not _is_matrix(varying)))
         masked = union.masked or (whole and all(k.static or k.masked for k in kinds if k.weight))
         unmirrored = union.unmirrored or (name if name in compat.EXCHANGED else None)
         if factor is None and name not in compat.LAYOUT:

@@ -165,6 +165,11 @@ class Analyser:
                 out = Kind(data=True)
             return Step(eqn, "bind", bind), [out] * count
         statics = [i for i, k in enumerate(kinds) if k.static]
+        joint = [i for i in statics if kinds[i].joint and any(kinds[i].varying)]
+        if joint and any(k.data for k in kinds) and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
+            # A network of parameters alone (a learned code times W), whose errors come back from the activities that it meets.
+            product = Product(eqn, bind, joint[0], kinds, kinds[joint[0]].joint, lengths)
+            return Step(eqn, "bind", bind, (), product), [activation(kinds)] * count
         if statics and any(k.data for k in kinds) and name not in compat.LOCAL:
             product = Product(eqn, bind, statics[0], kinds, name, lengths)
             return Step(eqn, "bind", bind, (), product), [activation(kinds)] * count
@@ -194,6 +199,16 @@ class Analyser:
             # A map of weights alone, or of one that data has masked. With a constant it is linear, but it mixes elements.
             reason = f"{name} of two parameters" if len(weights) == 2 else f"{name} with a constant array"
             out = union._replace(obstacle=union.obstacle or reason, varying=everywhere(eqn.outvars[0].aval))
+            if len(weights) == 2 and not kinds[0].params & kinds[1].params:
+                matrices = [i for i in weights if is_matrix_operand(eqn, i, kinds[i].varying)]
+                if len(matrices) == 2:  # (a vector may be the weights of one neuron)
+                    matrices = [i for i in matrices if sum(kinds[i].varying) > 1] or matrices
+                if len(matrices) == 1 and not kinds[matrices[0]].obstacle:
+                    # A vector (a learned initial state, a code) has the part of an activity.
+                    product = Product(eqn, bind, matrices[0], kinds, None, lengths)
+                    return Step(eqn, "product", bind, (), product), [out]
+                if matrices:
+                    out = out._replace(joint=out.joint or reason)
             return Step(eqn, "own" if out.static else "bind", bind), [out]
         out = Kind(data=True, active=True)
         # A weight that data has touched is an activity of neurons (a looked-up embedding, a bias added) to weights, and
@@ -204,7 +219,7 @@ class Analyser:
         if not candidates:
             return Step(eqn, "bind", bind), [out]
         weight = candidates[0]
-        obstacle = kinds[weight].obstacle
+        obstacle = kinds[weight].joint or kinds[weight].obstacle
         if len(candidates) == 2:
             obstacle = f"{name} of two parameters that data has touched"
         if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.complexfloating):
@@ -254,15 +269,16 @@ class Analyser:
             if not hidden:
                 return step, outs
             weights = [i for i in weights if kinds[i].params & hidden[0].params] or weights
-        elif not any(k.data for k in kinds):
+            product = Product(eqn, bind, weights[0], kinds, name, lengths)
+            product.params = frozenset().union(*(p.params for p in hidden))  # of its operands, those in products
+            return step._replace(product=product), outs
+        if not any(k.data for k in kinds):
             union = union_of(kinds)
             return step, [union._replace(obstacle=name, varying=everywhere(v.aval)) for v in eqn.outvars]
-        elif name == "while" and not self.custom:  # JAX itself has no backward pass through it
-            return step, [activation(kinds)] * count
-        else:
-            outs = [activation(kinds)] * count
-        product = Product(eqn, bind, weights[0], kinds, name, lengths)
-        return step._replace(product=product), outs
+        outs = [activation(kinds)] * count
+        if name == "while" and not self.custom:  # JAX itself has no backward pass through it
+            return step, outs
+        return step._replace(product=Product(eqn, bind, weights[0], kinds, name, lengths)), outs
 
     def shard_map(self, eqn: Any, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
         """Each device's part of a weight has its part of B."""

@@ -101,8 +101,8 @@ class Analysis(NamedTuple):
         error = self.last()
         if error.lengths:
             raise ValueError(
-                "direct feedback needs the last projection outside of any lax.scan or shard_map, so that its output has one "
-                "error"
+                "direct feedback needs the last projection outside of any lax.scan or shard_map, so that its output has "
+                "one error"
             )
         for product in products:
             x, e = product.input_avals[0].shape, error.output_aval.shape
@@ -132,8 +132,8 @@ class Analysis(NamedTuple):
             lead = index.ndim - product.weight_aval.ndim
             if not whole or index.size != math.prod(shape) or lead != len(product.stack):  # (in parts on devices)
                 raise ValueError(
-                    f"params[{path!r}] is not one matrix (or a stack of them) used whole in one place; this rule "
-                    f"needs one"
+                    f"params[{path!r}] is not one matrix (or a stack of them) used whole in one place; this "
+                    "rule needs one"
                 )
             groups, inputs, _, _ = product.axes()
             along = {a for a in range(index.ndim) if size > 1 and np.ptp(index, axis=a).any()}

@@ -630,12 +630,9 @@ def resolve(rule: RuleOrRules, analysis: Analysis) -> dict[str, Rule]:
                 )
             if product.obstacle and rules[path].backward is not None:
                 raise WeightTransportError(
-                    f"params[{path!r}] reaches a product with an activation through {product.obstacle!r}, where "
-                    f"feedback "
-                    "weights cannot follow it, so the error could only travel back through W. Multiply the "
-                    "activation by "
-                    "the parameter itself (or by a reshape, transpose, slice, cast or constant multiple of it), or "
-                    "give "
-                    f'this parameter backprop: rule={{"{re.escape(path)}": wmkp.backprop(), ".*": ...}}.'
+                    f"params[{path!r}] reaches a product with an activation through {product.obstacle!r}, where feedback weights "
+                    "cannot follow it, so the error could only travel back through W. Multiply the activation by the parameter "
+                    "itself (or by a reshape, transpose, slice, cast or constant multiple of it), or give this parameter backprop: "
+                    f'rule={{"{re.escape(path)}": wmkp.backprop(), ".*": ...}}.'
                 )
     return rules

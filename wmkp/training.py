@@ -293,7 +293,8 @@ def make_steps(
                 "mirror_steps asks for a mirror period, but no rule here has a mirror mode; weight_mirror() has"
             )
         # The state is donated by the steps, so it must share no buffer with what the caller keeps.
-        params, model_state, key = jax.tree.map(jnp.copy, (params, model_state, key))
+        # (Weakly typed it would be another after a step, which would then be compiled again.)
+        params, model_state, key = jax.tree.map(_own_copy, (params, model_state, key))
         key, feedback_key, noise_key = jax.random.split(key, 3)
         feedback = initial_feedback(feedback_key, rules, analysis, params)
         if mirror_steps:
@@ -425,6 +426,11 @@ def state_sharding(state: Any, mesh: Mesh, fsdp: bool = False) -> Any:
         return NamedSharding(mesh, PartitionSpec(*[None] * fits.index(max(fits)), mesh.axis_names))
 
     return jax.tree.map(sharding, state)
+
+
+def _own_copy(x: Any) -> jax.Array:
+    copy = jnp.copy(x)
+    return copy.astype(copy.dtype) if copy.aval.weak_type else copy
 
 
 def _all_finite(tree: Any) -> jax.Array:

@@ -135,12 +135,10 @@ def _try(optimizer: optax.GradientTransformation, tree: Any, dtype: Any) -> None
             shrink = float(np.vdot(change, difference)) / max(float(np.vdot(difference, difference)), 1e-30)
             if np.max(np.abs(change - shrink * difference)) > 1e-5 * size:  # well above rounding
                 raise ValueError(
-                    "optimizer cannot train Kolen-Pollack's B: given the same signal, it changes W and B "
-                    "differently by "
-                    "more than a common decay, so that W - B^T does not shrink (eq. 14). This is so of LAMB, LARS and "
-                    "other optimizers that scale updates by the size of the weights, and of weight decay that is "
-                    "divided by "
-                    "a gradient's moments. Use SGD, momentum, Adam or AdamW with decoupled weight decay."
+                    "optimizer cannot train Kolen-Pollack's B: given the same signal, it changes W and B differently by more than "
+                    "a common decay, so that W - B^T does not shrink (eq. 14). This is so of LAMB, LARS and other optimizers that "
+                    "scale updates by the size of the weights, and of weight decay that is divided by a gradient's moments. Use "
+                    "SGD, momentum, Adam or AdamW with decoupled weight decay."
                 )
             if shrink * np.max(np.abs(difference)) > 1e-5 * size or shrink < -2:
                 raise ValueError(
