@@ -525,6 +525,20 @@ def test_kept_bias_of_convolution_and_attention():
         np.testing.assert_allclose(np.sum(signal * w, 0) / norms**2, cdf, atol=0.1)
 
 
+def test_a_scan_that_returns_a_number():
+    """What it stacks for each turn may be a literal, beside layers that are parameters of their own."""
+
+    def fun(params, x):
+        turn = lambda x, w: (jnp.tanh(x @ w), 0)
+        return jnp.sum(lax.scan(turn, jnp.tanh(x @ params["first"]), jnp.stack([params["a"], params["b"]]))[0])
+
+    params = {n: jax.random.normal(jax.random.key(i), (4, 4)) for i, n in enumerate(("first", "a", "b"))}
+    rule = wmkp.weight_mirror("orthogonal", num_samples=4)
+    found = wmkp.mirror_signals(KEY, rule, fun, params, jnp.ones((2, 4)))
+    for name in ("a", "b"):
+        np.testing.assert_allclose(found[name], params[name], rtol=1e-4, atol=1e-5)
+
+
 def test_kept_bias_under_scan():
     def net(params, x):
         def layer(x, p):

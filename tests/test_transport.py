@@ -68,6 +68,15 @@ UNFOLLOWABLE = {
         lambda p: jax.lax.scan(lambda c, w: (c, binary(w)), 0.0, p["w"])[1],
         "custom_vjp_call",
     ),
+    "a binary weight, by stop_gradient": (
+        lambda p: p["w"] + jax.lax.stop_gradient(jnp.where(p["w"] > 0, 0.5, -0.5) - p["w"]),
+        "a comparison or cast",
+    ),
+    "a weight in eight bits, by stop_gradient": (
+        lambda p: p["w"] + jax.lax.stop_gradient((p["w"] * 100).astype(jnp.int8) / 100 - p["w"]),
+        "a comparison or cast",
+    ),
+    "signs alone": (lambda p: 0.5 - (p["w"] < 0), "a comparison or cast"),
     "a standardized weight": (lambda p: (p["w"] - p["w"].mean(0)) / p["w"].std(0), "reduce_sum|div|sub"),
     "a gain for each synapse": (lambda p: p["other"] / jnp.linalg.norm(p["w"], axis=0) ** p["w"], "mul"),
     "the norm of one synapse": (lambda p: (p["w"][:1] / jnp.linalg.norm(p["w"][:1], axis=0)).repeat(6, 0), "mul"),
@@ -886,6 +895,33 @@ def test_a_readout_by_hand_that_data_masks(name):
 
     mask = jnp.asarray(np.random.default_rng(0).integers(0, 2, (3, 6)) + 0.5, jnp.float32)
     refuse(fun, params, X, mask, match="mul, then reduce_sum|mul by copies")
+
+
+def test_synapses_drawn_with_a_chance_that_a_weight_sets():
+    def fun(params, x, noise):
+        w, stop = params["w"], jax.lax.stop_gradient
+        return jnp.sum((tanh_first(params, x) @ (w + stop((noise < jax.nn.sigmoid(w)) - 0.5 - w))) ** 2)
+
+    noise = jnp.asarray(np.random.default_rng(0).uniform(size=(6, 6)), jnp.float32)
+    assert refuse(fun, weights("first", "w"), X, noise, match="a comparison or cast") == ["w"]
+
+
+def test_a_frozen_weight_that_data_masks_has_its_b():
+    def fun(params, x, mask):
+        frozen = jax.lax.stop_gradient(params["w"] * mask)
+        return jnp.sum(jnp.tanh(tanh_first(params, x) @ frozen) @ params["out"])
+
+    params, mask = (
+        weights("first", "w", "out"),
+        jnp.asarray(np.random.default_rng(0).integers(0, 2, (6, 6)), jnp.float32),
+    )
+    engaged = wmkp.value_and_grad(fun, wmkp.feedback_alignment())
+    feedback = {"first": None, "w": params["w"], "out": params["out"]}
+    expected = jax.grad(fun)(params, X, mask)
+    chex.assert_trees_all_close(engaged(params, feedback, X, mask)[1][0], expected, rtol=1e-5, atol=1e-6)
+    assert float(jnp.abs(expected["first"]).max()) > 0.1
+    nothing = engaged(params, {**feedback, "w": jnp.zeros((6, 6))}, X, mask)[1][0]
+    assert not jnp.any(nothing["first"])
 
 
 def test_a_frozen_weight_is_mirrored():

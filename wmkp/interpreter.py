@@ -413,11 +413,9 @@ def _collect_scan(
         if level in y.levels:
             outs[i] = _Stacked(y.value, y.levels[:-1])
         else:
-            axis = len(y.levels)
-            stacked = jnp.broadcast_to(
-                jnp.expand_dims(y.value, axis),
-                (*y.value.shape[:axis], step.eqn.params["length"], *y.value.shape[axis:]),
-            )
+            axis, value = len(y.levels), jnp.asarray(y.value)  # (a literal is a number of JAX's own)
+            shape = (*value.shape[:axis], step.eqn.params["length"], *value.shape[axis:])
+            stacked = jnp.broadcast_to(jnp.expand_dims(value, axis), shape)
             outs[i] = _Stacked(stacked, y.levels)
     return outs
 

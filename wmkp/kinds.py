@@ -43,6 +43,9 @@ class Kind(NamedTuple):
     # Of a weight: a product of parameters (which) with others of them, so that the errors of some go back through the rest.
     joint: str | None = None
 
+    # Of what is no weight: the parameters whose synapses a comparison or a cast made it of, without a gradient.
+    made_of: frozenset[int] = frozenset()
+
     @property
     def weight(self) -> bool:
         return bool(self.params)
@@ -59,6 +62,7 @@ class Kind(NamedTuple):
 
 
 CONSTANT = Kind()
+CAST = "a comparison or cast"  # the obstacle of values that were made of synapses so, and joined to a weight
 
 
 def union_of(kinds: Sequence[Kind]) -> Kind:
@@ -73,6 +77,7 @@ def union_of(kinds: Sequence[Kind]) -> Kind:
         plain=all(k.plain for k in kinds if k.weight),
         stack=max((k.stack for k in kinds if k.weight), key=len, default=()),
         joint=next((k.joint for k in kinds if k.joint), None),
+        made_of=frozenset().union(*(k.made_of for k in kinds)),
     )
 
 
@@ -260,9 +265,14 @@ def _scaled(eqn: Any, kinds: Sequence[Kind]) -> tuple[tuple[bool, ...], ...]:
     return tuple(dict.fromkeys(moved))
 
 
+def _cast_from(name: str, kinds: Sequence[Kind]) -> frozenset[int]:
+    """The parameters of which values come in that have no gradient (a mask may select from a weight, or multiply it)."""
+    return frozenset().union(*(k.made_of for i, k in enumerate(kinds) if name != "select_n" or i > 0))
+
+
 def _follows(name: str, kinds: Sequence[Kind]) -> bool:
     """Whether B can go where its weight goes: the equation is linear (or affine) in the weights among its operands."""
-    if any(k.obstacle for k in kinds):
+    if any(k.obstacle for k in kinds) or (_cast_from(name, kinds) and name not in {"mul", "div"}):
         return False
     weights = [i for i, k in enumerate(kinds) if k.weight]
     if name in compat.LAYOUT or name in compat.AFFINE or name in {"concatenate", "stack", "neg"}:
@@ -283,13 +293,19 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], custom: bool = False) -> Kind:
     """
     name = compat.primitive_name(eqn)
     out = eqn.outvars[0].aval
-    union = union_of(kinds)
+    union = union_of(kinds)._replace(made_of=frozenset())
     follows, obstacle = _follows(name, kinds), name
+    if _cast_from(name, kinds):
+        obstacle = CAST
     # An index or a comparison has no gradient; a complex weight is not followed.
     if not jnp.issubdtype(out.dtype, jnp.floating):
         if not jnp.issubdtype(out.dtype, jnp.complexfloating) and not custom:
             # (What mirror mode cannot work out it cannot mask or select a weight by.)
-            return Kind(data=union.data, unmirrored=None if union.data else union.unmirrored or union.obstacle)
+            unmirrored = None if union.data else union.unmirrored or union.obstacle
+            varies = layout_varying(eqn, kinds[0].varying) if name in compat.LAYOUT else elementwise_varying(eqn, kinds)
+            synapses = _is_matrix(varies) and all(k.synaptic or not k.active for k in kinds)
+            made_of = union.params if synapses else frozenset()
+            return Kind(data=union.data, unmirrored=unmirrored, made_of=made_of)
         follows = False
     if name == "stop_gradient":
         union = union._replace(joint=None)
@@ -299,8 +315,8 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], custom: bool = False) -> Kind:
     scaled = _scaled(eqn, kinds)
     if follows and any(sum(axes) > 1 for axes in scaled):  # laid out anew, it is no neuron's any more
         follows, obstacle = False, f"{name} of a weight with gains"
-    if name == "stop_gradient" and union.data and not custom:
-        return Kind(data=True)
+    if name == "stop_gradient" and union.data and not union.masked and not custom:
+        return Kind(data=True, made_of=union.params if union.obstacle == CAST else frozenset())
     if name in compat.LAYOUT:
         varying = layout_varying(eqn, kinds[0].varying)
     elif name in compat.INDEXED:

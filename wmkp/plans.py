@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from wmkp import compat
 from wmkp.copies import Twice, cut, fan_out, settle, sources
 from wmkp.kinds import (
+    CAST,
     CONSTANT,
     Gain,
     Kind,
@@ -127,7 +128,9 @@ class Analyser:
             unmirrored = next((k.unmirrored for k in kinds if k.unmirrored), None)
             if eqn.effects and name not in compat.VARIED:  # it asks which device this is, or the others
                 unmirrored = name
-            return Step(eqn, "bind", bind), [Kind(data=any(k.data for k in kinds), unmirrored=unmirrored)] * count
+            union = union_of(kinds)
+            made_of = frozenset() if name in compat.BILINEAR else union.made_of
+            return Step(eqn, "bind", bind), [Kind(data=union.data, unmirrored=unmirrored, made_of=made_of)] * count
         if name in compat.INLINED or name in compat.REMAT:
             kinds = [k._replace(sources=sources(eqn, kinds, i)) if k.active else k for i, k in enumerate(kinds)]
             inner = self.plan(compat.inner_jaxpr(eqn), kinds, lengths)
@@ -148,6 +151,10 @@ class Analyser:
             kind = Kind(scaled[0], varying=everywhere(eqn.invars[terms].aval))
             product = Product(eqn, bind, 0, [kind, activation(kinds)], f"mul, then {name}", lengths)
             product.needs_feedback = True
+            return Step(eqn, "bind", bind, (), product), [activation(kinds)] * count
+        if name in compat.BILINEAR and union_of(kinds).made_of:
+            made = [k._replace(params=k.made_of) if k.made_of else k for k in kinds]
+            product = Product(eqn, bind, 0 if kinds[0].made_of else 1, made, CAST, lengths)
             return Step(eqn, "bind", bind, (), product), [activation(kinds)] * count
         if name in compat.BILINEAR:
             return self.bilinear(eqn, bind, kinds, lengths)
