@@ -456,6 +456,8 @@ WRONG = {
             (wmkp.weight_mirror(activation=jnp.square), "activation", "mean slope"),
             (wmkp.weight_mirror(activation=lambda x: x * NAN), "activation", "mean slope"),
             (wmkp.weight_mirror(activation=jnp.sum), "activation must map an array elementwise"),
+            (wmkp.weight_mirror(activation=jax.nn.softmax), "activation must map an array elementwise; what this one"),
+            (wmkp.weight_mirror(activation=jnp.sort), "activation must map an array elementwise; what this one"),
             (wmkp.weight_mirror(activation=lambda x, y: x), "activation raised TypeError"),
         )
     },

@@ -36,6 +36,7 @@ def matrix_angles(params: Any, feedback: Any, rule: Rule | None = None) -> dict[
 
     Under product feedback alignment it is the angle between W and R B. Direct feedback has no shape in common with W,
     and no matrix angle. Sign symmetry's B has the signs that W had when B was made; with ``rule`` it gets W's of now.
+    Entries that the model masks out count like all others: where W is sparse, mask both before, or see ``delta_angles``.
 
     Args:
       params: the parameters.

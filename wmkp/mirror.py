@@ -57,7 +57,7 @@ def _response(activation: Activation, std: float) -> tuple[float, float, float]:
     z = std * nodes
     with jax.ensure_compile_time_eval():
         try:
-            phi = np.asarray(activation(jnp.asarray(z, jnp.float32)), np.float64)
+            phi, some = (np.asarray(activation(jnp.asarray(x, jnp.float32)), np.float64) for x in (z, z[63::-1]))
         except Exception as error:
             raise ValueError(
                 f"activation raised {checks.first_line(error)}; it must map an array elementwise"
@@ -65,6 +65,10 @@ def _response(activation: Activation, std: float) -> tuple[float, float, float]:
     if phi.shape != z.shape:
         raise ValueError(
             f"activation must map an array elementwise; of shape {list(z.shape)} it made {list(phi.shape)}"
+        )
+    if not np.allclose(some, phi[63::-1], rtol=1e-4, atol=1e-5 * np.abs(phi).max(), equal_nan=True):
+        raise ValueError(
+            "activation must map an array elementwise; what this one makes of an element depends on others"
         )
     slope = float(np.sum(weights * nodes * phi) / std)  # Stein's lemma
     odd = (phi - phi[::-1]) / 2
