@@ -190,11 +190,11 @@ def scaled_by_data(eqn: Any, kinds: Sequence[Kind]) -> int | None:
 def summed(eqn: Any, kinds: Sequence[Kind]) -> tuple[int, Sequence[int]]:
     """Which operand an equation adds up, and along which of its axes (none, if it does no such thing)."""
     name, params = eqn.primitive.name, eqn.params
-    if name == "dot_general":  # with a column of constants (a matrix of them mixes neurons, and is no sum)
+    if name == "dot_general":  # with a column of constants or data (a matrix of them mixes neurons, and is no sum)
         contract, batch = params["dimension_numbers"]
         for i, column in enumerate(kinds):
             own = set(range(eqn.invars[i].aval.ndim)) - {*contract[i], *batch[i]}
-            if column == CONSTANT and all(eqn.invars[i].aval.shape[a] == 1 for a in own):
+            if not column.active and all(eqn.invars[i].aval.shape[a] == 1 for a in own):
                 return 1 - i, contract[1 - i]
     if name == "reduce_sum":
         return 0, params["axes"]

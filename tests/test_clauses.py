@@ -1,0 +1,279 @@
+"""What each clause of the analysis is for: models that only it tells apart (found by taking clauses out, one at a time)."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_gradients import check, layers, mirrored
+from test_transport import B_KEY, KEY, X, layer_norm, refuse, tanh_first, weights
+
+import wmkp
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+BY_HAND = {
+    "a readout by weights repeated": lambda p, x, k: (x * jnp.broadcast_to(p["w"][0, :3, None], (3, 2)).reshape(6)).sum(
+        1
+    ),
+    "copies beside a matrix masked in another layout": lambda p, x, k: jnp.tanh(
+        x[:, :, None] * (p["w"].reshape(2, 1, 18) * jnp.cos(jnp.arange(36.0) * k).reshape(2, 1, 18)).reshape(6, 6)
+    ).sum(1),
+    "copies beside a matrix that data looks up by a list of one": lambda p, x, k: jnp.tanh(
+        x[:, :, None] * p["w"].reshape(1, 6, 6)[k[None] - 1][0]
+    ).sum(1),
+    "a readout by a column of data": lambda p, x, k: (x * p["w"][0]) @ jnp.cos(jnp.arange(6.0) * k),
+    "a readout, negated": lambda p, x, k: (-(x * p["w"][0])).sum(1),
+    "a readout of a part that data chooses": lambda p, x, k: jax.lax.dynamic_slice_in_dim(x * p["w"][0], k, 4, 1).sum(
+        1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_products_that_are_no_product_primitive(name):
+    def fun(params, x, k):
+        return jnp.sum(BY_HAND[name](params, tanh_first(params, x), k) ** 2)
+
+    refuse(fun, weights("first", "w"), X, jnp.int32(1), match="w")
+
+
+UNFOLLOWABLE = {
+    "a mask of constants by einsum": (
+        lambda p: jnp.einsum("io,io->io", p["w"], np.cos(np.arange(36.0, dtype=np.float32)).reshape(6, 6)),
+        "dot_general with a constant",
+    ),
+    "gains over a weight": (lambda p: p["other"][0] / (3 + p["w"]), "div"),
+}
+
+
+@pytest.mark.parametrize("name", UNFOLLOWABLE)
+def test_weights_that_feedback_cannot_follow(name):
+    make, primitive = UNFOLLOWABLE[name]
+
+    def fun(params, x):
+        return jnp.sum((tanh_first(params, x) @ make(params)) ** 2)
+
+    obstacles = refuse(fun, weights("first", "other", "w"), X, match=primitive)
+    assert "w" in obstacles and "first" not in obstacles
+
+
+def test_a_gain_for_each_synapse_of_a_group():
+    def fun(params, x):
+        w = params["w"].reshape(6, 2, 3) * params["other"][:, :2, None]
+        return jnp.sum(jnp.einsum("ni,ihk->nhk", tanh_first(params, x), w) ** 2)
+
+    refuse(fun, weights("first", "other", "w"), X, match="mul")
+
+
+LOCAL = {
+    "one token, normalized": lambda p, x: jnp.sin(
+        layer_norm(jnp.concatenate([jnp.broadcast_to(p["v"], (3, 1, 6)), x[:, None] * x[:, :, None]], 1), -1, p["u"][0])
+    ).reshape(3, 42),
+    "gains taken out of a stack, averaged over examples": lambda p, x: jnp.mean(
+        x * jnp.unstack(jnp.broadcast_to(p["v"], (2, 3, 6)))[1], 0, keepdims=True
+    ),
+    "a similarity of what has gains": lambda p, x: (x * p["v"] * jnp.sin(x)).sum(1, keepdims=True),
+}
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_weights_that_are_local_to_their_neurons(name):
+    fun = lambda p, x: jnp.sum((LOCAL[name](p, tanh_first(p, x) @ p["w"])) ** 2)
+    params = {**weights("first", "w", "u"), "v": jnp.arange(1.0, 7.0)}
+    assert set(wmkp.projections(fun, params, X)) == {"first", "w"}
+    feedback = wmkp.init_feedback(B_KEY, wmkp.kolen_pollack(), fun, params, X)
+    assert feedback["u"] is None and feedback["v"] is None
+    _, (grads, _) = wmkp.value_and_grad(fun, wmkp.kolen_pollack())(params, {**feedback, "w": params["w"]}, X)
+    chex.assert_trees_all_close(grads, jax.grad(fun)(params, X), rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_that_an_activity_scales_by_einsum():
+    """Neuron by neuron a product, whose error goes through B."""
+    stop = jax.lax.stop_gradient
+    active = lambda p, x: jnp.tanh(tanh_first(p, x).T @ tanh_first(p, x))
+    fun = lambda p, x: jnp.sum(jnp.sin(jnp.einsum("io,io->io", p["w"], active(p, x))))
+    params, b = weights("first", "w"), jax.random.normal(B_KEY, (6, 6))
+    assert wmkp.projections(fun, params, X)["w"].feedback
+
+    def reference(p):
+        a = active(p, X)
+        return jnp.sum(jnp.sin(p["w"] * stop(a) + b * a - stop(b * a)))
+
+    _, (grads, _) = wmkp.value_and_grad(fun, wmkp.kolen_pollack())(params, {"first": None, "w": b}, X)
+    chex.assert_trees_all_close(grads, jax.grad(reference)(params), rtol=1e-4, atol=1e-5)
+
+
+def test_a_gain_of_each_example_keeps_noise_out():
+    def fun(params, x):
+        h = tanh_first(params, x)
+        return jnp.sum(jnp.einsum("ni,nio->no", h, params["w"] * jnp.exp(h.mean(1))[:, None, None]) ** 2)
+
+    with pytest.raises(wmkp.WeightTransportError, match="data multiplies"):
+        wmkp.mirror_signals(KEY, wmkp.weight_mirror(), fun, weights("first", "w"), X)
+
+
+def test_gains_of_one_row_each_transposed_and_joined():
+    def fun(p, x):
+        w = jnp.concatenate([(p["w"] * p["other"][:, k : k + 1]).T[:1] for k in range(6)], 0)
+        return jnp.sum((tanh_first(p, x) @ w) ** 2)
+
+    refuse(fun, weights("first", "other", "w"), X, match="'concatenate of a weight with gains'")
+
+
+def test_gains_stay_gains_where_their_weight_is_laid_out_anew():
+    def loss(p, x):
+        h = jnp.tanh(x @ p["first"])
+        h = jnp.tanh(h @ jnp.squeeze(p["a"][None] * p["g"][0], 0))
+        h = jnp.tanh(jnp.einsum("ni,bio->bno", h, jnp.broadcast_to((p["b"] * p["g"])[None], (2, 6, 6))).sum(0))
+        return jnp.sum((h @ (p["c"] * p["g"]).reshape(2, 3, 6).reshape(6, 6)) ** 2)
+
+    params = dict(zip(("first", "a", "b", "c"), layers(4, 6), strict=True)) | {"g": jnp.arange(1.0, 7.0) / 6}
+    check(loss, params, jax.random.normal(KEY, (3, 6)), paths=["a", "b", "c"])
+
+
+COMPARED = {
+    "biases of some, compared": lambda p, x: x.at[0].add(p["v"]) @ x.at[1].add(p["v"]).T,
+    "gains of what constants mix": lambda p, x: (x @ np.cos(np.arange(36.0, dtype=np.float32)).reshape(6, 6)) * p["v"],
+    "gains of pairs by einsum": lambda p, x: jnp.einsum("ni,no->nio", x, jnp.sin(x)) * p["u"],
+    "one token, compared": lambda p, x: (lambda t: (t @ t.swapaxes(1, 2)).reshape(3, 49))(
+        jnp.concatenate([jnp.broadcast_to(p["v"], (3, 1, 6)), x[:, None] * x[:, :, None]], 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_activities_with_biases_of_some_are_activities(name):
+    fun = lambda p, x: jnp.sum(jnp.sin(COMPARED[name](p, tanh_first(p, x) @ p["w"])))
+    params = {**weights("first", "w", "u"), "v": jnp.arange(1.0, 7.0) / 6}
+    assert set(wmkp.projections(fun, params, X)) == {"first", "w"}
+    feedback = wmkp.init_feedback(B_KEY, wmkp.kolen_pollack(), fun, params, X)
+    _, (grads, _) = wmkp.value_and_grad(fun, wmkp.kolen_pollack())(params, {**feedback, "w": params["w"]}, X)
+    chex.assert_trees_all_close(grads, jax.grad(fun)(params, X), rtol=1e-4, atol=1e-5)
+
+
+def test_a_matrix_laid_out_as_gains_by_lookup():
+    def fun(p, x):
+        w = (jnp.stack([p["w"]] * 2, -1).reshape(36, 2) * p["other"].reshape(36, 1))[np.arange(36).reshape(6, 6)]
+        return jnp.sum((tanh_first(p, x) @ w[..., 0]) ** 2)
+
+    refuse(fun, weights("first", "other", "w"), X, match="gather")
+
+
+def test_copies_beside_synapses_that_data_looks_up():
+    def fun(p, x, k):
+        w = p["w"].reshape(36)[(jnp.arange(36).reshape(6, 6) + k) % 36]
+        return jnp.sum(jnp.tanh(tanh_first(p, x)[:, :, None] * w) ** 2)
+
+    refuse(fun, weights("first", "w"), X, jnp.int32(1), match="mul by copies")
+
+
+def test_places_added_to_data_are_activities():
+    def fun(p, x):
+        h = tanh_first(p, x) @ p["w"]
+        return jnp.sum(jnp.sin(h[:, :, None] * (x + p["place"])[:, None]))
+
+    params = {**weights("first", "w"), "place": jax.random.normal(B_KEY, X.shape)}
+    check(fun, params, X, paths=["w"])
+
+
+FANS = {
+    "copies taken apart, bent and joined": lambda p, h: jnp.tanh(
+        jnp.concatenate([jnp.sin((h[:, :1] * jnp.ones(6))[:, i : i + 1]) for i in range(6)], 1) * p["w"][0]
+    ),
+    "copies copied again": lambda p, h: jnp.tanh(
+        jnp.broadcast_to(jnp.sin(h[:, :, None] * jnp.ones(6))[:, None], (3, 2, 6, 6)) * p["w"]
+    ),
+    "an activity that scales a weight's inputs": lambda p, h: h @ (p["w"] * jnp.exp(h.mean(0))[:, None]),
+}
+
+
+@pytest.mark.parametrize("name", FANS)
+def test_activity_that_fans_out_through_weights_is_refused(name):
+    fun = lambda p, x: jnp.sum(FANS[name](p, tanh_first(p, x)) ** 2)
+    with pytest.raises(wmkp.WeightTransportError, match=r"params\['w'\].*through"):
+        wmkp.init_feedback(B_KEY, wmkp.kolen_pollack(), fun, weights("first", "w"), X)
+
+
+def test_a_weight_scaled_and_then_laid_out_is_mirrored_exactly():
+    loss = lambda p, x: jnp.sum(tanh_first(p, x) @ (2 * p["w"]).T)
+    rule = wmkp.weight_mirror("orthogonal", num_samples=6, rate=1.0)
+    params = weights("first", "w")
+    chex.assert_trees_all_close(wmkp.mirror_signals(KEY, rule, loss, params, X)["w"], params["w"], rtol=1e-4, atol=1e-5)
+
+
+def test_mixed_derivatives_by_two_data_closed_over():
+    params, x = list(layers(3, 6)), jax.random.normal(KEY, (3, 6))
+    s, r = 0.5 + jax.random.uniform(KEY, (2, 6, 6))
+    loss = lambda p, x, s, r: jnp.sum(jnp.tanh(jnp.tanh(jnp.tanh(x @ p[0]) @ (s * p[1])) @ (r * p[2])))
+    rule = wmkp.kolen_pollack()
+    feedback = mirrored(wmkp.init_feedback(KEY, rule, loss, params, x, s, r), params)
+    within = lambda s, r: wmkp.engage(lambda p, x: loss(p, x, s, r), rule)(params, feedback, x)
+    found = jax.jacrev(jax.grad(within, 0), 1)(s, r)
+    chex.assert_trees_all_close(
+        found, jax.jacrev(jax.grad(lambda s, r: loss(params, x, s, r), 0), 1)(s, r), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_what_a_rule_makes_of_w_is_no_use_of_w():
+    """W's own gradient is delta x^T, however backward reads W."""
+    rule = wmkp.Rule("half", wmkp.kolen_pollack().init, lambda w, b: (w + b) / 2, learns=True)
+    params, x = list(layers(2, 6)), jax.random.normal(KEY, (3, 6))
+    loss = lambda p, x: jnp.sum(jnp.tanh(jnp.tanh(x @ p[0]) @ p[1]) ** 2)
+    _, (grads, _) = wmkp.value_and_grad(loss, rule)(params, [None, params[1]], x)
+    chex.assert_trees_all_close(grads, jax.grad(loss)(params, x), rtol=1e-5)
+
+
+def test_backprop_leaves_no_signal_whatever_feedback_it_is_given():
+    params, x = list(layers(2, 6)), jax.random.normal(KEY, (3, 6))
+    loss = lambda p, x: jnp.sum(jnp.tanh(jnp.tanh(x @ p[0]) @ p[1]) ** 2)
+    _, (grads, signal) = wmkp.value_and_grad(loss, wmkp.backprop())(params, [None, params[1]], x)
+    chex.assert_trees_all_close(grads, jax.grad(loss)(params, x), rtol=1e-5)
+    chex.assert_trees_all_equal(signal, [None, jnp.zeros((6, 6))])
+
+
+def test_direct_feedback_learns_where_it_carries_an_error_alone():
+    """Of a weight used twice, the first time on data, B has the second use's signal, x e^T."""
+    params, x = {"w": layers(1, 6)[0], "out": layers(2, 6)[1]}, jax.random.normal(KEY, (3, 6))
+    hidden = lambda p: jnp.tanh(x @ p["w"])
+    loss = lambda p, x: jnp.sum(jnp.sin(jnp.tanh(jnp.tanh(x @ p["w"]) @ p["w"]) @ p["out"]))
+    rule = wmkp.direct_kolen_pollack()
+    feedback = wmkp.init_feedback(jax.random.key(1), rule, loss, params, x)
+    _, (_, signal) = wmkp.value_and_grad(loss, rule)(params, feedback, x)
+    e = jnp.cos(jnp.tanh(hidden(params) @ params["w"]) @ params["out"])
+    chex.assert_trees_all_close(jax.tree.leaves(signal["w"])[0], hidden(params).T @ e, rtol=1e-4, atol=1e-5)
+
+
+def test_direct_feedback_that_a_loss_has_no_use_for_is_let_be():
+    params, x = list(layers(3, 6)), jax.random.normal(KEY, (3, 6))
+    loss = lambda p, x: jnp.sum(jnp.tanh(jnp.tanh(x @ p[1]) @ p[2]) ** 2)
+    behind = lambda p, x: loss(p, jnp.tanh(x @ p[0]))
+    rule = wmkp.direct_feedback_alignment()
+    feedback = wmkp.init_feedback(jax.random.key(1), rule, behind, params, x)
+    found = wmkp.value_and_grad(loss, rule)(params, feedback, x)
+    expected = wmkp.value_and_grad(loss, rule)(params, [None, None, feedback[2]], x)
+    chex.assert_trees_all_close((found[0], found[1][0]), (expected[0], expected[1][0]))
+
+
+REFUSED = {
+    "adaptive clipping of large gradients": (
+        optax.chain(optax.adaptive_grad_clip(10.0), optax.sgd(0.1)),
+        "differently",
+    ),
+    "a decay that overshoots": (optax.chain(optax.add_decayed_weights(30.0), optax.sgd(0.1)), "multiplies W - B"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_where_equation_14_cannot_hold(name):
+    optimizer, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        wmkp.updates.kolen_pollack(optimizer).init({"w": jnp.ones((3, 4)), "v": None})
+
+
+def test_clip_together_keeps_dtypes():
+    grads = {"a": jnp.ones(3), "b": jnp.ones(3, jnp.bfloat16)}
+    clipped, _ = wmkp.updates.clip_together(0.1).update((grads, {"a": None, "b": grads["b"]}), optax.EmptyState())
+    assert clipped[0]["a"].dtype == jnp.float32
+    assert clipped[0]["b"].dtype == clipped[1]["b"].dtype == jnp.bfloat16
