@@ -277,3 +277,26 @@ def test_clip_together_keeps_dtypes():
     clipped, _ = wmkp.updates.clip_together(0.1).update((grads, {"a": None, "b": grads["b"]}), optax.EmptyState())
     assert clipped[0]["a"].dtype == jnp.float32
     assert clipped[0]["b"].dtype == clipped[1]["b"].dtype == jnp.bfloat16
+
+
+PENALTIES = {
+    "elastic weight consolidation": lambda w, h, d: jnp.sum(d * w**2),
+    "the size of a masked weight": lambda w, h, d: jnp.sum((d * w) ** 2),
+    "the cost of wiring": lambda w, h, d: jnp.sum(d * jnp.abs(w)),
+    "an eligibility trace": lambda w, h, d: jnp.sum(w * jax.lax.stop_gradient(h.T @ h)),
+}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_penalties_that_data_weighs_pass_no_error_on(name):
+    def fun(p, x, d):
+        h = tanh_first(p, x)
+        return jnp.sum(jnp.sin(h @ p["w"])) + PENALTIES[name](p["w"], h, d)
+
+    params = dict(zip(("first", "w"), layers(2, 6), strict=True))
+    check(fun, params, X, jnp.cos(jnp.arange(36.0)).reshape(6, 6), paths=["w"])
+
+
+def test_sums_over_synapses_that_data_scales_are_followed_no_further():
+    fun = lambda p, x, d: jnp.sum(jnp.sin(tanh_first(p, x) @ jnp.sum(p["w"] * d, 1, keepdims=True)))
+    refuse(fun, weights("first", "w"), X, jnp.cos(jnp.arange(36.0)).reshape(6, 6), match="reduce_sum")

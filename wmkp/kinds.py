@@ -333,8 +333,8 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], custom: bool = False) -> Kind:
         # With no activation beside it, a readout of one neuron (or one filter) that data masks, or shifts whole (noise), is a
         # weight still.
         shifted = name in compat.AFFINE and any(k.data and not k.weight for k in kinds)
-        alone = any(varying) and not any(k.active and not k.weight for k in kinds)
-        masked = alone and (not shifted or varying == everywhere(out))
+        synapses = any(varying) and not any(k.active and not k.weight for k in kinds)
+        masked = synapses and (not shifted or varying == everywhere(out))
         carried = next((k.gain for k in kinds if k.gain and k.weight), None)
         if carried and name in compat.LAYOUT:
             carried = carried[0], layout_varying(eqn, carried[1])
@@ -349,7 +349,9 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], custom: bool = False) -> Kind:
                 if name in {"mul", "div"} and any(k.static for k in kinds):
                     ours = [k if k.static else CONSTANT for k in kinds]
                     carried = union_of(ours).params, elementwise_varying(eqn, ours)
-                return union._replace(obstacle=union.obstacle or obstacle, varying=varying, gain=carried)
+                whole = synapses and not shifted and varying == everywhere(out)
+                masked = union.masked or (whole and all(k.synaptic for k in kinds if k.weight))
+                return union._replace(obstacle=union.obstacle or obstacle, varying=varying, gain=carried, masked=masked)
             if name in compat.LAYOUT:
                 return activation(kinds)._replace(gain=carried)
             if name in {"mul", "div"} and any(k.static for k in kinds):
@@ -370,9 +372,9 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], custom: bool = False) -> Kind:
             elif others:
                 by = union.params, tuple(v and not all(c) for v, *c in zip(varying, *others, strict=True))
         # There is no axis of examples. (A vector that is looked up is an embedding.)
-        whole = alone and not shifted and varying == everywhere(out)
+        whole = synapses and not shifted and varying == everywhere(out)
         whole &= not (indexed and (_places(eqn) or not _is_matrix(varying)))
-        masked = union.masked or (whole and all(k.static or k.masked for k in kinds if k.weight))
+        masked = union.masked or (whole and all(k.synaptic for k in kinds if k.weight))
         unmirrored = union.unmirrored or (name if name in compat.EXCHANGED else None)
         if factor is None and name not in compat.LAYOUT:
             unmirrored = unmirrored or "data"

@@ -146,8 +146,8 @@ class Analyser:
             return self.shard_map(eqn, kinds, lengths)
         terms, axes = summed(eqn, kinds)
         scaled = kinds[terms].gain
-        if scaled and any(scaled[1][a] for a in axes):
-            # x * w, then a sum along w: a projection written by hand.
+        if scaled and any(scaled[1][a] for a in axes) and not kinds[terms].masked:
+            # x * w, then a sum along w: a projection written by hand. (Of synapses that data scales it is a penalty on them.)
             kind = Kind(scaled[0], varying=everywhere(eqn.invars[terms].aval))
             product = Product(eqn, bind, 0, [kind, activation(kinds)], f"mul, then {name}", lengths)
             product.needs_feedback = True
