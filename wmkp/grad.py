@@ -346,7 +346,9 @@ def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = F
 
         def loss(ours: list[Any], theirs: list[Any]) -> Any:
             # From outside of this derivative, what it makes of B can be differentiated (a Hessian-vector product).
-            ws = [w if i in same else own for i, (w, own) in enumerate(zip(leaves, ours, strict=True))]
+            # What a rule makes of W for the backward pass is no use of W; under backprop W itself is there.
+            itself = [path in rules and rules[path].backward is None for path in analysis.paths]
+            ws = [own if backprop else w for backprop, w, own in zip(itself, leaves, ours, strict=True)]
             bs = [b if i in same else own for i, (b, own) in enumerate(zip(entries, theirs, strict=True))]
             return evaluate(analysis, rules, ours, companions(analysis, rules, ws, bs), args, {})
 

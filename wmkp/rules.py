@@ -48,7 +48,8 @@ class Rule(NamedTuple):
     Attributes:
       name: as the tables print it.
       init: ``(key, projection, W) -> B``, in W's shape and dtype (or a pytree of its own, see ``backward``).
-      backward: ``(W, B) -> array`` in W's layout: what the error goes back through; None for W itself (backprop).
+      backward: ``(W, B) -> array`` in W's layout: what the error goes back through; None for W itself (backprop). Where an
+        engaged function is differentiated by hand, it must read W behind ``jax.lax.stop_gradient``.
       learns: whether B learns in engaged mode from the signal y delta^T, by W's own optimizer.
       mirror: how B learns in mirror mode; None where it does not.
       local: the local loss by which B learns in engaged mode from the projection's own activity, or None.

@@ -20,7 +20,7 @@ app = tyro.extras.SubcommandApp()
 def run_compare(config: tyro.conf.OmitArgPrefixes[Compare]) -> None:
     """Train a network under several learning rules, from the same weights on the same data, and compare them.
 
-    Prints a table, and writes comparison.png and comparison.csv. The default takes about a minute on two cores.
+    Prints a table, and writes comparison.png and comparison.csv. The default takes about a minute and a half on two cores.
     """
     compare.compare(config)
 
