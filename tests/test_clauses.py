@@ -179,6 +179,13 @@ def test_places_added_to_data_are_activities():
 
 
 FANS = {
+    "copies taken apart in a call": lambda p, h: jnp.tanh(
+        jnp.stack([jnp.sin(part) for part in jax.jit(lambda a: (a[:, 0], a[:, 1]))(jnp.stack([h, h], 1))], 1)
+        * p["w"][:2]
+    ),
+    "copies split, bent and joined": lambda p, h: jnp.tanh(
+        jnp.concatenate([jnp.sin(part) for part in jnp.split(h[:, :1] * jnp.ones(6), [1, 3, 5], 1)], 1) * p["w"][0]
+    ),
     "copies taken apart, bent and joined": lambda p, h: jnp.tanh(
         jnp.concatenate([jnp.sin((h[:, :1] * jnp.ones(6))[:, i : i + 1]) for i in range(6)], 1) * p["w"][0]
     ),

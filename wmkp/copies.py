@@ -135,8 +135,16 @@ class Twice:
         self.first: dict[Any, Any] = {}  # by variable, the first that has its value
         self.computed: dict[Any, Sequence[Any]] = {}
 
-    def mark(self, eqn: Any, kinds: Sequence[Kind], outs: list[Kind]) -> list[Kind]:
-        """The kinds of an equation's results: an activity that is there already is, as it were, cut from the first."""
+    def alike(self, variables: Sequence[Any]) -> list[int]:
+        """For each variable the place of the first among them that has its value."""
+        first = [self.first.get(v, v) if isinstance(v, compat.Var) else v for v in variables]
+        return [next(i for i, w in enumerate(first) if w is v) for v in first]
+
+    def mark(self, eqn: Any, kinds: Sequence[Kind], outs: list[Kind], alike: Sequence[int] | None = None) -> list[Kind]:
+        """The kinds of an equation's results: an activity that is there already is, as it were, cut from the first.
+
+        ``alike`` says which results of a call are the same.
+        """
         operands = [
             self.first.get(v, v) if isinstance(v, compat.Var) else (np.asarray(v.val).tobytes(), v.aval)
             for v in eqn.invars
@@ -151,8 +159,10 @@ class Twice:
             before = self.computed.setdefault((eqn.primitive, *params.items(), *operands), eqn.outvars)
         except TypeError:  # a parameter that has no hash
             return outs
-        if eqn.primitive.name == "unstack" and kinds[0].copied and kinds[0].copied[eqn.params["axis"]]:
-            before = [before[0]] * len(outs)
+        if eqn.primitive.name in {"unstack", "split"} and kinds[0].copied and kinds[0].copied[eqn.params["axis"]]:
+            before = [next(w for w in before if w.aval.shape == v.aval.shape) for v in eqn.outvars]
+        if alike is not None:
+            before = [before[i] for i in alike]
         pairs = [(v, w) for v, w in zip(eqn.outvars, before, strict=True) if v is not w]
         if eqn.effects or not pairs:
             return outs

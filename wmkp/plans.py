@@ -48,6 +48,7 @@ class Plan(NamedTuple):
     steps: list[Step]
     kinds: dict[Any, Kind]
     outputs: list[Kind]
+    alike: list[int]  # for each output the place of the first that has its value
 
     def products(self) -> Iterator[Product]:
         """Every product, those of inner plans included, in the order of evaluation."""
@@ -106,7 +107,7 @@ class Analyser:
         def read(v: Any) -> Kind:
             return env[v] if isinstance(v, compat.Var) else CONSTANT
 
-        plan, twice = Plan(jaxpr, consts, [], env, []), Twice()
+        plan, twice = Plan(jaxpr, consts, [], env, [], []), Twice()
         for eqn in jaxpr.eqns:
             bind = compat.binder(eqn, jaxpr)
             operands = [read(v) for v in eqn.invars]
@@ -116,8 +117,10 @@ class Analyser:
                 step = step._replace(product=product)
                 self.note_uses(step, operands, outs)
             plan.steps.append(step)
-            env.update(zip(eqn.outvars, twice.mark(eqn, operands, outs), strict=True))
+            alike = step.plans[0].alike if step.action in {"inline", "remat"} else None
+            env.update(zip(eqn.outvars, twice.mark(eqn, operands, outs, alike), strict=True))
         plan.outputs.extend(read(v) for v in jaxpr.outvars)
+        plan.alike.extend(twice.alike(jaxpr.outvars))
         return plan
 
     def step(
