@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from test_gradients import check, layers
-from test_transport import B_KEY, KEY, X, layer_norm, refuse, tanh_first, weights
+from test_transport import B_KEY, KEY, X, refuse, tanh_first, weights
 
 import wmkp
 
@@ -39,54 +39,12 @@ def test_products_that_are_no_product_primitive(name):
     refuse(fun, weights("first", "w"), X, jnp.int32(1), match="w")
 
 
-UNFOLLOWABLE = {
-    "a mask of constants by einsum": (
-        lambda p: jnp.einsum("io,io->io", p["w"], np.cos(np.arange(36.0, dtype=np.float32)).reshape(6, 6)),
-        "dot_general with a constant",
-    ),
-    "gains over a weight": (lambda p: p["other"][0] / (3 + p["w"]), "div"),
-}
-
-
-@pytest.mark.parametrize("name", UNFOLLOWABLE)
-def test_weights_that_feedback_cannot_follow(name):
-    make, primitive = UNFOLLOWABLE[name]
-
-    def fun(params, x):
-        return jnp.sum((tanh_first(params, x) @ make(params)) ** 2)
-
-    obstacles = refuse(fun, weights("first", "other", "w"), X, match=primitive)
-    assert "w" in obstacles and "first" not in obstacles
-
-
 def test_a_gain_for_each_synapse_of_a_group():
     def fun(params, x):
         w = params["w"].reshape(6, 2, 3) * params["other"][:, :2, None]
         return jnp.sum(jnp.einsum("ni,ihk->nhk", tanh_first(params, x), w) ** 2)
 
     refuse(fun, weights("first", "other", "w"), X, match="mul")
-
-
-LOCAL = {
-    "one token, normalized": lambda p, x: jnp.sin(
-        layer_norm(jnp.concatenate([jnp.broadcast_to(p["v"], (3, 1, 6)), x[:, None] * x[:, :, None]], 1), -1, p["u"][0])
-    ).reshape(3, 42),
-    "gains taken out of a stack, averaged over examples": lambda p, x: jnp.mean(
-        x * jnp.unstack(jnp.broadcast_to(p["v"], (2, 3, 6)))[1], 0, keepdims=True
-    ),
-    "a similarity of what has gains": lambda p, x: (x * p["v"] * jnp.sin(x)).sum(1, keepdims=True),
-}
-
-
-@pytest.mark.parametrize("name", LOCAL)
-def test_weights_that_are_local_to_their_neurons(name):
-    fun = lambda p, x: jnp.sum((LOCAL[name](p, tanh_first(p, x) @ p["w"])) ** 2)
-    params = {**weights("first", "w", "u"), "v": jnp.arange(1.0, 7.0)}
-    assert set(wmkp.projections(fun, params, X)) == {"first", "w"}
-    feedback = wmkp.init_feedback(B_KEY, wmkp.kolen_pollack(), fun, params, X)
-    assert feedback["u"] is None and feedback["v"] is None
-    _, (grads, _) = wmkp.value_and_grad(fun, wmkp.kolen_pollack())(params, {**feedback, "w": params["w"]}, X)
-    chex.assert_trees_all_close(grads, jax.grad(fun)(params, X), rtol=1e-4, atol=1e-5)
 
 
 def test_a_weight_that_an_activity_scales_by_einsum():

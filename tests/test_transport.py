@@ -107,6 +107,11 @@ UNFOLLOWABLE = {
     "an inverse": (lambda p: jnp.linalg.inv(p["w"]), "lu|triangular|inv|custom"),
     "a low-rank change": (lambda p: p["w"] + p["other"][:, :2] @ p["other"][:2], "dot_general of two parameters"),
     "an average with another's square": (lambda p: p["w"] + p["other"] ** 2, "square|integer_pow|pow|mul"),
+    "a mask of constants by einsum": (
+        lambda p: jnp.einsum("io,io->io", p["w"], np.cos(np.arange(36.0, dtype=np.float32)).reshape(6, 6)),
+        "dot_general with a constant",
+    ),
+    "gains over a weight": (lambda p: p["other"][0] / (3 + p["w"]), "div"),
 }
 
 
@@ -402,6 +407,13 @@ LOCAL = {
         1.0,
     ),
     "copies among activations": lambda p, x: (pairs(x) - x[:, None]).max(1) * p["v"],
+    "one token, normalized": lambda p, x: jnp.sin(
+        layer_norm(jnp.concatenate([jnp.broadcast_to(p["v"], (3, 1, 6)), x[:, None] * x[:, :, None]], 1), -1, p["u"][0])
+    ).reshape(3, 42),
+    "gains taken out of a stack, averaged over examples": lambda p, x: jnp.mean(
+        x * jnp.unstack(jnp.broadcast_to(p["v"], (2, 3, 6)))[1], 0, keepdims=True
+    ),
+    "a similarity of what has gains": lambda p, x: (x * p["v"] * jnp.sin(x)).sum(1, keepdims=True),
 }
 
 

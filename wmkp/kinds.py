@@ -335,6 +335,8 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], custom: bool = False) -> Kind:
         shifted = name in compat.AFFINE and any(k.data and not k.weight for k in kinds)
         synapses = any(varying) and not any(k.active and not k.weight for k in kinds)
         masked = synapses and (not shifted or varying == everywhere(out))
+        # There is no axis of examples.
+        whole = synapses and not shifted and varying == everywhere(out) and all(k.synaptic for k in kinds if k.weight)
         carried = next((k.gain for k in kinds if k.gain and k.weight), None)
         if carried and name in compat.LAYOUT:
             carried = carried[0], layout_varying(eqn, carried[1])
@@ -349,9 +351,8 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], custom: bool = False) -> Kind:
                 if name in {"mul", "div"} and any(k.static for k in kinds):
                     ours = [k if k.static else CONSTANT for k in kinds]
                     carried = union_of(ours).params, elementwise_varying(eqn, ours)
-                whole = synapses and not shifted and varying == everywhere(out)
-                masked = union.masked or (whole and all(k.synaptic for k in kinds if k.weight))
-                return union._replace(obstacle=union.obstacle or obstacle, varying=varying, gain=carried, masked=masked)
+                obstacle, masked = union.obstacle or obstacle, union.masked or whole
+                return union._replace(obstacle=obstacle, varying=varying, gain=carried, masked=masked)
             if name in compat.LAYOUT:
                 return activation(kinds)._replace(gain=carried)
             if name in {"mul", "div"} and any(k.static for k in kinds):
@@ -371,10 +372,8 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], custom: bool = False) -> Kind:
                 by = union.params, varying
             elif others:
                 by = union.params, tuple(v and not all(c) for v, *c in zip(varying, *others, strict=True))
-        # There is no axis of examples. (A vector that is looked up is an embedding.)
-        whole = synapses and not shifted and varying == everywhere(out)
-        whole &= not (indexed and (_places(eqn) or not _is_matrix(varying)))
-        masked = union.masked or (whole and all(k.synaptic for k in kinds if k.weight))
+        # (A vector that is looked up is an embedding.)
+        masked = union.masked or (whole and not (indexed and (_places(eqn) or not _is_matrix(varying))))
         unmirrored = union.unmirrored or (name if name in compat.EXCHANGED else None)
         if factor is None and name not in compat.LAYOUT:
             unmirrored = unmirrored or "data"
