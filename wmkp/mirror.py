@@ -179,8 +179,7 @@ def draw_noise(key: jax.Array, mirror: Mirror, shape: tuple[int, int, int], dtyp
         )  # fmt: skip
         return jnp.concatenate([half, -half], axis=1)[:, :samples]
     if mirror.noise == "gaussian":
-        # As jax.random.normal does it, the ends left out.
-        x = math.sqrt(2) * jax.lax.erf_inv(_uniform(key, shape, dtype, math.nextafter(-1, 0)))
+        x = _gaussian(key, shape, dtype)
     elif mirror.noise == "uniform":
         x = math.sqrt(3) * _uniform(key, shape, dtype)
     elif mirror.noise == "rademacher":
@@ -190,15 +189,17 @@ def draw_noise(key: jax.Array, mirror: Mirror, shape: tuple[int, int, int], dtyp
     return x * mirror.noise_std
 
 
-def _words(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
-    """Random uint32 of a shape: Threefry-2x32 (Salmon et al. 2011) of each element's place, one word of its two.
+def _words(key: jax.Array, shape: tuple[int, int, int]) -> tuple[jax.Array, jax.Array]:
+    """Two random uint32 of a shape: Threefry-2x32 (Salmon et al. 2011) of each element's place.
 
     It is jax.random's own cipher. That runs its rounds on CPUs as a loop over memory; written out, they are one pass
     (``python -m benchmarks.noise`` times both). An element depends on its place alone, so that devices share the work.
     """
-    seed = jax.random.bits(key, (2,), jnp.uint32)
+    seed = jax.random.key_data(key)
+    if seed.shape != (2,):  # a key of another generator
+        seed = jax.random.bits(key, (2,), jnp.uint32)
     block, row, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(3))
-    return threefry(seed, (block, row * np.uint32(shape[2]) + column))[0]
+    return threefry(seed, (block, row * np.uint32(shape[2]) + column))
 
 
 def threefry(seed: jax.Array, counter: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -213,21 +214,39 @@ def threefry(seed: jax.Array, counter: tuple[jax.Array, jax.Array]) -> tuple[jax
     return a, b
 
 
-def _uniform(key: jax.Array, shape: tuple[int, int, int], dtype: Any, least: float = -1.0) -> jax.Array:
-    """Uniform in [least, 1)."""
+def _unit(words: jax.Array) -> jax.Array:
+    """Random words as float32 in [0, 1)."""
+    return jax.lax.bitcast_convert_type(words >> np.uint32(9) | np.uint32(0x3F800000), jnp.float32) - 1
+
+
+def _uniform(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
+    """Uniform in [-1, 1)."""
     if dtype != jnp.float32:
-        return jax.random.uniform(key, shape, dtype, least, 1.0)
-    low = np.nextafter(np.float32(-1), np.float32(0)) if least > -1 else np.float32(-1)
-    mantissa = _words(key, shape) >> np.uint32(9)
-    unit = jax.lax.bitcast_convert_type(mantissa | np.uint32(0x3F800000), jnp.float32) - 1  # in [0, 1)
-    return jnp.maximum(low, unit * (1 - low) + low)
+        return jax.random.uniform(key, shape, dtype, -1.0, 1.0)
+    return 2 * _unit(_words(key, shape)[0]) - 1
+
+
+def _gaussian(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
+    """Of unit variance, by Box and Muller (1958): sqrt(-2 log u) sin(pi v / 2), u in (0, 1] and v in [-1, 1).
+
+    On CPUs XLA calls the system's sine for one element at a time, and jax.random.normal's inverse error function takes
+    longer than the cipher; this polynomial is a sine to float32's rounding.
+    """
+    if dtype != jnp.float32:
+        return jax.random.normal(key, shape, dtype)
+    a, b = _words(key, shape)
+    angle = np.float32(np.pi) * _unit(b) - np.float32(np.pi / 2)
+    sine = jnp.zeros((), jnp.float32)
+    for power in (11, 9, 7, 5, 3, 1):
+        sine = sine * angle**2 + np.float32((-1) ** (power // 2) / math.factorial(power))
+    return jnp.sqrt(-2 * jnp.log(1 - _unit(a))) * (sine * angle)
 
 
 def _signs(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
     """Random signs: 32 of each word, where jax.random.rademacher takes a word for each."""
     blocks, samples, fan_in = shape
+    # By jax.random, whose loop the compiler fuses with nothing: it would make each word anew for each of its bits.
     words = jax.random.bits(key, (blocks, samples, -(-fan_in // 32)), jnp.uint32)
-    words = jax.lax.optimization_barrier(words)  # or the compiler makes each word anew for each of its bits
     bits = words[..., None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)
     return (1 - 2 * bits.astype(dtype)).reshape(blocks, samples, -1)[..., :fan_in]
 
@@ -243,22 +262,22 @@ def _hartley_noise(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> j
     cos, sin = jnp.asarray(np.cos(strides), dtype), jnp.asarray(np.sin(strides), dtype)
     ahead = jnp.asarray(np.cos(steps) + np.sin(steps), dtype)
     back = jnp.asarray(np.cos(steps) - np.sin(steps), dtype)
-    sign_key, row_key = jax.random.split(key)
-
-    def rows(chosen: jax.Array) -> jax.Array:
-        return cos[chosen // m] * ahead[chosen % m] + sin[chosen // m] * back[chosen % m]
+    sign_key, row_key = jax.random.split(key) if rest else (key, key)
+    signs = _signs(sign_key, (blocks, whole + 1, fan_in), dtype)
 
     parts = []
     if whole:
-        signs = jax.random.rademacher(sign_key, (blocks, whole, 1, fan_in), dtype)
-        # The barrier keeps the compiler from working out the whole matrix as a constant.
-        columns = jax.lax.optimization_barrier(jnp.arange(fan_in))
-        parts.append((rows(columns) * signs).reshape(blocks, whole * fan_in, fan_in))
+        # A table takes up the signs first, or the compiler would work out the whole matrix as a constant.
+        turned = [signs[:, :whole, None, :] * table for table in (ahead, back)]
+        ahead_of, back_of = (table[:, :, None, :, :] for table in turned)
+        matrix = cos[:, None, :] * ahead_of + sin[:, None, :] * back_of  # (blocks, whole, m, m, fan_in)
+        matrix = matrix.reshape(blocks, whole, m * m, fan_in)[:, :, :fan_in]
+        parts.append(matrix.reshape(blocks, whole * fan_in, fan_in))
     if rest:
-        keys = jax.random.split(row_key, (2, blocks))
-        chosen = jax.vmap(lambda k: jax.random.choice(k, fan_in, (rest,), replace=False))(keys[0])
-        signs = jax.vmap(lambda k: jax.random.rademacher(k, (1, fan_in), dtype))(keys[1])
-        parts.append(rows(chosen) * signs)
+        keys = jax.random.split(row_key, blocks)
+        chosen = jax.vmap(lambda k: jax.random.choice(k, fan_in, (rest,), replace=False))(keys)
+        rows = cos[chosen // m] * ahead[chosen % m] + sin[chosen // m] * back[chosen % m]
+        parts.append(rows * signs[:, whole:])
     return jnp.concatenate(parts, axis=1)
 
 
@@ -375,14 +394,13 @@ def signals(
     if any(losses):  # these read B, laid out as its weight is
         entries = [w if b is None or not is_array(b) else b for w, b in zip(leaves, feedback, strict=True)]
         bs = weights(entries)[0]
-    mirrored = []
+    mirrored, keys = [], jax.random.split(key, max(1, len(products)))
     for i, (product, w, bias) in enumerate(zip(products, ws, biases, strict=True)):
         mirror = wanted[product]
-        noise_key = jax.random.fold_in(key, i)
         matrices = product.to_matrices(w.astype(jnp.promote_types(w.dtype, jnp.float32)))
         kept = _bias_matrix(product, bias, w) if mirror.bias == "kept" and bias is not None else None
         b = product.to_matrices(bs[i].astype(matrices.dtype)) if losses[i] else None
-        signal = _estimate(noise_key, mirror, matrices, kept, b, spread)
+        signal = _estimate(keys[i], mirror, matrices, kept, b, spread)
         mirrored.append(product.from_matrices(signal, w.shape).astype(w.dtype))
     (pulled,) = pull_back(mirrored)
     reached = {leaf for product in products for leaf in product.params}
