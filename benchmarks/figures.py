@@ -48,7 +48,7 @@ TEXTS = {
     "akrout-jpeg": (
         "What JPEG does to the accuracy",
         "CIFAR-10's experiment under BP, on our copy's images as they are (they have been through JPEG, at a quality that is not known) "
-        "and put through JPEG once more: the same order, weights and everything else. What differs is the pixels' doing alone; a second time at the copy's own quality would change next to nothing, so the larger effect counts.",
+        "and put through JPEG once more: the same order, weights and everything else, so that what differs is the pixels' doing alone.",
     ),
     "akrout-mended": (
         "What each quirk changes",
@@ -158,6 +158,8 @@ def section(figure: str) -> str:
     kept = KEPT / figure
     run = json.loads((kept / "run.json").read_text())
     summary = _lines(kept / "summary.csv")
+    if figure in reproduce.BATTERIES:
+        summary.sort(key=lambda line: reproduce.BATTERIES[figure].runs.index(line["run"]))
     title, text = TEXTS[figure]
     if figure != "akrout-imagenet":  # throughput is benchmarks' business: these runs may have had company
         summary = [{name: x for name, x in line.items() if name != "examples_per_second"} for line in summary]
