@@ -196,6 +196,31 @@ def test_eval_export_and_plot(finished, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "two.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_files_that_cannot_be_written_are_named_before_the_work(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    for command in (["eval", tmp_path / "run", "--export"], ["plot", tmp_path / "run", "--out"]):
+        for bad in (tmp_path / "file" / "model", tmp_path):
+            monkeypatch.setattr(sys, "argv", ["wmkp", *map(str, [*command, bad])])
+            with pytest.raises(SystemExit):  # there is no such run either
+                cli.main()
+            assert f"wmkp: cannot write to {bad if bad == tmp_path else bad.parent}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), InputError("bad"), MemoryError()])
+def test_nothing_of_an_error_is_held_at_exit(error, monkeypatch, capsys):
+    """An interrupt within JAX's compiler leaves a program in its frames; freed after JAX's end it was a segmentation fault."""
+
+    def fail(**_):
+        raise error
+
+    monkeypatch.setattr(cli.app, "cli", fail)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == (130 if isinstance(error, KeyboardInterrupt) else 2)
+    assert end.value.__context__ is None
+    assert capsys.readouterr().err.startswith("wmkp: ")
+
+
 # --- bad numbers ------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""The wmkp command: what is typed becomes a typed config, and bad input becomes one line and exit code 2."""
+"""The wmkp command: what is typed becomes a typed config, and bad input a message and exit code 2."""
 
 import sys
 from pathlib import Path
@@ -66,6 +66,7 @@ def run_plot(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("run
         runs: the runs' directories.
         out: the PNG file.
     """
+    outputs.check_file(out)
     outputs.write_atomically({out: figures.runs(runs)})
     print(f"Written: {out}")
 
@@ -91,18 +92,19 @@ def main() -> None:
     """Runs the command line."""
     try:
         app.cli(prog="wmkp", description="Neural networks trained without weight transport.", sort_subcommands=False)
+        return
     except InputError as error:
-        print(f"wmkp: {error}", file=sys.stderr)
-        sys.exit(2)
+        message, status = str(error), 2
     except KeyboardInterrupt:
-        print("wmkp: interrupted", file=sys.stderr)
-        sys.exit(130)
+        message, status = "interrupted", 130
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower():
             raise
-        print(
-            f"wmkp: this does not fit in memory ({first_line(error)}); a smaller --batch-size, --hidden or --image-size takes "
-            "less, a larger --mirror-angle too, and --fsdp divides what W and B take among devices",
-            file=sys.stderr,
+        status = 2
+        message = (
+            f"this does not fit in memory ({first_line(error)}); a smaller --batch-size, --hidden or --image-size takes "
+            "less, a larger --mirror-angle too, and --fsdp divides what W and B take among devices"
         )
-        sys.exit(2)
+    # Here the error is forgotten. Its frames hold a compiler or a program, which end badly after JAX itself has at exit.
+    print(f"wmkp: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -22,6 +22,13 @@ def make_directory(path: Path) -> None:
         raise InputError(f"cannot write to {path}: {error.strerror}") from None
 
 
+def check_file(path: Path) -> None:
+    """Raises InputError, before the work that makes it, if a file cannot be written there. Makes its directory."""
+    if path.is_dir():
+        raise InputError(f"cannot write to {path}: it is a directory")
+    make_directory(path.parent)
+
+
 @contextlib.contextmanager
 def claim(path: Path) -> Iterator[None]:
     """Makes the directory, this run's alone. Raises InputError if that cannot be done, or another run is at work there."""

@@ -386,8 +386,10 @@ def evaluate(
       export: a file for the parameters, and what the model keeps besides, in Flax's msgpack format.
 
     Raises:
-      InputError: there is no such run or checkpoint.
+      InputError: there is no such run or checkpoint, or ``export`` cannot be written.
     """
+    if export is not None:
+        outputs.check_file(export)
     config = read_config(directory)
     config = dataclasses.replace(
         config, distributed=False, coordinator=None, processes=None, process=None, data_dir=data_dir or config.data_dir
