@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import checkify
 
 import wmkp
 import wmkp.nnx
@@ -635,6 +636,40 @@ def test_static_arguments_and_numpy_data():
     params = list(layers(2, 6))
     value, (grads, _) = wmkp.value_and_grad(loss, wmkp.kolen_pollack())(params, mirrored(feedback, params), *args)
     chex.assert_trees_all_close((value, grads), jax.value_and_grad(loss)(params, *args), rtol=1e-5)
+
+
+def test_prints_callbacks_and_checks_are_let_be():
+    """What has no result, of activities, of weights and of both: it happens once a call, and changes nothing."""
+    seen = []
+
+    def watched(params, x):
+        h = jnp.tanh(x @ params["in"])
+        jax.debug.callback(lambda h, w: seen.append((h, w)), h, params["w"])
+        jax.debug.print("{} of {}", h.mean(), params["w"].std())
+        checkify.check(h[0, 0] < 2, "h is {}", h.sum())
+        checkify.check(params["w"][0, 0] < 99, "w is large")
+
+        def tick(h, _):
+            jax.debug.callback(lambda h: seen.append(h), h)
+            return jnp.tanh(h @ params["w"]), None
+
+        h, _ = jax.lax.scan(tick, h, None, 2)
+        return jnp.sum(h**2)
+
+    params, x = {"in": layers(1, 6)[0], "w": layers(1, 6)[0]}, jax.random.normal(KEY, (3, 6))
+    rule = wmkp.kolen_pollack()
+    feedback = wmkp.init_feedback(jax.random.key(1), rule, watched, params, x)
+    assert list(wmkp.mirror_signals(KEY, wmkp.weight_mirror(), watched, params, x)) == ["in", "w"] and not seen
+    run = checkify.checkify(jax.jit(wmkp.value_and_grad(watched, rule)))
+    error, (value, (grads, signal)) = run(params, mirrored(feedback, params), x)
+    jax.effects_barrier()
+    assert error.get() is None and len(seen) == 3
+    chex.assert_trees_all_close([s for s in seen if isinstance(s, tuple)], [(jnp.tanh(x @ params["in"]), params["w"])])
+    plain = checkify.checkify(jax.value_and_grad(watched))(params, x)[1]
+    chex.assert_trees_all_close((value, grads), plain, rtol=1e-5)
+    chex.assert_trees_all_equal(signal["w"], grads["w"])  # a weight that is printed has no further use
+    error, _ = run({**params, "w": params["w"].at[0, 0].set(100)}, feedback, x)
+    assert "w is large" in error.get()
 
 
 def test_hessian_vector_products_through_an_engaged_function():

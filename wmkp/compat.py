@@ -51,7 +51,7 @@ LOCAL = (
     | frozenset(
         "mul div max min pow atan2 rem nextafter clamp eq ne lt le gt ge and or xor sort "
         "scatter-mul scatter_mul scatter-min scatter_min scatter-max scatter_max "
-        "igamma igammac polynomial debug_callback debug_print psum psum_invariant psum2 pmax pmin "
+        "igamma igammac polynomial psum psum_invariant psum2 pmax pmin "
         "Frexp Ldexp Nonzero SearchSorted".split()
     )
 )

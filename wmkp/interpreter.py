@@ -358,7 +358,7 @@ def _collect(
             outs = operands  # B is mirrored at its own precision, whatever the compute dtype
         elif step.gain is not None and _mirrored(plan.kinds[step.eqn.outvars[0]]):
             outs = [operands[1 - step.gain]]  # in mirror mode a neuron's gain is 1: B has the same one
-        elif step.bind is not None and all(_mirrored(plan.kinds[v]) for v in step.eqn.outvars):
+        elif step.bind is not None and outs and all(_mirrored(plan.kinds[v]) for v in step.eqn.outvars):
             present = [x for x in operands if x is not None]
             if len(present) == len(operands):
                 outs = _bind_stacked(step.bind, present)

@@ -134,6 +134,8 @@ class Analyser:
             union = union_of(kinds)
             made_of = frozenset() if name in compat.BILINEAR else union.made_of
             return Step(eqn, "bind", bind), [Kind(data=union.data, unmirrored=unmirrored, made_of=made_of)] * count
+        if not count:  # a print, a check: nothing comes of it, and no error comes back
+            return Step(eqn, "bind", bind), []
         if name in compat.INLINED or name in compat.REMAT:
             kinds = [k._replace(sources=sources(eqn, kinds, i)) if k.active else k for i, k in enumerate(kinds)]
             inner = self.plan(compat.inner_jaxpr(eqn), kinds, lengths)
@@ -242,7 +244,12 @@ class Analyser:
         """A weight may be laid out anew and multiply an activation; any other use adds a gradient that B has not."""
         for i, kind in enumerate(kinds):
             multiplies = step.action == "product" and step.product is not None and step.product.weight == i
-            if kind.weight and not multiplies and not (step.action == "follow" and all(k.static for k in outs)):
+            if (
+                kind.weight
+                and outs
+                and not multiplies
+                and not (step.action == "follow" and all(k.static for k in outs))
+            ):
                 self.shared |= kind.params
 
     def note_joined(self, kinds: Sequence[Kind], joined: Sequence[Kind]) -> None:
