@@ -1,5 +1,7 @@
 """Guards of speed, counted and not timed: products, copies and bytes of compiled steps, compilations, tracing work."""
 
+import contextlib
+import functools
 import sys
 from pathlib import Path
 
@@ -163,6 +165,55 @@ def calls_while(trace):
     finally:
         sys.setprofile(before)
     return count
+
+
+@contextlib.contextmanager
+def settings(**values):
+    """JAX's own settings, for a while."""
+    before = {name: getattr(jax.config, name) for name in values}
+    for name, value in values.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def checkpointed(params, x):
+    layer = jax.checkpoint(lambda h: jnp.tanh(h @ params["w"] + params["b"][None]))
+    return jnp.mean(layer(jnp.tanh(x @ params["in"])) ** 2)
+
+
+def small():
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"b": jnp.ones(5), "in": jax.random.normal(keys[0], (4, 7)), "w": jax.random.normal(keys[1], (7, 5))}
+    return params, jax.random.normal(keys[2], (3, 4))
+
+
+def test_no_rank_is_raised_nor_dtype_promoted_unasked():
+    params, x = small()
+
+    def gradients(rule, key):
+        feedback = wmkp.init_feedback(key, rule, checkpointed, params, x)
+        return wmkp.value_and_grad(checkpointed, rule)(params, feedback, x)[1][0]
+
+    def mirrored(noise, key):
+        rule = wmkp.weight_mirror(noise, activation=jax.nn.relu, num_samples=40)
+        return wmkp.mirror_signals(key, rule, checkpointed, params, x)
+
+    with settings(jax_numpy_rank_promotion="raise", jax_numpy_dtype_promotion="strict"):
+        for rule in (wmkp.kolen_pollack(), wmkp.sign_symmetry("batch"), wmkp.activity_mirror(whiten=True)):
+            assert jax.eval_shape(functools.partial(gradients, rule), jax.random.key(1))["w"].shape == (7, 5)
+        for noise in ("gaussian", "uniform", "rademacher", "orthogonal+antithetic"):
+            assert jax.eval_shape(functools.partial(mirrored, noise), jax.random.key(1))["w"].shape == (7, 5)
+
+
+def test_no_tracer_is_leaked():
+    params, x = small()
+    with settings(jax_check_tracer_leaks=True):
+        rule = wmkp.kolen_pollack()
+        gradient = jax.eval_shape(wmkp.value_and_grad(checkpointed, rule), params, {**params, "in": None, "b": None}, x)
+        assert gradient[1][1]["w"].shape == (7, 5)
+        assert list(wmkp.input_covariances(checkpointed, params, x)) == ["in", "w"]
 
 
 @pytest.mark.parametrize("what", ["engaged", "mirror"])

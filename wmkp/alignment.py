@@ -96,7 +96,7 @@ def activity_gradient(alignment: Alignment, product: Any, uses: float) -> Callab
         signal = local_gradient(alone, product.multiply, x, u, w, b, samples)
         c = covariance(product, x)
         mean = jnp.trace(c, axis1=-2, axis2=-1)[:, None, None] / c.shape[-1]
-        ridge = (_RIDGE * mean + 1e-30) * jnp.eye(c.shape[-1])  # without activity no signal, rather than NaN
+        ridge = (_RIDGE * mean + 1e-30) * jnp.eye(c.shape[-1])[None]  # without activity no signal, rather than NaN
         whitened = jnp.linalg.solve(c + ridge, product.to_matrices(signal).astype(c.dtype))
         signal = product.from_matrices(whitened, b.shape).astype(b.dtype)
         return (signal + local_gradient(others, product.multiply, x, u, w, b, samples)) / uses

@@ -170,8 +170,9 @@ def _recorded(product: Product, x: jax.Array, y: jax.Array, tap: jax.Array) -> j
     def record(y: jax.Array, x: jax.Array, tap: jax.Array) -> jax.Array:
         return y
 
+    dtype = tap.dtype
     record.defvjp(
         lambda y, x, tap: (y, x),
-        lambda x, delta: (delta, jnp.zeros_like(x), _counted(covariance(product, x)).astype(tap.dtype)),
+        lambda x, delta: (delta, jnp.zeros_like(x), _counted(covariance(product, x)).astype(dtype)),
     )
     return record(y, x, tap)

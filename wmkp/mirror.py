@@ -247,7 +247,8 @@ def _signs(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array
     blocks, samples, fan_in = shape
     # By jax.random, whose loop the compiler fuses with nothing: it would make each word anew for each of its bits.
     words = jax.random.bits(key, (blocks, samples, -(-fan_in // 32)), jnp.uint32)
-    bits = words[..., None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)
+    places = np.arange(32, dtype=np.uint32).reshape(1, 1, 1, 32)
+    bits = words[..., None] >> places & np.uint32(1)
     return (1 - 2 * bits.astype(dtype)).reshape(blocks, samples, -1)[..., :fan_in]
 
 
@@ -267,10 +268,10 @@ def _hartley_noise(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> j
 
     parts = []
     if whole:
-        # A table takes up the signs first, or the compiler would work out the whole matrix as a constant.
-        turned = [signs[:, :whole, None, :] * table for table in (ahead, back)]
-        ahead_of, back_of = (table[:, :, None, :, :] for table in turned)
-        matrix = cos[:, None, :] * ahead_of + sin[:, None, :] * back_of  # (blocks, whole, m, m, fan_in)
+        # One table takes up the signs first, or the compiler would work out the whole matrix as a constant.
+        turn, outer, inner = signs[:, :whole, None, None, :], (1, 1, m, 1, fan_in), (1, 1, 1, m, fan_in)
+        ahead_turned, back_turned = turn * ahead.reshape(inner), turn * back.reshape(inner)
+        matrix = cos.reshape(outer) * ahead_turned + sin.reshape(outer) * back_turned
         matrix = matrix.reshape(blocks, whole, m * m, fan_in)[:, :, :fan_in]
         parts.append(matrix.reshape(blocks, whole * fan_in, fan_in))
     if rest:

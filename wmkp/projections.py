@@ -228,14 +228,15 @@ def analyse(fun: Callable[..., Any], params: Any, *args: Any) -> Analysis:
     paths, tree = list(named), jax.tree.structure(params)
     leaves, args_tree = jax.tree.flatten(args)
     traced = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
-    out, out_tree = None, None
+    out_tree = None
 
     def flat_fun(param_leaves: list[Any], arrays: list[Any]) -> list[Any]:
-        nonlocal out, out_tree
+        nonlocal out_tree
         filled = list(leaves)
         for i, array in zip(traced, arrays, strict=True):
             filled[i] = array
         out = fun(jax.tree.unflatten(tree, param_leaves), *jax.tree.unflatten(args_tree, filled))
+        check_traceable("what fun returns", out)
         flat_out, out_tree = jax.tree.flatten(out)
         return flat_out
 
@@ -244,7 +245,6 @@ def analyse(fun: Callable[..., Any], params: Any, *args: Any) -> Analysis:
     except Exception:
         check_traceable("params", params)
         check_traceable("args", [x if is_array(x) else None for x in leaves])
-        check_traceable("what fun returns", out)
         raise
     kinds = [
         Kind(frozenset({i}), active=True, varying=everywhere(leaf) if hasattr(leaf, "shape") else ())
