@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import wmkp
@@ -118,7 +119,16 @@ async def later(params, x):
 old_key = jax.random.PRNGKey(0)
 model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
 apply, nnx_params, nnx_state = wmkp.nnx.pure(model)
-the_mesh = jax.make_mesh((2,), ("d",), devices=jax.devices()[:2])
+the_mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("d",))
+explicit_mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+
+
+def divided(fun):
+    """What is made of params whose type says that one of them is divided."""
+    with jax.set_mesh(explicit_mesh):
+        return fun(changed(w=jax.device_put(PARAMS["w"], jax.sharding.NamedSharding(explicit_mesh, P("d")))))
+
+
 other_mesh = jax.sharding.Mesh(np.array(jax.devices()[2:4]), ("e",))
 
 # what was done wrong: (the call, words that the message must hold)
@@ -628,6 +638,20 @@ WRONG = {
     "a step of no number": (lambda: steps(KP).engaged_step(state(step=None), X), "state.step must have the structure"),
     "a step of many numbers": (lambda: steps(KP).engaged_step(state(step=jnp.zeros(3, int)), X), "state.step is int32[3]"),
     "a mesh of no device": (lambda: make(mesh=jax.sharding.Mesh(np.array([]), ("d",))), "mesh must be a jax.sharding.Mesh"),
+    **{
+        f"explicit axes, {name}": (call, "mesh has axes of other types than Auto", "AxisType.Auto")
+        for name, call in {
+            "make_steps": lambda: make(mesh=explicit_mesh), "batch_sharding": lambda: batch_sharding(explicit_mesh),
+            "state_sharding": lambda: state_sharding(PARAMS, explicit_mesh),
+        }.items()
+    },
+    **{
+        f"divided params, {name}": (functools.partial(divided, call), "params['w'] is float32[6@d,2], divided along explicit axes", "Auto")
+        for name, call in {
+            "init_feedback": lambda p: init(KP, p), "mirror_signals": lambda p: wmkp.mirror_signals(KEY, WM, fun, p, X),
+            "steps.init": lambda p: steps(KP).init(KEY, p),
+        }.items()
+    },
     "batch_sharding": (lambda: batch_sharding("d"), "mesh must be a jax.sharding.Mesh"),
     "state_sharding": (lambda: state_sharding(PARAMS, None), "mesh must be a jax.sharding.Mesh"),
     "state_sharding of strings": (lambda: state_sharding({"w": "x"}, the_mesh), "state must hold arrays"),

@@ -32,7 +32,8 @@ def init_feedback(key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], pa
       normalisations, at a first layer, under ``backprop()``.
 
     Raises:
-      ValueError: no projection in ``fun``, patterns and paths that do not match, or a ``scale`` beyond a parameter's dtype.
+      ValueError: no projection in ``fun``, patterns and paths that do not match, a ``scale`` beyond a parameter's dtype, or
+        params divided along explicit axes of a mesh.
       WeightTransportError: B cannot follow a parameter; the message names its path and the primitive.
     """
     checks.key(key)
@@ -43,6 +44,7 @@ def init_feedback(key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], pa
 
 def initial_feedback(key: jax.Array, rules: dict[str, Rule], analysis: Analysis, params: Any) -> Any:
     """``init_feedback`` for a function that has been analysed."""
+    checks.undivided("params", params)
     projections = analysis.projections()
     leaves, tree = jax.tree.flatten(params)
     feedback: list[Any] = [None] * len(leaves)

@@ -438,14 +438,15 @@ def mirror_signals(
       ``init_feedback`` has None, and zeros for a B whose own rule has no mirror mode.
 
     Raises:
-      ValueError: no rule has a mirror mode; one whose signal depends on B was given no ``feedback``; or a bias is kept
-        beside a gain.
+      ValueError: no rule has a mirror mode; one whose signal depends on B was given no ``feedback``; a bias is kept
+        beside a gain; or params are divided along explicit axes of a mesh.
       WeightTransportError: a projection that noise alone cannot reach; the message names its path and why.
     """
     checks.key(key)
     check_rule(rule)
     analysis = analyse(fun, params, *args)
     checks.alive("params", params)
+    checks.undivided("params", params)
     rules = resolve(rule, analysis)
     if not any(r.mirror for r in rules.values()):
         raise ValueError("no rule here has a mirror mode; weight_mirror() has")

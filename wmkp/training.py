@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from wmkp import checks, compat, mirror, updates
 from wmkp.grad import check_loss, feedback_leaves, initial_feedback, value_and_grad
@@ -110,7 +110,7 @@ def make_steps(
       axis_name: the axis of a ``jax.pmap`` or ``jax.shard_map`` around the steps: gradients, signals, metrics and
         model_state's floating-point arrays are averaged over it (its counters and random keys, an NNX model's among them,
         stay alike on all devices), and each device draws its own part of the mirror's noise.
-      mesh: devices that train together. Each draws its own part of the mirror's noise, so that a mirror step gets
+      mesh: devices that train together, its axes Auto. Each draws its own part of the mirror's noise, so that a mirror step gets
         cheaper with devices; all of the state is on every device.
       fsdp: over a mesh, W, B and what the optimizers keep of them are divided among the devices too, each array along
         its longest axis that divides.
@@ -370,7 +370,12 @@ def _check_output(analysis: Analysis, model_state: Any, check_finite: bool) -> N
 def _check_mesh(mesh: Any) -> None:
     if not isinstance(mesh, Mesh) or not mesh.size:
         raise TypeError(
-            f"mesh must be a jax.sharding.Mesh, such as jax.make_mesh((8,), ('d',)); got {checks.shown(mesh)}"
+            f"mesh must be a jax.sharding.Mesh, such as Mesh(jax.devices(), ('d',)); got {checks.shown(mesh)}"
+        )
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            f"mesh has axes of other types than Auto ({checks.shown(mesh)}), and the steps are whole programs that JAX divides: "
+            "give jax.sharding.Mesh(jax.devices(), ('d',)), or jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,))"
         )
 
 
