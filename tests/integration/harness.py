@@ -1,4 +1,5 @@
-"""What every model must pass, whatever it is made of: B = W against jax.grad, then ten steps under KP and under WM.
+"""What every model must pass, whatever it is made of: B = W against jax.grad, no W in what the backward pass keeps, then ten
+steps under KP and under WM.
 
 Nearly all of the time goes into compiling, so that a model compiles three programs only: backprop's gradient, the engaged
 one (which KP and WM have in common: the error goes back through B), and mirror mode. All else is NumPy's: the W and B to
@@ -16,9 +17,11 @@ import numpy as np
 import pytest
 
 import wmkp
+from wmkp import compat
 
 KEY = jax.random.key(0, impl="unsafe_rbg")
 STEPS = 10
+LAID_OUT = compat.LAYOUT | compat.INDEXED | compat.JOINED | compat.WRITTEN | compat.AFFINE | {"neg", "mul", "div"}
 MIRROR = wmkp.weight_mirror(noise="rademacher", num_samples=64, rate=0.3)
 
 
@@ -41,6 +44,8 @@ class Case(NamedTuple):
       unmirrored: a pattern of the projections that noise alone cannot reach: an error in mirror mode, KP the way out.
       in_part: a pattern of the parameters whose gradient B's signal is not: tied ones, of which it is a part, and those under a
         weight norm, where B has its own.
+      kept: a pattern of the weights that the backward pass has another use for: the gradient of their own norm, or what a
+        checkpoint computes anew.
       bound: of a gradient's difference from jax.grad's, over its largest entry (or a tenth of the largest of all).
     """
 
@@ -50,6 +55,7 @@ class Case(NamedTuple):
     refused: Mapping[str, str] = MappingProxyType({})
     unmirrored: str = "$^"
     in_part: str = "$^"
+    kept: str = "$^"
     bound: float = 2e-6
 
 
@@ -128,6 +134,39 @@ def differences(params: Any, feedback: Any) -> dict[str, np.ndarray]:
     }
 
 
+def kept_weights(fun: Callable[..., Any], rule: Any, params: Any, feedback: Any, args: Any) -> set[str]:
+    """The parameters that the backward pass keeps, as they are or laid out anew, by path; only traced, and never run.
+
+    By what it keeps an error goes back: all of them under backprop, and none under a rule of B's.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    engaged = wmkp.engage(fun, rule)
+
+    def kept(leaves: Any, feedback: Any, args: Any) -> list[Any]:
+        of_w = lambda leaves, feedback: engaged(tree.unflatten(leaves), feedback, *args)
+        return jax.tree.leaves(jax.vjp(of_w, leaves, feedback)[1])
+
+    def made_of(jaxpr: Any, inputs: list[Any]) -> list[Any]:
+        """For each result the parameters that it is laid out from; None where more than that has been done."""
+        found = dict(zip(jaxpr.invars, inputs, strict=True))
+        read = lambda v: found.get(v) if isinstance(v, compat.Var) else set()
+        for eqn in jaxpr.eqns:
+            operands = [read(v) for v in eqn.invars]
+            if eqn.primitive.name in compat.INLINED:
+                outs = made_of(compat.open_jaxpr(compat.inner_jaxpr(eqn))[0], operands)
+            elif eqn.primitive.name in LAID_OUT and None not in operands:
+                outs = [set().union(*operands)] * len(eqn.outvars)
+            else:
+                outs = [None] * len(eqn.outvars)
+            found.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    jaxpr = jax.make_jaxpr(kept)(leaves, feedback, args).jaxpr
+    sources = [{path} for path in paths_of(params)]
+    outs = made_of(jaxpr, sources + [None] * (len(jaxpr.invars) - len(sources)))
+    return set().union(*filter(None, outs))
+
+
 def check(case: Case) -> None:
     """Everything that is asserted of a model."""
     fun, params, args = case.make()
@@ -151,6 +190,9 @@ def check(case: Case) -> None:
     shapes = jax.eval_shape(lambda: wmkp.init_feedback(KEY, rule, fun, params, *args))
     assert paths_of(shapes).keys() == with_feedback
     feedback = drawn(shapes, seed=1)
+
+    kept = kept_weights(fun, rule, params, feedback, args) & with_feedback
+    assert kept == {p for p in with_feedback if re.search(case.kept, p)}, "the backward pass keeps W"
 
     step = jax.jit(wmkp.value_and_grad(fun, rule))
     loss, (grads, _) = step(params, mirrored(params, feedback), *args)

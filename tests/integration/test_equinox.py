@@ -136,10 +136,10 @@ CASES = {
     "GRUCell": module(lambda key: RNN(nn.GRUCell, key), 2, 5, 4),
     "LSTMCell": module(lambda key: RNN(nn.LSTMCell, key), 2, 5, 4),
     "MultiheadAttention": module(lambda key: nn.MultiheadAttention(2, 6, key=key), 2, 4, 6, call=attention),
-    "layers under filter_vmap, scan and filter_checkpoint": module(Layers, 4, 6),
+    "layers under filter_vmap, scan and filter_checkpoint": module(Layers, 4, 6, kept="layers/0/weight"),
     "Shared": module(Tied, 2, 5, 6, in_part="weight"),
-    "WeightNorm": module(lambda key: nn.WeightNorm(nn.Linear(6, 5, key=key)), 4, 6, local="bias|/g$", in_part="weight"),
-    "SpectralNorm": stateful(lambda key: nn.SpectralNorm(nn.Linear(6, 5, key=key), "weight", key=key), 4, 6),
+    "WeightNorm": module(lambda key: nn.WeightNorm(nn.Linear(6, 5, key=key)), 4, 6, local="bias|/g$", in_part="weight", kept="weight"),
+    "SpectralNorm": stateful(lambda key: nn.SpectralNorm(nn.Linear(6, 5, key=key), "weight", key=key), 4, 6, kept="weight"),
     "neural ODE": module(lambda key: NeuralODE("DirectAdjoint", key), 4, 6),
     "neural ODE, with a derivative of its own": module(
         lambda key: NeuralODE("RecursiveCheckpointAdjoint", key), 4, 6,

@@ -128,15 +128,15 @@ CASES = {
         lambda rngs: nnx.ConvTranspose(3, 5, (3, 3), transpose_kernel=True, rngs=rngs), 2, 4, 4, 3
     ),
     "SpectralNorm": module(
-        lambda rngs: nnx.SpectralNorm(nnx.Linear(6, 5, rngs=rngs), update_stats=True, rngs=rngs), 4, 6
+        lambda rngs: nnx.SpectralNorm(nnx.Linear(6, 5, rngs=rngs), update_stats=True, rngs=rngs), 4, 6, kept="kernel"
     ),
     "WeightNorm": module(
         lambda rngs: nnx.WeightNorm(nnx.Linear(6, 5, rngs=rngs), rngs=rngs),
-        4, 6, concrete=True, in_part="kernel",
+        4, 6, concrete=True, in_part="kernel", kept="kernel",
     ),
     "normalizations": module(Normalizations, 4, 6),
     "scan": module(Scanned, 4, 6),
-    "remat": module(Remat, 4, 6),
+    "remat": module(Remat, 4, 6, kept="up/kernel"),
     "vmap": module(Vmapped, 3, 4, 6),
 }  # fmt: skip
 

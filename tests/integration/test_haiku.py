@@ -80,7 +80,7 @@ CASES = {
     "MultiHeadAttention": haiku(lambda x: hk.MultiHeadAttention(2, 3, w_init=jnp.ones)(x, x, x), 2, 4, 6),
     "layer_stack and remat": haiku(stack, 4, 6),
     "embedding tied by hand": haiku(tied, 4, 6, in_part="embed"),
-    "SpectralNorm": haiku(spectral, 4, 6),
+    "SpectralNorm": haiku(spectral, 4, 6, kept="w$"),
     "nets.ResNet": haiku(resnet, 2, 16, 16, 3),
     "nets.MobileNetV1": haiku(lambda x: hk.nets.MobileNetV1((1, 2), (4, 4), 3)(x, is_training=True), 2, 8, 8, 3),
 }

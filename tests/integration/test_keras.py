@@ -140,7 +140,7 @@ CASES = {
     ),
     "densely connected": model(densely_connected, 8, 6),
     "LoRA": model(lora, 4, 6, refused={f"model/dense/lora_kernel_{k}": "dot_general" for k in "ab"}),
-    "RematScope": model(remat, 4, 6),
+    "RematScope": model(remat, 4, 6, kept="dense/kernel"),
     "convolutional net": model(cnn, 2, 8, 8, 3),
     "Transformer block": model(transformer, 2, 4, 6, local="bias|embeddings"),
     "MobileNetV3Small": model(mobilenet, 4, 32, 32, 3),

@@ -111,9 +111,11 @@ CASES = {
     "SelfAttention with dropout": linen(
         nn.MultiHeadDotProductAttention(2, dropout_rate=0.3, deterministic=False), 2, 4, 6
     ),
-    "SpectralNorm": linen(nn.SpectralNorm(nn.Dense(5)), 4, 6, kwargs={"update_stats": True}),
-    "WeightNorm": linen(nn.WeightNorm(nn.Dense(5)), 4, 6, in_part="kernel"),
-    "WeightNorm of a convolution": linen(nn.WeightNorm(nn.Conv(5, (3, 3))), 2, 4, 4, 3, in_part="kernel"),
+    "SpectralNorm": linen(nn.SpectralNorm(nn.Dense(5)), 4, 6, kwargs={"update_stats": True}, kept="kernel"),
+    "WeightNorm": linen(nn.WeightNorm(nn.Dense(5)), 4, 6, in_part="kernel", kept="kernel"),
+    "WeightNorm of a convolution": linen(
+        nn.WeightNorm(nn.Conv(5, (3, 3))), 2, 4, 4, 3, in_part="kernel", kept="kernel"
+    ),
     "normalizations": linen(
         nn.Sequential(
             [nn.Dense(6), nn.BatchNorm(False), nn.Dense(6), nn.GroupNorm(2), nn.PReLU(), nn.Dense(6), nn.RMSNorm(),
@@ -122,9 +124,9 @@ CASES = {
     ),
     "scan over layers": linen(scanned()(), 4, 6),
     "scan over rematerialized layers": linen(
-        nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(), 4, 6
+        nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(), 4, 6, kept="Dense_1"
     ),
-    "remat": linen(Remat(), 4, 6),
+    "remat": linen(Remat(), 4, 6, kept="CheckpointBlock_1/Dense_1"),
     "vmap": linen(Vmapped(), 3, 4, 6),
     "tied to its transpose": linen(Tied(), 4, 6),
     "jit": linen(nn.jit(nn.Dense)(5), 4, 6),

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import KEY, Case, Model, check, drawn, normal, parametrize, through_gain
+from harness import KEY, Case, Model, check, drawn, kept_weights, normal, parametrize, through_gain
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType, PartitionSpec
 
+import wmkp
 from wmkp.experiments.models.lenet import LeNet
 from wmkp.experiments.models.resnet import BasicBlock, ResNet
 from wmkp.experiments.models.transformer import Decoder, ViT
@@ -267,3 +268,12 @@ CASES = {
 @parametrize(CASES)
 def test_plain(case):
     check(case)
+
+
+@pytest.mark.parametrize("name", ["mixture of experts", "unrolled RNN", "grouped-query attention", "Decoder"])
+def test_backprop_keeps_every_weight_that_an_error_passes(name):
+    """So that ``kept_weights`` would see weight transport."""
+    fun, params, args = CASES[name].make()
+    passed = {path for path, p in wmkp.projections(fun, params, *args).items() if p.feedback}
+    nothing = jax.tree.map(lambda w: None, params)
+    assert kept_weights(fun, wmkp.backprop(), params, nothing, args) & passed == passed
