@@ -25,6 +25,13 @@ BY_HAND = {
     ).sum(1),
     "a readout by a column of data": lambda p, x, k: (x * p["w"][0]) @ jnp.cos(jnp.arange(6.0) * k),
     "a readout, negated": lambda p, x, k: (-(x * p["w"][0])).sum(1),
+    "a readout whose synapses are looked up": lambda p, x, k: (x * p["w"][0])[
+        :, np.array([[0, 3], [5, 1], [2, 2]])
+    ].sum(2),
+    "a readout by a sum of one's own": lambda p, x, k: jax.lax.reduce(x * p["w"][0], 0.0, lambda a, b: a + b, (1,)),
+    "a readout summed over vmap's axis": lambda p, x, k: jax.vmap(
+        lambda x, w: jax.lax.psum(x * w, "synapses"), (1, 0), None, axis_name="synapses"
+    )(x, p["w"][0]),
     "a readout of a part that data chooses": lambda p, x, k: jax.lax.dynamic_slice_in_dim(x * p["w"][0], k, 4, 1).sum(
         1
     ),

@@ -413,6 +413,13 @@ LOCAL = {
     "gains taken out of a stack, averaged over examples": lambda p, x: jnp.mean(
         x * jnp.unstack(jnp.broadcast_to(p["v"], (2, 3, 6)))[1], 0, keepdims=True
     ),
+    "a gain of features, of examples that are looked up": lambda p, y: (y * p["v"])[np.array([[0, 1], [2, 0]])].sum(1),
+    "a gain of features, averaged over vmap's axis": lambda p, y: jax.vmap(
+        lambda y: y - jax.lax.pmean(y * p["v"], "examples"), axis_name="examples"
+    )(y),
+    "a gain of features, the largest by a rule of one's own": lambda p, y: jax.lax.reduce(
+        y * p["v"], -jnp.inf, lambda a, b: jnp.where(a > b, a, b), (1,)
+    ),
     "a similarity of what has gains": lambda p, x: (x * p["v"] * jnp.sin(x)).sum(1, keepdims=True),
 }
 

@@ -38,12 +38,14 @@ WRITTEN = frozenset({"scatter", "dynamic_update_slice"})
 GROWN = WRITTEN | frozenset({"concatenate", "stack", "pad"})  # their result may be larger than an operand
 ADDED = frozenset({"scatter-add", "scatter_add", "scatter-sub", "scatter_sub"})
 AFFINE = ADDED | frozenset({"add", "sub", "add_any"})
+SUMMED = frozenset({"psum", "psum_invariant", "psum2"})  # over devices; under vmap, along axes of the array
 # Elementwise, with a derivative that holds the other operand.
 MULTIPLIED = frozenset({"mul", "div", "pow", "atan2", "rem", "igamma", "igammac", "polynomial"})
 
 # Elementwise or structural primitives in which a parameter beside an activation stays local to its own neuron.
 LOCAL = (
     LAYOUT
+    | SUMMED
     | INDEXED
     | JOINED
     | WRITTEN
@@ -51,7 +53,7 @@ LOCAL = (
     | frozenset(
         "mul div max min pow atan2 rem nextafter clamp eq ne lt le gt ge and or xor sort "
         "scatter-mul scatter_mul scatter-min scatter_min scatter-max scatter_max "
-        "igamma igammac polynomial psum psum_invariant psum2 pmax pmin "
+        "igamma igammac polynomial pmax pmin "
         "Frexp Ldexp Nonzero SearchSorted".split()
     )
 )

@@ -198,6 +198,10 @@ def summed(eqn: Any, kinds: Sequence[Kind]) -> tuple[int, Sequence[int]]:
                 return 1 - i, contract[1 - i]
     if name == "reduce_sum":
         return 0, params["axes"]
+    if name == "reduce" and any(e.primitive.name == "add" for e in compat.open_jaxpr(params["jaxpr"])[0].eqns):
+        return 0, params["dimensions"]
+    if name in compat.SUMMED:
+        return 0, [a for a in params["axes"] if isinstance(a, int)]
     if name == "cumsum":
         return 0, [params["axis"]]
     if name == "reduce_window_sum":
@@ -209,8 +213,8 @@ def summed(eqn: Any, kinds: Sequence[Kind]) -> tuple[int, Sequence[int]]:
 
 
 def carried_gain(eqn: Any, kinds: Sequence[Kind]) -> Gain | None:
-    """The gain of an activity that was just multiplied by one, laid out anew or scaled, masked or padded by what no
-    parameter enters."""
+    """The gain of an activity that was just multiplied by one, laid out anew or scaled, masked, padded or looked up by what
+    no parameter enters."""
     name, out = eqn.primitive.name, eqn.outvars[0].aval
     gain, *others = (k.gain for k in kinds if k.active)
     if gain is None or others:
@@ -219,7 +223,18 @@ def carried_gain(eqn: Any, kinds: Sequence[Kind]) -> Gain | None:
         return gain[0], layout_varying(eqn, gain[1])
     if name in {"neg", "mul", "div", "select_n", "pad", "dynamic_slice"} and len(gain[1]) == out.ndim:
         return gain
+    if name == "gather" and not kinds[1].data:  # by constants
+        return gain[0], _gathered_varying(eqn, gain[1])
     return None
+
+
+def _gathered_varying(eqn: Any, varying: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Along which axes a gain varies after a lookup."""
+    numbers, shape = eqn.params["dimension_numbers"], eqn.outvars[0].aval.shape
+    gone = [*numbers.collapsed_slice_dims, *numbers.operand_batching_dims]
+    chosen = any(varying[a] for a in numbers.start_index_map)
+    kept = dict(zip(numbers.offset_dims, [a for a in range(len(varying)) if a not in gone], strict=True))
+    return tuple(size > 1 and (varying[kept[a]] if a in kept else chosen) for a, size in enumerate(shape))
 
 
 def same_along(kind: Kind, shape: tuple[int, ...], rank: int) -> tuple[bool, ...]:
