@@ -266,19 +266,19 @@ def _hartley_noise(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> j
     sign_key, row_key = jax.random.split(key) if rest else (key, key)
     signs = _signs(sign_key, (blocks, whole + 1, fan_in), dtype)
 
+    def rows(chosen: jax.Array) -> jax.Array:
+        return cos[chosen // m] * ahead[chosen % m] + sin[chosen // m] * back[chosen % m]
+
     parts = []
     if whole:
-        # One table takes up the signs first, or the compiler would work out the whole matrix as a constant.
-        turn, outer, inner = signs[:, :whole, None, None, :], (1, 1, m, 1, fan_in), (1, 1, 1, m, fan_in)
-        ahead_turned, back_turned = turn * ahead.reshape(inner), turn * back.reshape(inner)
-        matrix = cos.reshape(outer) * ahead_turned + sin.reshape(outer) * back_turned
-        matrix = matrix.reshape(blocks, whole, m * m, fan_in)[:, :, :fan_in]
-        parts.append(matrix.reshape(blocks, whole * fan_in, fan_in))
+        # The barrier keeps the compiler from working out the whole matrix as a constant.
+        columns = jax.lax.optimization_barrier(jnp.arange(fan_in))
+        matrices = rows(columns)[None, None] * signs[:, :whole, None]
+        parts.append(matrices.reshape(blocks, whole * fan_in, fan_in))
     if rest:
         keys = jax.random.split(row_key, blocks)
         chosen = jax.vmap(lambda k: jax.random.choice(k, fan_in, (rest,), replace=False))(keys)
-        rows = cos[chosen // m] * ahead[chosen % m] + sin[chosen // m] * back[chosen % m]
-        parts.append(rows * signs[:, whole:])
+        parts.append(rows(chosen) * signs[:, whole:])
     return jnp.concatenate(parts, axis=1)
 
 
