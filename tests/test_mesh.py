@@ -128,6 +128,17 @@ def test_mirror_noise_is_divided_among_the_devices():
     assert "f32[1,800,64]" not in text and "f32[800,64]" not in text, "noise for all devices on each"
 
 
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher", "orthogonal"])
+def test_each_device_makes_its_own_noise(noise):
+    """Nothing of it is made for other devices and sent, at a fan_in that is no square either (see the tables' rows)."""
+    where = jax.sharding.NamedSharding(the_mesh(), jax.sharding.PartitionSpec(None, "data", None))
+    rule = wmkp.weight_mirror(noise)
+    draw = lambda key: wmkp.mirror.draw_noise(key, rule.mirror, (1, 40, 40), jnp.float32)
+    drawn = jax.jit(draw, out_shardings=where).lower(jax.random.key(0)).compile()
+    assert "collective-permute" not in drawn.as_text() and "all-" not in drawn.as_text()
+    np.testing.assert_allclose(drawn(jax.random.key(0)), draw(jax.random.key(0)), atol=1e-5)
+
+
 def test_finite_names_the_parameter():
     params = {"first": np.ones((4, 5), np.float32), "w": np.ones((5, 3), np.float32)}
 
