@@ -287,6 +287,20 @@ def test_noise_has_its_distribution_and_no_two_entries_alike(noise):
     assert abs(np.mean(x * again)) < 4.5 / math.sqrt(count)
 
 
+def test_a_few_samples_of_a_wide_projection_repeat_nothing():
+    x = np.asarray(draw_noise(KEY, wmkp.weight_mirror("gaussian").mirror, (2, 10, 300), jnp.float32))
+    assert len(np.unique(x)) > 0.99 * x.size
+
+
+@pytest.mark.parametrize("word", [0, 2**32 - 1])
+def test_noise_is_finite_whatever_is_drawn(word, monkeypatch):
+    """The normal distribution's ends are left out."""
+    monkeypatch.setattr(wmkp.mirror, "_words", lambda key, shape: (jnp.full(shape, word, jnp.uint32),) * 2)
+    for noise, least, most in (("gaussian", 5 if word else 0, 6), ("uniform", 1.73, 1.7321)):
+        x = np.abs(draw_noise(KEY, wmkp.weight_mirror(noise).mirror, (1, 2, 3), jnp.float32))
+        assert np.all((least <= x) & (x < most)), x
+
+
 def test_default_number_of_samples_reaches_the_target():
     """num_samples=None draws, projection by projection, what the target angle takes: narrow and wide end alike."""
 
@@ -339,6 +353,7 @@ def test_noise_is_centred_with_its_standard_deviation(noise):
     if "antithetic" in noise:
         np.testing.assert_array_equal(x[:, :200], -x[:, 200:])
     assert not np.allclose(x[0], x[1])
+    assert draw_noise(KEY, rule.mirror, (3, 7, 40), jnp.float32).shape == (3, 7, 40), "an odd number"
 
 
 @pytest.mark.parametrize("name", ["bf16 compute", "stacked", "fused"])
@@ -659,6 +674,16 @@ def test_design_figures():
     assert wmkp.mirror_angle(512, 576, rule) == pytest.approx(13.7, abs=0.05)
     assert wmkp.mirror_angle(1, 1, one_estimate()) == pytest.approx(45)
     assert wmkp.samples_for_angle(45, 100, one_estimate(activation=jax.nn.relu)) == 200
+    assert wmkp.samples_for_angle(45, 96, one_estimate(noise="orthogonal")) == 48
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.1])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5])
+def test_samples_for_the_angle_of_whole_blocks(blocks, rate):
+    """What so many whole blocks come to takes so many, and no sample more for rounding's sake."""
+    rule = one_estimate(noise="orthogonal", activation=jax.nn.relu, rate=rate)
+    samples = blocks * 96
+    assert wmkp.samples_for_angle(wmkp.mirror_angle(samples, 96, rule), 96, rule) == samples
 
 
 # --- where B settles --------------------------------------------------------------------------------------------------

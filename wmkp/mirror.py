@@ -153,7 +153,7 @@ def _samples(angle: float, fan_in: int, mirror: Mirror) -> int:
     # Below fan_in directions tan^2 is ((excess + 1) fan_in - n) / n; above, at least excess fan_in / n.
     directions = max(1, math.ceil((excess + 1) * fan_in / (tangent + 1) - 1e-9))
     if directions > fan_in:
-        directions = max(fan_in, math.ceil(excess * fan_in / tangent - 1e-9))
+        directions = math.ceil(excess * fan_in / tangent - 1e-9)
         while _one_estimate(directions, fan_in, excess, True) > tangent + 1e-12 * (2 - mirror.rate) / mirror.rate:
             directions += 1
     return pairs * directions
