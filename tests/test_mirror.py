@@ -480,6 +480,19 @@ def test_uses_that_overlap():
     np.testing.assert_allclose(found["w"], params["w"], atol=1e-5)
 
 
+@pytest.mark.parametrize("columns", [24, 5])
+def test_a_weight_beside_itself_in_one_product(columns):
+    """Joined to its own copy, or to a part of it, a matrix has two uses in one product: their mean, not their sum."""
+
+    def net(params, x):
+        joined = jnp.concatenate([params["w"], params["w"][:, :columns]], axis=1)
+        return jnp.tanh(x @ params["first"]) @ joined
+
+    params = {"first": normal(1, 24, 24, fan_in=24), "w": normal(2, 24, 24, fan_in=24)}
+    found = signals(one_estimate(noise="orthogonal", num_samples=24), net, params, X)
+    np.testing.assert_allclose(found["w"], params["w"], atol=1e-5)
+
+
 def test_a_parameter_that_is_partly_used_has_zeros_elsewhere():
     def net(params, x):
         return jnp.tanh(x @ params["first"]) @ params["w"][:, 4:]
@@ -837,6 +850,14 @@ def test_a_bias_is_not_kept_beside_a_gain(name):
     assert signals(one_estimate(**options), fun, params, normal(5, 2, 4))["w"].shape == (6, 5)
     with pytest.raises(ValueError, match=r"bias=\"kept\" at params\['w'\], where a gain.*bias=\"blocked\""):
         signals(one_estimate(**options, bias="kept"), fun, params, normal(5, 2, 4))
+
+
+def test_where_there_is_no_bias_a_gain_may_be():
+    params = {"u": normal(0, 4, 6), "w": normal(1, 6, 5), "g": normal(2, 5)}
+    fun = lambda p, x: jnp.tanh(x @ p["u"]) @ (p["w"] / jnp.linalg.norm(p["w"], axis=0) * p["g"])
+    rules = [one_estimate(noise="orthogonal", num_samples=12, bias=bias) for bias in ("kept", "blocked")]
+    kept, blocked = (signals(rule, fun, params, normal(5, 2, 4))["w"] for rule in rules)
+    np.testing.assert_array_equal(kept, blocked)
 
 
 @pytest.mark.parametrize(

@@ -315,9 +315,9 @@ def _bias_matrix(product: Product, bias: jax.Array, w: jax.Array) -> jax.Array:
     bias = bias[(..., *[0] * (rank - len(axes)))]  # it varies along its outputs alone
     *_, split = product.axes()
     fan_out = product.fans()[1]
-    bias = bias.reshape(*bias.shape[:lead], -1, split, fan_out // split)
+    bias = bias.reshape(*bias.shape[:lead], -1)
     stack = w.shape[: w.ndim - product.weight_aval.ndim]
-    return jnp.broadcast_to(bias, (*stack, *bias.shape[lead:])).reshape(-1, fan_out // split)
+    return jnp.broadcast_to(bias, (*stack, bias.shape[-1])).reshape(-1, fan_out // split)
 
 
 def targets(rules: dict[str, Rule], analysis: Analysis) -> dict[Product, Mirror]:
