@@ -631,6 +631,10 @@ WRONG = {
     "a state of other params": (lambda: steps(KP).engaged_step(state(params=changed(w=X)), X), "state.params['w']"),
     "a state of another optimizer": (
         lambda: steps(KP).engaged_step(state(opt_state=optax.adam(0.1).init(PARAMS)), X), "state.opt_state"),
+    "a state of another optimizer of B": (
+        lambda: steps(KP).engaged_step(state(feedback_opt_state=optax.adam(0.1).init(made(KP))), X), "state.feedback_opt_state"),
+    "a state of another model state": (
+        lambda: steps(KP).engaged_step(state(model_state={"mean": X}), X), "state.model_state", "'mean' too many"),
     "a state with no key": (lambda: steps(KP).engaged_step(state(key=None), X), "state.key must be one JAX random key"),
     "an axis that is not there": (lambda: steps(KP, axis_name="d").engaged_step(state(), X), "axis_name='d'", "inside"),
     "an axis of another mesh": (

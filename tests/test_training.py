@@ -154,6 +154,15 @@ def test_mirror_step_with_an_update_of_its_own():
     state, _ = steps.mirror_step(state)
     for w, old, new in zip(weights(network())[1:], weights(before)[1:], weights(state.feedback)[1:], strict=True):
         np.testing.assert_allclose(new, old + 0.3 * (w - 0.5 * old), atol=1e-5)
+    period = steps.init(KEY, network(), mirror_steps=2).feedback  # before training, so many of the same
+    for w, old, new in zip(weights(network())[1:], weights(before)[1:], weights(period)[1:], strict=True):
+        np.testing.assert_allclose(new, 0.85**2 * old + 0.3 * (1 + 0.85) * w, atol=1e-5)
+
+
+def test_nothing_is_kept_of_the_half_of_product_feedback_that_is_fixed():
+    state = make(wmkp.product_feedback_alignment()).init(KEY, network())
+    momentum = jax.tree.map(jnp.shape, jax.tree.leaves(state.feedback_opt_state))
+    assert momentum == [entry.b.shape for entry in weights(state.feedback)[1:]]
 
 
 def test_kolen_pollack_from_a_mirrored_start_is_backprop():
