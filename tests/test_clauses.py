@@ -259,3 +259,24 @@ def test_penalties_that_data_weighs_pass_no_error_on(name):
 def test_sums_over_synapses_that_data_scales_are_followed_no_further():
     fun = lambda p, x, d: jnp.sum(jnp.sin(tanh_first(p, x) @ jnp.sum(p["w"] * d, 1, keepdims=True)))
     refuse(fun, weights("first", "w"), X, jnp.cos(jnp.arange(36.0)).reshape(6, 6), match="reduce_sum")
+
+
+def test_backprops_weight_under_a_norm_that_it_shares():
+    """The other's B makes another norm, beside which the weight that backprop has would be W no more."""
+    stop = jax.lax.stop_gradient
+    norm = lambda v, w: jnp.sqrt((v**2).sum() + (w**2).sum())
+
+    def fun(p, x):
+        n = norm(p["v"], p["w"])
+        return jnp.sum(jnp.sin(jnp.tanh(tanh_first(p, x) @ (p["v"] / n)) @ (p["w"] / n)))
+
+    params, b = weights("first", "v", "w"), jax.random.normal(B_KEY, (6, 6))
+    rules = {"first|v": wmkp.backprop(), "w": wmkp.kolen_pollack()}
+    found, _ = wmkp.value_and_grad(fun, rules)(params, {"first": None, "v": None, "w": b}, X)[1]
+
+    def reference(p):
+        n, other = norm(p["v"], p["w"]), stop(b / norm(p["v"], b))
+        y = jnp.tanh(tanh_first(p, X) @ (p["v"] / n))
+        return jnp.sum(jnp.sin(stop(y) @ (p["w"] / n) + y @ other - stop(y @ other)))
+
+    chex.assert_trees_all_close(found, jax.grad(reference)(params), atol=1e-6)
