@@ -153,6 +153,38 @@ def test_finite_names_the_parameter():
     assert {path: bool(ok) for path, ok in bad["finite"].items()} == {"loss": True, "first": False, "w": True}
 
 
+def test_finite_is_a_metric_like_any_where_it_is_not_asked_for():
+    loss = lambda params, model_state, x, key: (jnp.sum(x @ params["w"]), (None, {"finite": 7.0}))
+    params = {"w": np.ones((4, 5), np.float32)}
+    steps = wmkp.make_steps(loss, wmkp.kolen_pollack(), OPTIMIZER, params, np.ones((2, 4), np.float32))
+    _, metrics = steps.engaged_step(steps.init(jax.random.key(0), params), np.ones((2, 4), np.float32))
+    assert float(metrics["finite"]) == 7
+
+
+@pytest.mark.parametrize("what", ["gradient", "signal"])
+def test_finite_is_of_gradient_and_signal_both(what):
+    """A lookup beside the product has a share in W's gradient alone; what no error enters is in the signal alone."""
+
+    def loss(params, model_state, x, key):
+        value = jnp.mean(jnp.tanh(x @ params["first"]) @ params["w"])
+        return value + (0 * jnp.sqrt(params["w"][0, 0]) if what == "gradient" else 0), (None, {})
+
+    rule = wmkp.kolen_pollack() if what == "gradient" else wmkp.activation_alignment()
+    params = {"first": np.ones((4, 5), np.float32), "w": np.zeros((5, 3), np.float32)}
+    steps = wmkp.make_steps(loss, rule, OPTIMIZER, params, np.ones((2, 4)), check_finite=True)
+    state = steps.init(jax.random.key(0), params)
+    if what == "signal":
+        state = state._replace(feedback={"first": None, "w": jnp.full((5, 3), 1e38)})
+    _, metrics = steps.engaged_step(state, np.ones((2, 4), np.float32))
+    assert {path: bool(ok) for path, ok in metrics["finite"].items()} == {"loss": True, "first": True, "w": False}
+
+
+def test_a_batch_is_divided_among_the_devices_of_all_axes():
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
+    shards = jax.device_put(np.zeros((16, 3)), batch_sharding(mesh)).addressable_shards
+    assert [shard.data.shape for shard in shards] == [(2, 3)] * DEVICES
+
+
 def test_errors():
     arguments = (loss_fn, RULES["bp"], OPTIMIZER, {"w": np.ones(3)}, batch())
     with pytest.raises(ValueError, match="axis_name.*or mesh, not both"):

@@ -166,7 +166,7 @@ WRONG = {
         f"{rule.name}: {scale} in half precision": (
             lambda rule=rule: init(rule, jax.tree.map(lambda x: x.astype(jnp.float16), PARAMS), X.astype(jnp.float16)),
             f"scale={scale:g} gives params['w'] a B of standard deviation", "which float16 cannot hold", "nearer to 1")
-        for scale in (1e6, 1e-8)
+        for scale in (1e6, 4e4, 1e-8)
         for rule in (
             wmkp.feedback_alignment(scale), wmkp.sign_symmetry(scale=scale), wmkp.direct_feedback_alignment(scale),
             wmkp.product_feedback_alignment(scale=scale), wmkp.weight_mirror(scale=scale),
@@ -827,10 +827,15 @@ def test_weights_drawn_from_the_key_of_feedback():
             wmkp.init_feedback(KEY, rule, loss, params, X)
     truncated = {"a": first, "w": jax.nn.initializers.lecun_normal()(jax.random.split(KEY)[1], (16, 4))}
     uniform = {"a": first, "w": jax.random.uniform(jax.random.split(KEY)[1], (16, 4), minval=-1)}
-    for drawn in (truncated, uniform, jax.tree.map(np.asarray, params)):
+    for drawn in (truncated, uniform, jax.tree.map(np.asarray, params), {"a": first, "w": -w}):
         with pytest.raises(ValueError, match="W was drawn from this key too"):
             wmkp.init_feedback(KEY, KP, loss, drawn, X)
+    large = jax.tree.map(lambda x: (300 * x).astype(jnp.float16), params)  # whose squares float16 does not hold
+    with pytest.raises(ValueError, match="W was drawn from this key too"):
+        wmkp.init_feedback(KEY, wmkp.kolen_pollack(1200.0), loss, large, X.astype(jnp.float16))
     wmkp.init_feedback(jax.random.fold_in(KEY, 1), KP, loss, params, X)
+    one = {"a": np.ones((3, 1), np.float32), "w": np.ones((1, 1), np.float32)}  # a number is a multiple of any other
+    assert wmkp.init_feedback(KEY, KP, loss, one, X)["w"].shape == (1, 1)
     init_key = jax.random.split(train_key, 3)[1]  # what steps.init makes of its key
     w = jax.random.normal(jax.random.fold_in(init_key, 1), (16, 4))
     steps = wmkp.make_steps(step, KP, SGD, params, X)
@@ -848,12 +853,16 @@ def test_old_keys_do_as_typed_ones_do():
 
 
 def test_no_key_is_used_twice():
-    """By JAX's own checker: B, mirror mode's noise, the starts of every rule and both steps."""
+    """By JAX's own checker: B, mirror mode's noise, the starts of every rule, the loss's key and both steps."""
+
+    def loss(params, model_state, batch, key):
+        return fun(params, batch) + jax.random.normal(key), (model_state, {})
+
     with jax.debug_key_reuse(True):
         for rule in (wmkp.kolen_pollack(start="mirror"), PFA, DFA, wmkp.sign_symmetry("batch"), IA,
                      wmkp.weight_mirror("orthogonal+antithetic", num_samples=9)):  # fmt: skip
             wmkp.init_feedback(jax.random.key(3), rule, fun, PARAMS, X)
-            fresh = wmkp.make_steps(loss_fn, rule, SGD, PARAMS, X)
+            fresh = wmkp.make_steps(loss, rule, SGD, PARAMS, X)
             state = fresh.init(jax.random.key(4), PARAMS)
             state, _ = fresh.engaged_step(state, X)
             state, _ = fresh.mirror_step(state)

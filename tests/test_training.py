@@ -157,6 +157,9 @@ def test_mirror_step_with_an_update_of_its_own():
     period = steps.init(KEY, network(), mirror_steps=2).feedback  # before training, so many of the same
     for w, old, new in zip(weights(network())[1:], weights(before)[1:], weights(period)[1:], strict=True):
         np.testing.assert_allclose(new, 0.85**2 * old + 0.3 * (1 + 0.85) * w, atol=1e-5)
+    still = make(rule, mirror_optimizer=wmkp.updates.weight_mirror(0.0, 0.5))  # a rate of zero is one
+    feedback = jax.tree.map(np.asarray, (state := still.init(KEY, network())).feedback)
+    chex.assert_trees_all_equal(still.mirror_step(state)[0].feedback, feedback)
 
 
 def test_nothing_is_kept_of_the_half_of_product_feedback_that_is_fixed():
@@ -545,3 +548,26 @@ def test_a_mirrored_start_is_exact_in_bfloat16_too():
     steps = wmkp.make_steps(loss_fn, wmkp.kolen_pollack(start="mirror"), optax.sgd(0.1), params, x)
     state = steps.init(jax.random.key(2), params)
     assert wmkp.matrix_angles(state.params, state.feedback)["1"] < 0.01
+
+
+NUMPYS_RATES = {
+    "a leaky average": wmkp.weight_mirror(num_samples=4, rate=np.float64(0.1)),
+    "a loss on noise": wmkp.alignment(amplitude=1.0, decay=1.0, rate=np.float64(0.1), num_samples=4),
+    "a loss on activity": wmkp.activity_mirror(rate=np.float64(0.1)),
+}
+
+
+@pytest.mark.parametrize("name", NUMPYS_RATES)
+def test_a_rate_of_numpys_leaves_b_in_its_dtype(name):
+    params = [jax.random.normal(jax.random.key(i), (16, 16), jnp.bfloat16) for i in range(2)]
+
+    def loss(params, model_state, x, key):
+        return jnp.sum(jnp.tanh(jnp.tanh(x @ params[0]) @ params[1])), (model_state, {})
+
+    x = jnp.ones((4, 16), jnp.bfloat16)
+    steps = wmkp.make_steps(loss, NUMPYS_RATES[name], optax.sgd(0.1), params, x)
+    state = steps.init(jax.random.key(2), params)
+    before = np.asarray(state.feedback[1])
+    state, _ = steps.mirror_step(steps.engaged_step(state, x)[0])
+    assert state.feedback[1].dtype == jnp.bfloat16
+    assert not np.array_equal(state.feedback[1], before)
