@@ -73,11 +73,6 @@ def scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-def updates_operand(name: str) -> int:
-    """Which operand of a ``WRITTEN`` primitive holds what is written."""
-    return 2 if name == "scatter" else 1
-
-
 class Sharding(NamedTuple):
     """How a shard_map divides its operands and results among devices.
 

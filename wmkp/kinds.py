@@ -178,11 +178,11 @@ def is_matrix_operand(eqn: Any, operand: int, varying: tuple[bool, ...]) -> bool
 def scaled_by_data(eqn: Any, kinds: Sequence[Kind]) -> int | None:
     """Which operand of a dot_general is a matrix that data, which no parameter enters, scales element by element."""
     if eqn.primitive.name == "dot_general":
-        contract, batch = eqn.params["dimension_numbers"]
+        _, batch = eqn.params["dimension_numbers"]
         for i, (weight, by) in enumerate(zip(kinds, reversed(kinds), strict=True)):
             matrix = weight.synaptic and not weight.obstacle and _is_matrix(weight.varying)
             alone = by.data and not by.active and len(batch[0]) == eqn.invars[1 - i].aval.ndim
-            if matrix and alone and not contract[0]:
+            if matrix and alone:
                 return i
     return None
 
@@ -290,14 +290,10 @@ def _follows(name: str, kinds: Sequence[Kind]) -> bool:
     if any(k.obstacle for k in kinds) or (_cast_from(name, kinds) and name not in {"mul", "div"}):
         return False
     weights = [i for i, k in enumerate(kinds) if k.weight]
-    if name in compat.LAYOUT or name in compat.AFFINE or name in {"concatenate", "stack", "neg"}:
+    if name in compat.LAYOUT | compat.AFFINE | compat.WRITTEN or name in {"concatenate", "stack", "neg", "select_n"}:
         return True
-    if name in compat.WRITTEN:
-        return set(weights) <= {0, compat.updates_operand(name)}
     if name in compat.INDEXED or name == "pad" or name == "div":
         return weights == [0]
-    if name == "select_n":
-        return 0 not in weights
     return name == "mul" and len(weights) == 1
 
 

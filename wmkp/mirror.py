@@ -410,7 +410,7 @@ def signals(
     ) or (len(reached) < sum(len(p.params) for p in products)):
         # A weight used twice, in part, or scaled: the mean over its uses, each undone to the parameter itself.
         (uses,) = pull_back(weights([jnp.ones_like(x) for x in leaves])[0])
-        pulled = [jnp.where(u > 0, s / jnp.where(u > 0, u, 1), 0) for s, u in zip(pulled, uses, strict=True)]
+        pulled = [s / jnp.where(u > 0, u, 1) for s, u in zip(pulled, uses, strict=True)]
     mirrors = {path for path, rule in rules.items() if rule.mirror is not None}
     return [s if i in reached and analysis.paths[i] in mirrors else None for i, s in enumerate(pulled)]
 

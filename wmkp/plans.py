@@ -155,7 +155,6 @@ class Analyser:
             # x * w, then a sum along w: a projection written by hand. (Of synapses that data scales it is a penalty on them.)
             kind = Kind(scaled[0], varying=everywhere(eqn.invars[terms].aval))
             product = Product(eqn, bind, 0, [kind, activation(kinds)], f"mul, then {name}", lengths)
-            product.needs_feedback = True
             return Step(eqn, "bind", bind, (), product), [activation(kinds)] * count
         if name in compat.BILINEAR and union_of(kinds).made_of:
             made = [k._replace(params=k.made_of) if k.made_of else k for k in kinds]
