@@ -183,6 +183,7 @@ WRONG = {
     "alignment that overshoots": (lambda: wmkp.alignment(amplitude=1, decay=20, rate=0.1), "rate * decay must lie below 2"),
     "alignment of nothing": (wmkp.alignment, "coefficients", "all zero"),
     "alignment, whitened noise": (lambda: wmkp.alignment(decay=1, whiten=True), "whiten", "activity"),
+    "alignment, normalized noise": (lambda: wmkp.alignment(decay=1, normalize="mean"), "normalize", "activity"),
     "a noise that is not used": (lambda: wmkp.alignment(decay=1, on="activity", noise="white"), "noise must be"),
     "information_alignment": (lambda: wmkp.information_alignment(null=-1), "null must not be negative"),
     "symmetric_alignment": (lambda: wmkp.symmetric_alignment(decay=NAN), "decay must"),
@@ -376,6 +377,7 @@ WRONG = {
         for what, fields, *words in (
             ("B is not used", {"backward": None}, "rule mine has no backward", "back through W"),
             ("B is not made", {"init": None}, "rule mine has no init"),
+            ("signal is perhaps transported", {"transported": "no"}, "rule.transported must be True or False"),
             ("init takes two", {"init": lambda key, p: 0}, "rule.init of mine raised TypeError", "(key, projection, W) -> B"),
             ("init is no function", {"init": 3}, "rule.init must be a function"),
             ("init makes another shape", {"init": lambda k, p, w: jnp.zeros(3)}, "rule.init of mine made float32[3] for params['w']", "float32[6, 2]"),
@@ -529,6 +531,9 @@ WRONG = {
     },
     "signals that are no arrays": (
         lambda: updates.kolen_pollack(SGD).update({**made(KP), "w": "x"}, SGD.init(made(KP)), made(KP)), "signal['w'] is str"),
+    "signals of integers": (
+        lambda: updates.kolen_pollack(SGD).update(jax.tree.map(lambda b: b.astype(int), made(KP)), SGD.init(made(KP)), made(KP)),
+        "signal['w'] is int32[", "floating-point arrays"),
     "clipping what is no array": (
         lambda: updates.clip_together(1.0).update((PARAMS, 1.0), optax.EmptyState()), "updates['1'] is float", "floating-point arrays"),
     "gradients in place of signals": (
@@ -895,9 +900,12 @@ def test_a_projection_of_any_size_may_have_exact_noise():
         make(wmkp.weight_mirror(target_angle=6), params=params)
 
 
-def test_whitening_without_activity_leaves_no_nan():
+@pytest.mark.parametrize(
+    "rule", [wmkp.activity_mirror(whiten=True), wmkp.activity_mirror(), wmkp.activation_alignment()],
+    ids=lambda rule: rule.name,
+)  # fmt: skip
+def test_a_layer_without_activity_leaves_no_nan(rule):
     dead = {**PARAMS, "first": jnp.zeros((3, 6))}
-    rule = wmkp.activity_mirror(whiten=True)
     _, (_, signal) = grad(rule, dead, init(rule, dead))
     assert jnp.isfinite(signal["w"]).all()
     _, (_, signal) = grad(rule, PARAMS, init(rule))

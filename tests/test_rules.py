@@ -564,6 +564,18 @@ def test_random_magnitudes_are_fixed_or_drawn_for_each_batch():
     assert np.max(np.abs(correlation)) < 5 / math.sqrt(drawn.shape[1])
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [wmkp.feedback_alignment(), wmkp.sign_symmetry("fixed"), wmkp.direct_feedback_alignment(), wmkp.weight_mirror(),
+     wmkp.information_alignment()],
+    ids=lambda rule: rule.name,
+)  # fmt: skip
+def test_the_signal_is_zero_where_b_learns_nothing_in_engaged_mode(rule):
+    feedback = wmkp.init_feedback(KEY, rule, mlp_loss, WIDE, *WIDE_DATA)
+    _, (_, signal) = wmkp.value_and_grad(mlp_loss, rule)(WIDE, feedback, *WIDE_DATA)
+    chex.assert_trees_all_equal(signal, jax.tree.map(jnp.zeros_like, feedback))
+
+
 def test_redrawn_rule_leaves_other_layers_alone():
     params, data = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), network(1))
     rule = {"1": wmkp.sign_symmetry("batch"), ".*": wmkp.feedback_alignment()}
@@ -783,6 +795,12 @@ def test_input_covariances_of_dense_layers(float64):
         np.testing.assert_allclose(c[0], x.T @ x / BATCH, rtol=0, atol=1e-12)
 
 
+def test_input_covariances_leave_out_what_b_cannot_follow():
+    params = {"first": normal(0, 6, 8), "w": normal(1, 8, 4)}
+    found = wmkp.input_covariances(lambda p, x: jnp.tanh(x @ p["first"]) @ jnp.tanh(p["w"]), params, normal(2, 5, 6))
+    assert list(found) == ["first"]
+
+
 def test_input_covariances_are_of_what_was_evaluated():
     """A branch not taken does not count, nor does it dilute a scan's mean; what no gradient reaches is NaN, not zero."""
     w, x = normal(0, 4, 4), normal(1, 5, 4)
@@ -897,6 +915,23 @@ def test_parts_of_one_weight_learn_by_one_rule():
             wmkp.init_feedback(KEY, {"a": a, "b": b}, joined, params, x)
     for a, b in ((kp, wmkp.kolen_pollack(start="mirror")), (mirror, wmkp.feedback_alignment())):
         wmkp.init_feedback(KEY, {"a": a, "b": b}, joined, params, x)
+
+
+@pytest.mark.parametrize("rule", [wmkp.activation_alignment(), wmkp.activity_mirror(), wmkp.activity_mirror(whiten=True)],
+                         ids=lambda rule: rule.name)  # fmt: skip
+@pytest.mark.parametrize("size", [1, 300])
+def test_activity_in_half_precision(rule, size):
+    """Sums of squares that float16 cannot hold, and quotients by them: the signal is float32's, to rounding."""
+
+    def signal(dtype):
+        params = {"gain": jnp.ones(32, dtype), "w": jnp.asarray(normal(1, 32, 8) / 32, dtype)}
+        loss = lambda p, x: jnp.sum(jnp.tanh((x * p["gain"]) @ p["w"]).astype(jnp.float32))
+        feedback = {"gain": None, "w": jnp.asarray(normal(2, 32, 8) / 32, dtype)}
+        x = jnp.asarray(size * normal(0, 2048, 32), dtype)
+        return np.asarray(wmkp.value_and_grad(loss, rule)(params, feedback, x)[1][1]["w"], np.float32)
+
+    half, whole = signal(jnp.float16), signal(jnp.float32)
+    assert np.max(np.abs(half - whole)) < 2e-3 * np.max(np.abs(whole))
 
 
 # --- where each B settles ---------------------------------------------------------------------------------------------
@@ -1179,6 +1214,30 @@ def test_product_feedback_equal_to_w_is_backprop(float64):
     _, (grads, _) = wmkp.value_and_grad(convnet_loss, rule)(params, feedback, x, target)
     chex.assert_trees_all_close(grads, jax.grad(convnet_loss)(params, x, target), rtol=0, atol=1e-12)
     assert all(angle < 1e-6 for angle in wmkp.matrix_angles(params, feedback).values())
+
+
+@pytest.mark.parametrize("params_in", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("compute_in", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rule", [wmkp.direct_feedback_alignment(), wmkp.direct_kolen_pollack()])
+def test_direct_feedback_in_mixed_precision(rule, params_in, compute_in):
+    """B in its parameter's dtype, activity and error in theirs: gradients and signals are float32's, to rounding."""
+
+    def gradients(params_in, compute_in):
+        def loss(params, x):
+            h = jnp.tanh((x @ params["u"]).astype(compute_in))
+            h = jnp.tanh(h @ params["v"].astype(compute_in))
+            return jnp.sum(jnp.sin(h.astype(jnp.float32) @ params["w"]))
+
+        params = {"u": normal(0, 6, 8) / 3, "v": normal(1, 8, 8) / 3, "w": normal(2, 8, 4) / 3}
+        params = {k: jnp.asarray(w, params_in if k == "v" else jnp.float32) for k, w in params.items()}
+        feedback = wmkp.init_feedback(KEY, rule, loss, params, jnp.ones((5, 6)))
+        x = jnp.asarray(normal(3, 5, 6), jnp.float32)
+        grads, signal = wmkp.value_and_grad(loss, rule)(params, feedback, x)[1]
+        chex.assert_trees_all_equal_shapes_and_dtypes((grads, signal), (params, feedback))
+        return jax.tree.map(lambda g: np.asarray(g, np.float32), (grads, signal))
+
+    expected = gradients(jnp.float32, jnp.float32)
+    chex.assert_trees_all_close(gradients(params_in, compute_in), expected, rtol=0, atol=0.1)
 
 
 def test_direct_feedback_is_never_backprop(float64):

@@ -954,3 +954,17 @@ def test_a_frozen_weight_is_mirrored():
     found = wmkp.mirror_signals(KEY, rule, fun, params, X)
     for name in ("w", "out"):
         np.testing.assert_allclose(found[name], params[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_no_gradient_is_had_at_the_input_of_a_first_layer(rule):
+    """It has no B, and none is needed for params: asked for all the same, it would be W's own."""
+    fun = lambda p, x: jnp.sum(jnp.sin(tanh_first(p, x) @ p["w"]))
+    params = weights("first", "w")
+    engaged, feedback = wmkp.engage(fun, rule), wmkp.init_feedback(B_KEY, rule, fun, params, X)
+    jax.grad(engaged)(params, feedback, X)
+    for gradient in (jax.grad(engaged, argnums=2), jax.jit(jax.grad(engaged, argnums=(0, 2)))):
+        with pytest.raises(
+            wmkp.WeightTransportError, match="gradient was asked for at the input of projection 'first'"
+        ):
+            gradient(params, feedback, X)

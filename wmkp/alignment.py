@@ -48,20 +48,22 @@ def local_gradient(
       b: the feedback weight in the same layout.
       samples: what sums over samples are divided by: their number, times a normalization if there is one.
     """
+    # Each side is divided by the root: a quotient by all samples is less than float16 can hold.
+    x, u = ((a / samples**0.5).astype(a.dtype) for a in (x, u))
     x, u, w = jax.lax.stop_gradient((x, u, w))
 
     def loss(b: jax.Array) -> jax.Array:
-        total = jnp.zeros((), jnp.promote_types(b.dtype, jnp.float32))
+        total = jnp.zeros((), b.dtype)
         if alignment.decay:
             total += alignment.decay * _dot(b, b) / 2
         if alignment.self_alignment:
             total -= alignment.self_alignment * _dot(b, w)
         if alignment.amplitude or alignment.sparse:
             v = multiply(x, b)
-            total += (alignment.sparse * _dot(v, v) / 2 - alignment.amplitude * _dot(v, u)) / samples
+            total += alignment.sparse * _dot(v, v) / 2 - alignment.amplitude * _dot(v, u)
         if alignment.null:
             (back,) = jax.linear_transpose(lambda x: multiply(x, b), x)(u)
-            total += alignment.null * _dot(back, back) / 2 / samples
+            total += alignment.null * _dot(back, back) / 2
         return total
 
     return jax.grad(loss)(b)
