@@ -137,6 +137,22 @@ def test_matrix_angles_of_a_tree():
         np.testing.assert_allclose(found[f"net/{i}/{name}"], expected, atol=1e-4)
 
 
+def test_matrix_angles_of_what_a_rule_carries_errors_by():
+    """Sign symmetry's B with W's signs of now; backprop has no B of its own, and direct feedback no shape in common."""
+    rng = np.random.default_rng(0)
+    params = {"first": rng.normal(size=(4, 6)).astype(np.float32), "w": rng.normal(size=(6, 5)).astype(np.float32)}
+    feedback = {"first": None, "w": jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)}
+    plain = angle(params["w"], feedback["w"])
+    for rule in (None, wmkp.backprop(), wmkp.feedback_alignment()):
+        assert wmkp.matrix_angles(params, feedback, rule) == {"w": plain}
+    carried = angle(params["w"], np.abs(feedback["w"]) * np.sign(params["w"]))
+    assert wmkp.matrix_angles(params, feedback, wmkp.sign_symmetry()) == {"w": pytest.approx(float(carried), rel=1e-5)}
+    rule, fun = wmkp.direct_feedback_alignment(), lambda p, x: jnp.tanh(x @ p["first"]) @ p["w"]
+    direct = wmkp.init_feedback(jax.random.key(1), rule, fun, params, jnp.ones((2, 4)))
+    assert direct["w"] is not None
+    assert wmkp.matrix_angles(params, direct) == wmkp.matrix_angles(params, direct, rule) == {}
+
+
 def test_matrix_angles_errors():
     a = jnp.ones((3, 4))
     with pytest.raises(ValueError, match=r"feedback\['w'\].*\[4, 3\].*\[3, 4\]"):

@@ -14,6 +14,7 @@ import pytest
 from jax import lax
 
 import wmkp
+from wmkp.alignment import Alignment
 from wmkp.interpreter import Direct
 from wmkp.mirror import draw_noise
 from wmkp.rules import ProductFeedback
@@ -528,6 +529,49 @@ def test_product_feedback_has_r_near_orthogonal():
     off = gram[~np.eye(300, dtype=bool)]
     assert off.std() == pytest.approx(1 / math.sqrt(2400), rel=0.05)
     np.testing.assert_allclose(b.effective(), np.asarray(b.r[0]) @ np.asarray(b.b[0]), rtol=0, atol=1e-5)
+    for expansion, hidden in ((0.0295, 9), (0.001, 1)):  # the nearest number of neurons, and one at least
+        rule = wmkp.product_feedback_alignment(expansion)
+        assert wmkp.init_feedback(KEY, rule, mlp_loss, WIDE, *WIDE_DATA)[1]["w"].b.shape == (1, hidden, 200)
+
+
+def test_published_coefficients_are_the_defaults():
+    """Kunin et al.'s, and what the docstrings say of the rest."""
+    defaults = Alignment(rate=0.1)
+    information = wmkp.information_alignment(noise_std=2.0)
+    assert information.mirror.alignment == defaults._replace(amplitude=1.0, null=0.5, decay=0.5)
+    assert information.mirror.noise_std == 2.0 and wmkp.information_alignment().mirror.noise_std == 1.0
+    assert wmkp.symmetric_alignment().local == defaults._replace(self_alignment=1.0, decay=1.0)
+    assert wmkp.activation_alignment().local == Alignment(amplitude=1.0, sparse=1.0, normalize="total", rate=1.0)
+    assert wmkp.activity_mirror().local == defaults._replace(amplitude=1.0, decay=1.0, normalize="mean")
+    mirror = wmkp.weight_mirror().mirror
+    assert (mirror.noise, mirror.noise_std, mirror.target_angle, mirror.rate) == ("gaussian", 1.0, 6.0, 0.1)
+
+
+def test_what_is_transported_is_said():
+    said = {
+        "weights": (wmkp.backprop(), wmkp.symmetric_alignment(), wmkp.alignment(self_alignment=0.1, decay=1.0)),
+        "changes": (wmkp.kolen_pollack_transported(),),
+        "signs": (wmkp.sign_symmetry(),),
+        "nothing": (wmkp.kolen_pollack(), wmkp.weight_mirror(), wmkp.information_alignment(), wmkp.activity_mirror()),
+    }
+    for what, rules in said.items():
+        assert {rule.transports for rule in rules} == {what}
+
+
+def test_a_layer_that_no_sample_reaches_beside_others():
+    fun = lambda p, x: jnp.sum(jnp.sin(jnp.tanh(x @ p["first"]) @ p["w"])) + jnp.sum(x[:0] @ p["unused"])
+    params = {"first": normal(0, 6, 8), "w": normal(1, 8, 4), "unused": normal(2, 6, 3)}
+    feedback = wmkp.init_feedback(KEY, wmkp.kolen_pollack(), fun, params, normal(3, 5, 6))
+    assert feedback["w"].shape == (8, 4) and feedback["unused"] is None
+
+
+def test_a_layer_of_no_neurons_is_refused_by_name():
+    fun = lambda p, x: jnp.sum(jnp.sin(jnp.tanh(x @ p["first"]) @ p["w"])) + jnp.sum(x @ p["empty"])
+    params = {"first": normal(0, 6, 8), "w": normal(1, 8, 4), "empty": np.zeros((6, 0))}
+    with pytest.raises(ValueError, match=r"params\['empty'\] is \[6, 0\].*no neurons"):
+        wmkp.init_feedback(KEY, wmkp.kolen_pollack(), fun, params, normal(3, 5, 6))
+    rules = {"empty": wmkp.backprop(), ".*": wmkp.kolen_pollack()}
+    assert wmkp.init_feedback(KEY, rules, fun, params, normal(3, 5, 6))["empty"] is None
 
 
 @pytest.mark.parametrize("magnitude", ["uniform", "fixed", "batch"])
