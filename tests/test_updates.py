@@ -118,6 +118,7 @@ ACCEPTED = {
     "sgd": (optax.sgd(ETA), constant),
     "momentum": (optax.sgd(ETA, 0.9), constant),
     "L2, sgd": (l2(optax.sgd(ETA)), plain(ETA * LAMBDA)),
+    "L2, a decay of more than all": (optax.chain(optax.add_decayed_weights(1.5), optax.sgd(1.0)), plain(1.5)),
     "L2, momentum": (l2(optax.sgd(ETA, 0.9)), heavy_ball(0.9)),
     "L2, nesterov": (l2(optax.sgd(ETA, 0.9, nesterov=True)), heavy_ball(0.9, nesterov=True)),
     "decay after momentum": (optax.chain(optax.trace(0.9), l2(optax.sgd(ETA))), plain(ETA * LAMBDA)),
@@ -199,6 +200,7 @@ REFUSED = {
     "lars": (optax.lars(ETA), WEIGHTS),
     "adafactor with parameter scale": (optax.adafactor(ETA), WEIGHTS),
     "adaptive clipping": (optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(ETA)), WEIGHTS),
+    "adaptive clipping of what is large": (optax.chain(optax.adaptive_grad_clip(20.0), optax.sgd(ETA)), WEIGHTS),
     "every third step, lamb": (optax.MultiSteps(optax.lamb(ETA), 3).gradient_transformation(), WEIGHTS),
     "L2, adam": (l2(optax.adam(ETA)), MOMENTS),
     "weak L2, adam": (optax.chain(optax.add_decayed_weights(1e-3), optax.adam(ETA)), MOMENTS),
@@ -212,6 +214,10 @@ REFUSED = {
             {"m": optax.chain(optax.clip_by_global_norm(1e6), optax.sgd(ETA)), "v": optax.sgd(ETA)},
             {name: {"b": "v", "w": "m"} for name in trees()[0]},
         ),
+        TREE,
+    ),
+    "clipped by global norm, NaNs as zeros": (
+        optax.chain(optax.zero_nans(), optax.clip_by_global_norm(1e3), optax.sgd(ETA)),
         TREE,
     ),
     "if finite": (optax.apply_if_finite(optax.adamw(ETA, weight_decay=LAMBDA), 5), TREE),
@@ -392,6 +398,8 @@ def test_clip_together_edges():
     half = {"w": jnp.full((2, 3), 100.0, jnp.bfloat16)}
     (clipped, signal), _ = tx.update((half, {"w": None}), optax.EmptyState())
     assert clipped["w"].dtype == jnp.bfloat16 and signal["w"] is None
+    mixed = {"w": jnp.full((2, 3), 100.0, jnp.bfloat16), "v": jnp.full(3, 100.0)}
+    chex.assert_trees_all_equal_shapes_and_dtypes(tx.update((mixed, mixed), optax.EmptyState())[0], (mixed, mixed))
     for bad in (0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="max_norm"):
             updates.clip_together(bad)
