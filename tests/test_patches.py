@@ -63,9 +63,9 @@ def test_it_is_xlas_own(case, chunk, always, monkeypatch):
 
 
 def test_it_is_used_for_large_float32_convolutions_of_one_position_or_few_outputs():
-    def used(x_shape, w_shape, dtype=jnp.float32, **options):
+    def used(x_shape, w_shape, dtype=jnp.float32, padding=((1, 1), (1, 1)), **options):
         convolve = lambda x, w: jax.lax.conv_general_dilated(
-            x, w, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"), **options
+            x, w, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options
         )
         x, w = jnp.ones(x_shape, dtype), jnp.ones(w_shape, dtype)
         loss = lambda p, x: jnp.sum(convolve(x, p).astype(jnp.float32))
@@ -75,10 +75,12 @@ def test_it_is_used_for_large_float32_convolutions_of_one_position_or_few_output
     assert used((32, 32, 32, 16), (3, 3, 16, 16))
     assert used((32, 16, 16, 64), (1, 1, 64, 64)), "one position"
     assert not used((32, 16, 16, 64), (3, 3, 64, 64)), "many outputs"
-    assert not used((2, 8, 8, 16), (3, 3, 16, 16)), "small"
+    assert not used((4, 16, 16, 16), (3, 3, 16, 16)), "small"
     assert not used((32, 32, 32, 16), (3, 3, 16, 16), jnp.bfloat16), "not float32"
     assert not used((32, 32, 32, 16), (3, 3, 4, 16), feature_group_count=4), "grouped"
+    assert not used((32, 32, 32, 16), (3, 3, 16, 16), batch_group_count=2), "grouped by batch"
     assert not used((32, 32, 32, 16), (3, 3, 16, 16), lhs_dilation=(2, 2)), "transposed"
+    assert not used((32, 32, 32, 16), (3, 3, 16, 16), padding=((-1, 1), (1, 1))), "cropped"
 
 
 def test_under_vmap_scan_and_over_devices(always, monkeypatch):

@@ -519,6 +519,16 @@ def test_start_is_gaussian_of_the_scale_asked_for(rule):
     assert not np.allclose(jax.tree.leaves(other)[0], jax.tree.leaves(feedback)[0])
 
 
+def test_a_matrix_in_two_places_starts_at_the_scale_of_the_larger_fan_in():
+    there_and_back = lambda p, x: jnp.sum(jnp.tanh(jnp.tanh(x * p["gain"]) @ p["w"]) @ p["w"].T)
+    for shape in ((400, 25), (25, 400)):
+        params = {"gain": np.ones(shape[0]), "w": normal(0, *shape)}
+        x = np.ones((2, shape[0]))
+        assert wmkp.projections(there_and_back, params, x)["w"].fan_in == 400
+        b = wmkp.init_feedback(KEY, wmkp.feedback_alignment(), there_and_back, params, x)["w"]
+        assert b.std() == pytest.approx(1 / 20, rel=0.05)
+
+
 def test_product_feedback_has_r_near_orthogonal():
     """R R^T is the identity to about 1 / sqrt(hidden) an entry, and B starts so that R B has the scale asked for."""
     feedback = wmkp.init_feedback(KEY, wmkp.product_feedback_alignment(8.0), mlp_loss, WIDE, *WIDE_DATA)
@@ -545,6 +555,9 @@ def test_published_coefficients_are_the_defaults():
     assert wmkp.activity_mirror().local == defaults._replace(amplitude=1.0, decay=1.0, normalize="mean")
     mirror = wmkp.weight_mirror().mirror
     assert (mirror.noise, mirror.noise_std, mirror.target_angle, mirror.rate) == ("gaussian", 1.0, 6.0, 0.1)
+    start = wmkp.kolen_pollack(start="mirror")
+    for fan_in in (1, 96, 4608, 100_000):  # one mirror step is exact
+        assert wmkp.samples_for_angle(start.mirror.target_angle, fan_in, start) == fan_in
 
 
 def test_what_is_transported_is_said():
@@ -959,6 +972,8 @@ def test_parts_of_one_weight_learn_by_one_rule():
             wmkp.init_feedback(KEY, {"a": a, "b": b}, joined, params, x)
     for a, b in ((kp, wmkp.kolen_pollack(start="mirror")), (mirror, wmkp.feedback_alignment())):
         wmkp.init_feedback(KEY, {"a": a, "b": b}, joined, params, x)
+    signals = wmkp.mirror_signals(KEY, {"a": mirror, "b": wmkp.feedback_alignment()}, joined, params, x)
+    assert np.all(signals["a"] != 0) and np.all(signals["b"] == 0), "one part is mirrored, the other is fixed"
 
 
 @pytest.mark.parametrize("rule", [wmkp.activation_alignment(), wmkp.activity_mirror(), wmkp.activity_mirror(whiten=True)],
