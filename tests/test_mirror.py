@@ -339,6 +339,8 @@ def test_orthogonal_noise_is_orthogonal(fan_in):
             gram, np.tile(fan_in * 0.49 * np.eye(fan_in // 2), (blocks, 1, 1)), atol=1e-4 * fan_in
         )
         assert not np.allclose(np.abs(half[0]), np.abs(half[1])), "other rows, not other signs alone"
+        signs = np.sign(draw_noise(KEY, rule.mirror, (100, fan_in // 2, fan_in), jnp.float32)[:, 0]).mean(0)
+        assert np.all(np.abs(signs) < 0.5), "other signs, not other rows alone"
 
 
 @pytest.mark.parametrize(

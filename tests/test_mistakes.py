@@ -924,3 +924,5 @@ def test_numpy_params_in_double_precision():
     _, (expected, _) = grad(KP, PARAMS, made(KP))
     for name in PARAMS:
         np.testing.assert_allclose(grads[name], expected[name], rtol=1e-5, atol=1e-7)
+    of_double = make(params=double, batch=np.asarray(X, np.float64))
+    of_double.engaged_step(of_double.init(KEY, PARAMS), X)

@@ -17,6 +17,7 @@ import wmkp
 from wmkp.alignment import Alignment
 from wmkp.interpreter import Direct
 from wmkp.mirror import draw_noise
+from wmkp.projections import direct_sizes
 from wmkp.rules import ProductFeedback
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -1502,6 +1503,54 @@ def test_product_feedback_of_stacked_and_reshaped_weights(float64):
     _, (grads, _) = wmkp.value_and_grad(heads, rule)(params, feedback, x)
     _, (same, _) = wmkp.value_and_grad(heads, wmkp.feedback_alignment())(params, fixed, x)
     chex.assert_trees_all_close(grads, same, rtol=0, atol=1e-12)
+
+
+def test_sizes_of_direct_feedback():
+    """What an input and the error share from the first axis on, the last apart, is samples; all else is neurons."""
+    assert direct_sizes((4, 5), (4, 5)) == (1, 5, 5)
+    assert direct_sizes((2, 3, 5), (2, 3, 7)) == (2, 5, 7)
+    assert direct_sizes((2, 3, 4, 5), (2, 6, 4, 7)) == (1, 60, 168)
+    assert direct_sizes((5,), (7,)) == (0, 5, 7)
+
+
+DIRECT = {  # fun, the shape of x, of B
+    "one sample": (lambda p, x: jnp.tanh(x @ p["first"]) @ p["w"], (6,), (6, 6)),
+    "an output as wide as the layer": (lambda p, x: jnp.tanh(x @ p["first"]) @ p["w"], (5, 6), (6, 6)),
+    "data of other sizes through the same weight": (
+        lambda p, x: jnp.tanh((x @ p["w"]).sum(1) @ p["first"]) @ p["w"], (5, 3, 6), (6, 6)),
+    "what backprop alone can train behind it": (
+        lambda p, x: jnp.tanh(jnp.tanh(x @ p["first"]) @ p["w"]) @ jnp.tanh(p["out"]), (5, 6), (6, 6)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_direct_feedback_has_its_shape(name):
+    fun, size, shape = DIRECT[name]
+    params = {"first": normal(0, 6, 6), "w": normal(1, 6, 6), "out": normal(2, 6, 4)}
+    rules, x = {"out": wmkp.backprop(), ".*": wmkp.direct_feedback_alignment()}, normal(3, *size)
+    if "out" not in wmkp.projections(fun, params, x):
+        del rules["out"]
+    loss = lambda p, x: jnp.sum(jnp.sin(fun(p, x)))
+    feedback = wmkp.init_feedback(KEY, rules, loss, params, x)
+    assert feedback["w"].array.shape == shape
+    grads = wmkp.value_and_grad(loss, rules)(params, feedback, x)[1][0]
+    assert np.all(grads["first"] != 0)
+
+
+def test_axes_of_matrices():
+    projections = wmkp.projections(
+        lambda p, x, mask: jnp.einsum("bhi,hio->bo", jnp.tanh(jnp.einsum("bi,hio->bho", x, p["heads"])), p["groups"])
+        @ (p["masked"] * mask) @ jnp.tanh(p["bent"]),
+        {"heads": normal(0, 3, 6, 4), "groups": normal(1, 3, 4, 5), "masked": normal(2, 5, 7), "bent": normal(3, 7, 2)},
+        normal(4, 8, 6), jnp.ones((5, 7)),
+    )  # fmt: skip
+    assert projections["heads"].matrix_axes((3, 6, 4)) == ([], [1], [0, 2])
+    for name, shape in (("masked", (5, 7)), ("bent", (7, 2))):
+        with pytest.raises(ValueError, match=f"'{name}'.* is not one matrix"):
+            projections[name].matrix_axes(shape)
+    grouped = lambda p, x: jnp.einsum("bhi,hio->bho", x * p["gain"], p["w"])
+    params = {"gain": np.ones(4), "w": normal(0, 3, 4, 5)}
+    assert wmkp.projections(grouped, params, normal(1, 8, 3, 4))["w"].matrix_axes((3, 4, 5)) == ([0], [1], [2])
 
 
 def test_direct_feedback_refuses_inputs_whose_first_axis_is_not_the_batch():

@@ -253,6 +253,11 @@ def test_one_that_takes_a_gradient_of_each_example_is_refused():
         updates.kolen_pollack(contrib.dpsgd(ETA, 1.0, 1.0, 0)).init(float32(trees())[1])
 
 
+def test_a_decay_under_which_the_difference_grows_is_refused():
+    with pytest.raises(ValueError, match=r"a step multiplies W - B\^T by -1.5, where eq. 14 wants it to shrink"):
+        updates.kolen_pollack(optax.chain(optax.add_decayed_weights(2.5), optax.sgd(1.0))).init(float32(trees())[1])
+
+
 def test_a_schedule_in_python_is_tried_as_it_is():
     updates.kolen_pollack(optax.sgd(lambda count: 0.1 if count < 3 else 0.2)).init(float32(trees())[1])
 
@@ -459,6 +464,18 @@ def test_weight_mirror_keeps_dtype():
     b = {"w": jnp.ones((3, 2), jnp.bfloat16)}
     change, _ = updates.weight_mirror(0.1, 0.5).update({"w": jnp.ones((3, 2))}, optax.EmptyState(), b)
     assert change["w"].dtype == jnp.bfloat16
+
+
+def test_weight_mirror_takes_rates_that_are_not_known_yet():
+    signal, b = {"w": jnp.ones((2, 3))}, {"w": jnp.full((2, 3), 2.0)}
+
+    def step(rate, decay):
+        return updates.weight_mirror(rate, decay).update(signal, optax.EmptyState(), b)[0]
+
+    np.testing.assert_allclose(jax.jit(step)(0.5, 0.25)["w"], 0.25)
+    calibrated = lambda rate: updates.calibrated_mirror(wmkp.weight_mirror(noise_std=2.0), rate)
+    change = jax.jit(lambda rate: calibrated(rate).update(signal, optax.EmptyState(), b)[0])(0.5)
+    np.testing.assert_allclose(change["w"], 0.5 * (1 / 4 - 2))
 
 
 def test_weight_mirror_errors():

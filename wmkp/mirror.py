@@ -347,7 +347,7 @@ def targets(rules: dict[str, Rule], analysis: Analysis) -> dict[Product, Mirror]
                     f'bias="kept" at params[{path!r}], where a gain scales the weight or its bias: in mirror mode gains are 1, '
                     'and the bias would not stand to the response as in the layer; use bias="blocked".'
                 )
-            wanted.setdefault(product, mirror)
+            wanted[product] = mirror
             power, limits = mirror.noise_std**2, jnp.finfo(product.weight_aval.dtype)
             if not 64 * float(limits.tiny) <= power <= float(limits.max) / 64:
                 raise ValueError(
