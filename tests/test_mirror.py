@@ -764,6 +764,20 @@ def test_structure_of_signals():
     assert not np.any(np.asarray(signals(mirror, net, params, X)["layers"][2]["w"]) == 0)
 
 
+@pytest.mark.parametrize("other", [wmkp.product_feedback_alignment(), wmkp.direct_feedback_alignment()])
+def test_a_loss_on_noise_beside_feedback_of_another_shape(other):
+    """Where a mirror's signal depends on B, the other B are none of its business, whatever they are."""
+
+    def net(params, x):
+        return jnp.tanh(jnp.tanh(x @ params["first"]) @ params["v"].T) @ params["w"]
+
+    params = {name: normal(i, 24, 24, fan_in=24) for i, name in enumerate(("first", "v", "w"))}
+    rules = {"w": wmkp.information_alignment(), "v": other, "first": wmkp.backprop()}
+    feedback = wmkp.init_feedback(KEY, rules, net, params, X)
+    found = wmkp.mirror_signals(KEY, rules, net, params, X, feedback=feedback)
+    assert found["first"] is None and np.all(found["v"] == 0) and np.all(found["w"] != 0)
+
+
 def test_key_decides_and_projections_draw_apart():
     """Same key, same signal; another key, another; two projections of one shape see different noise."""
 
@@ -954,6 +968,19 @@ def test_weight_that_noise_cannot_reach_is_an_error():
     params = {"first": normal(1, 24, 24), "w": normal(2, 24, 8)}
     with pytest.raises(wmkp.WeightTransportError, match="'w'"):
         wmkp.mirror_signals(KEY, one_estimate(num_samples=8), masked, params, X, jnp.ones((24, 8)))
+
+
+def test_a_convolution_of_a_weight_by_an_activity_is_an_error():
+    """As a convolution's left operand a weight is no kernel, and its patches are not a matrix of synapses."""
+
+    def fun(params, x):
+        kernel = jnp.tanh(x @ params["first"]).reshape(2, 3, 4)
+        return lax.conv_general_dilated(params["w"], kernel, (1,), "VALID", dimension_numbers=("NCH", "OIH", "NCH"))
+
+    params = {"first": normal(1, 24, 12), "w": normal(2, 1, 3, 9)}
+    x = jax.ShapeDtypeStruct((2, 24), jnp.float32)
+    with pytest.raises(wmkp.WeightTransportError, match="'w'.*left operand of a convolution"):
+        wmkp.mirror_signals(KEY, one_estimate(num_samples=8), fun, params, x)
 
 
 def test_a_scaled_weight_whose_parts_devices_exchange_is_an_error():

@@ -988,7 +988,9 @@ def test_activity_in_half_precision(rule, size):
         loss = lambda p, x: jnp.sum(jnp.tanh((x * p["gain"]) @ p["w"]).astype(jnp.float32))
         feedback = {"gain": None, "w": jnp.asarray(normal(2, 32, 8) / 32, dtype)}
         x = jnp.asarray(size * normal(0, 2048, 32), dtype)
-        return np.asarray(wmkp.value_and_grad(loss, rule)(params, feedback, x)[1][1]["w"], np.float32)
+        found = wmkp.value_and_grad(loss, rule)(params, feedback, x)[1][1]
+        chex.assert_trees_all_equal_shapes_and_dtypes(found, feedback)
+        return np.asarray(found["w"], np.float32)
 
     half, whole = signal(jnp.float16), signal(jnp.float32)
     assert np.max(np.abs(half - whole)) < 2e-3 * np.max(np.abs(whole))

@@ -196,17 +196,6 @@ def test_rules_by_path():
     assert changed == [[True, False], [False, True]]
 
 
-def test_a_loss_on_noise_beside_feedback_of_another_shape():
-    """Where a mirror's signal depends on B, the other B are none of its business, whatever they are."""
-    rules = {"1/w": wmkp.product_feedback_alignment(), "2/w": wmkp.information_alignment(), ".*": wmkp.backprop()}
-    steps = make(rules)
-    state = steps.init(KEY, network())
-    before = jax.tree.map(np.asarray, state.feedback)
-    state, _ = steps.mirror_step(state)
-    chex.assert_trees_all_equal(state.feedback[1], before[1])
-    assert not np.allclose(state.feedback[2]["w"], before[2]["w"])
-
-
 # --- before training --------------------------------------------------------------------------------------------------
 
 
