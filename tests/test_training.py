@@ -196,6 +196,25 @@ def test_rules_by_path():
     assert changed == [[True, False], [False, True]]
 
 
+def test_clipping_scales_b_with_w_and_leaves_local_losses_alone():
+    """W's step is as long as ``clip_norm`` lets it be, Kolen-Pollack's B moves with it, and what no error enters is not clipped."""
+    tx = optax.sgd(0.1)
+    steps = make(wmkp.kolen_pollack(), tx=tx, clip_norm=0.01)
+    state = steps.init(KEY, network())
+    before = jax.tree.map(jnp.copy, state)
+    state, _ = steps.engaged_step(state, batch())
+    moved = jax.tree.map(jnp.subtract, state.params, before.params)
+    assert float(optax.tree.norm(moved)) == pytest.approx(0.1 * 0.01, rel=1e-3)
+    for k in (1, 2):
+        b = weights(state.feedback)[k] - weights(before.feedback)[k]
+        np.testing.assert_allclose(b, weights(moved)[k], rtol=0, atol=1e-7)
+    found = []
+    for clip_norm in (None, 0.01):
+        steps = make(wmkp.activity_mirror(), tx=tx, clip_norm=clip_norm)
+        found.append(steps.engaged_step(steps.init(KEY, network()), batch())[0].feedback)
+    chex.assert_trees_all_close(*found, rtol=1e-6)
+
+
 # --- before training --------------------------------------------------------------------------------------------------
 
 
