@@ -138,7 +138,7 @@ def test_matrix_angles_of_a_tree():
 
 
 def test_matrix_angles_of_what_a_rule_carries_errors_by():
-    """Sign symmetry's B with W's signs of now; backprop has no B of its own, and direct feedback no shape in common."""
+    """Sign symmetry's B with W's signs of now, R B of two populations; direct feedback has no shape in common with W."""
     rng = np.random.default_rng(0)
     params = {"first": rng.normal(size=(4, 6)).astype(np.float32), "w": rng.normal(size=(6, 5)).astype(np.float32)}
     feedback = {"first": None, "w": jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)}
@@ -151,6 +151,11 @@ def test_matrix_angles_of_what_a_rule_carries_errors_by():
     direct = wmkp.init_feedback(jax.random.key(1), rule, fun, params, jnp.ones((2, 4)))
     assert direct["w"] is not None
     assert wmkp.matrix_angles(params, direct) == wmkp.matrix_angles(params, direct, rule) == {}
+    rule = wmkp.product_feedback_alignment()
+    product = wmkp.init_feedback(jax.random.key(1), rule, fun, params, jnp.ones((2, 4)))
+    both = angle(params["w"], product["w"].r[0] @ product["w"].b[0])
+    for found in (wmkp.matrix_angles(params, product), wmkp.matrix_angles(params, product, rule)):
+        assert found == {"w": pytest.approx(float(both), rel=1e-5)}
 
 
 def test_matrix_angles_errors():

@@ -853,6 +853,13 @@ def test_input_covariances_of_dense_layers(float64):
         np.testing.assert_allclose(c[0], x.T @ x / BATCH, rtol=0, atol=1e-12)
 
 
+def test_input_covariances_are_means_over_uses():
+    fun = lambda p, x: jnp.sum(x @ p["w"]) + jnp.sum(jnp.sin(2 * x @ p["w"]))
+    x = normal(2, 5, 6)
+    found = wmkp.input_covariances(fun, {"w": normal(1, 6, 4)}, x)["w"][0]
+    np.testing.assert_allclose(found, (1 + 4) / 2 * (x.T @ x) / 5, rtol=0, atol=1e-5)
+
+
 def test_input_covariances_leave_out_what_b_cannot_follow():
     params = {"first": normal(0, 6, 8), "w": normal(1, 8, 4)}
     found = wmkp.input_covariances(lambda p, x: jnp.tanh(x @ p["first"]) @ jnp.tanh(p["w"]), params, normal(2, 5, 6))
