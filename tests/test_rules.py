@@ -634,6 +634,14 @@ def test_the_signal_is_zero_where_b_learns_nothing_in_engaged_mode(rule):
     chex.assert_trees_all_equal(signal, jax.tree.map(jnp.zeros_like, feedback))
 
 
+def test_of_product_feedback_b_alone_learns():
+    rule = wmkp.product_feedback_alignment()
+    feedback = wmkp.init_feedback(KEY, rule, mlp_loss, WIDE, *WIDE_DATA)
+    _, (_, signal) = wmkp.value_and_grad(mlp_loss, rule)(WIDE, feedback, *WIDE_DATA)
+    for entry in (signal[1]["w"], signal[2]["w"]):
+        assert not np.any(entry.r) and np.any(entry.b)
+
+
 def test_redrawn_rule_leaves_other_layers_alone():
     params, data = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), network(1))
     rule = {"1": wmkp.sign_symmetry("batch"), ".*": wmkp.feedback_alignment()}
