@@ -372,6 +372,7 @@ WRONG = {
         }.items()
     },
     # --- rules of one's own
+    "a rule of one's own in a mapping": (lambda: init({".*": custom(backward=None)}), "rule mine has no backward"),
     **{
         f"a rule whose {what}": (lambda fields=fields: grad(custom(**fields), PARAMS, init(custom(**fields))), *words)
         for what, fields, *words in (
