@@ -634,6 +634,13 @@ def test_the_signal_is_zero_where_b_learns_nothing_in_engaged_mode(rule):
     chex.assert_trees_all_equal(signal, jax.tree.map(jnp.zeros_like, feedback))
 
 
+def test_product_feedback_is_laid_out_as_its_weight():
+    """Outputs, groups, inputs: an order of axes that is not its own inverse."""
+    r, b = normal(0, 2, 3, 7), normal(1, 2, 7, 4)
+    found = ProductFeedback(r, b, (4, 2, 3), (1, 2, 0)).effective()
+    np.testing.assert_allclose(found, np.einsum("gih,gho->ogi", r, b), rtol=1e-5, atol=1e-5)
+
+
 def test_of_product_feedback_b_alone_learns():
     rule = wmkp.product_feedback_alignment()
     feedback = wmkp.init_feedback(KEY, rule, mlp_loss, WIDE, *WIDE_DATA)
