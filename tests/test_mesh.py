@@ -174,7 +174,7 @@ def test_finite_is_of_gradient_and_signal_both(what):
     steps = wmkp.make_steps(loss, rule, OPTIMIZER, params, np.ones((2, 4)), check_finite=True)
     state = steps.init(jax.random.key(0), params)
     if what == "signal":
-        state = state._replace(feedback={"first": None, "w": jnp.full((5, 3), 1e38)})
+        state = state._replace(feedback={"first": None, "w": jnp.full((5, 3), 3e38)})
     _, metrics = steps.engaged_step(state, np.ones((2, 4), np.float32))
     assert {path: bool(ok) for path, ok in metrics["finite"].items()} == {"loss": True, "first": True, "w": False}
 
