@@ -576,6 +576,7 @@ def small_battery(monkeypatch):
 
 def test_a_battery_that_is_stopped_begins_no_other_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "_stop_signals", lambda: contextlib.nullcontext(lambda step: step == 1))
+    monkeypatch.setattr("os._exit", sys.exit)
     assert run_command(monkeypatch, *small_battery(monkeypatch), "--out", tmp_path) == 130
     out, error = capsys.readouterr()
     assert "Stopped at step 1 of 2 and saved" in out and error.endswith("wmkp: interrupted\n")
