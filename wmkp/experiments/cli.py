@@ -15,17 +15,17 @@ def _end_interrupted() -> NoReturn:
     os._exit(130)
 
 
-def _unraisable(error: Any) -> None:
-    """An exception within a callback, such as JAX's for garbage collection, which Python prints and goes on."""
-    if issubclass(error.exc_type, KeyboardInterrupt):
-        _end_interrupted()
-    sys.__unraisablehook__(error)
-
-
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
     """Within it Ctrl-C ends the process, wherever it strikes."""
-    before, sys.unraisablehook = sys.unraisablehook, _unraisable
+    before = sys.unraisablehook
+
+    def within_a_callback(error: Any) -> None:  # such as JAX's for garbage collection: Python prints it and goes on
+        if issubclass(error.exc_type, KeyboardInterrupt):
+            _end_interrupted()
+        before(error)
+
+    sys.unraisablehook = within_a_callback
     try:
         yield
     except KeyboardInterrupt:
