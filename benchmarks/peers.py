@@ -92,6 +92,30 @@ def torch_epoch(images: np.ndarray, targets: np.ndarray) -> Callable[[], Any]:
     return epoch
 
 
+def products_epoch(images: np.ndarray) -> dict[str, Callable[[], Any]]:
+    """Nothing but W1's two products of each step, which no step can do without, in float32: by XLA, and by PyTorch."""
+    count = len(images) // paper_numpy.BATCH
+    x = images[: count * paper_numpy.BATCH].astype(np.float32).reshape(count, paper_numpy.BATCH, -1)
+    w1 = paper_numpy.init()["W1"].astype(np.float32)
+
+    def one(w: jax.Array, x: jax.Array) -> tuple[jax.Array, None]:
+        return w - 1e-9 * (x.T @ (x @ w)), None
+
+    epoch = jax.jit(lambda w, x: jax.lax.scan(one, w, x), donate_argnums=0)
+    calls: dict[str, Callable[[], Any]] = {"XLA's products": models.chained(epoch, jnp.asarray(w1), jnp.asarray(x))}
+    if benchmarks.installed("torch"):
+        import torch
+
+        w, batches = torch.tensor(w1), torch.tensor(x)
+
+        def torch_epoch() -> None:
+            for x in batches:
+                w.addmm_(x.T, x @ w, alpha=-1e-9)
+
+        calls["PyTorch's products"] = torch_epoch
+    return calls
+
+
 def numpy_kernel() -> list[dict[str, Any]]:
     """What NumPy multiplies matrices with, by threadpoolctl where it is installed."""
     try:
@@ -117,7 +141,8 @@ def mnist_epoch(settings: Settings) -> Iterator[Row]:
     calls["wmkp reproduce"] = reproduced_epoch(images, labels)
     if benchmarks.installed("torch"):
         calls["PyTorch"] = torch_epoch(images, targets)
-    taken = benchmarks.in_turns(calls, 0 if settings.quick else 25, least=3)
+    calls |= products_epoch(images)
+    taken = benchmarks.in_turns(calls, 0 if settings.quick else 30, least=3)
     name = "MNIST epoch, 784-500-10, KP:"
     epoch = 1e3 * float(np.median(taken["wmkp"]))
     yield benchmarks.ratio(
@@ -132,8 +157,13 @@ def mnist_epoch(settings: Settings) -> Iterator[Row]:
         yield benchmarks.ratio(
             f"{name} PyTorch's backprop over wmkp reproduce", taken, "PyTorch", "wmkp reproduce", about
         )
+        about = "two products a step and nothing else: the most that float32 can reach"
+        for peer, whose in (("NumPy", "the paper's NumPy"), ("PyTorch", "PyTorch's backprop")):
+            row = f"{name} {whose} over its products alone, by PyTorch"
+            yield benchmarks.ratio(row, taken, peer, "PyTorch's products", about)
     else:
         yield Row(f"{name} PyTorch's backprop over wmkp", at_least=2, note="PyTorch is not installed")
+    yield benchmarks.ratio(f"{name} wmkp over its products alone, by XLA", taken, "wmkp", "XLA's products")
 
 
 # --- steps of larger models -------------------------------------------------------------------------------------------

@@ -196,14 +196,55 @@ def test_eval_export_and_plot(finished, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "two.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_files_that_cannot_be_written_are_named_before_the_work(tmp_path, monkeypatch, capsys):
+def test_files_that_cannot_be_written_are_named_before_the_work(finished, tmp_path, monkeypatch, capsys):
+    for module, work in ((train, "build"), (cli.figures, "runs")):
+        monkeypatch.setattr(module, work, lambda *args: pytest.fail("it was worked before the file was tried"))
     (tmp_path / "file").touch()
-    for command in (["eval", tmp_path / "run", "--export"], ["plot", tmp_path / "run", "--out"]):
-        for bad in (tmp_path / "file" / "model", tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # as a device is, /dev/full for one
+    for command in (["eval", finished.out, "--export"], ["plot", finished.out, "--out"]):
+        for bad in (tmp_path / "file" / "model", tmp_path, tmp_path / "pipe", tmp_path / ("x" * 250)):
             monkeypatch.setattr(sys, "argv", ["wmkp", *map(str, [*command, bad])])
-            with pytest.raises(SystemExit):  # there is no such run either
+            with pytest.raises(SystemExit):
                 cli.main()
-            assert f"wmkp: cannot write to {bad if bad == tmp_path else bad.parent}" in capsys.readouterr().err
+            said = capsys.readouterr().err
+            assert f"wmkp: cannot write to {bad.parent if bad.name == 'model' else bad}: " in said
+            assert said.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
+
+
+def test_a_run_that_is_not_there_leaves_no_directory_behind(finished, tmp_path):
+    for run, step in ((tmp_path / "none", None), (finished.out, 3)):
+        with pytest.raises(InputError, match="is not a run|has no checkpoint of step 3"):
+            train.evaluate(run, step, export=tmp_path / "exports" / "model.msgpack")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_is_not_there_is_named_before_the_work(finished, monkeypatch):
+    monkeypatch.setattr(train, "build", lambda config: pytest.fail("it was built before the step was looked for"))
+    with pytest.raises(InputError, match="has no checkpoint of step 3"):
+        train.evaluate(finished.out, 3)
+
+
+def test_files_are_written_where_a_link_leads(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "file")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for name in ("link", "circle"):
+        outputs.check_file(tmp_path / name)
+        outputs.write_atomically({tmp_path / name: b"written"})
+        assert (tmp_path / name).read_bytes() == b"written"
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "file").read_bytes() == b"written"
+
+
+@pytest.mark.parametrize("arguments", [["--out", ""], ["--out="], [""]])
+def test_an_empty_argument_is_refused(arguments, tmp_path, monkeypatch, capsys):
+    """An empty path would be the directory that the command is in: such as $OUT, not set."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["wmkp", "train", "mlp-digits-kp", *arguments])
+    with pytest.raises(SystemExit) as error:
+        cli.main()
+    assert error.value.code == 2 and "wmkp: an argument is empty: train mlp-digits-kp " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 # --- bad numbers ------------------------------------------------------------------------------------------------------
@@ -517,7 +558,10 @@ def test_damaged_config(content, message, tmp_path):
         ("mlp-digits-kp --schedule step", "--schedule step needs --drop-epochs"),
         ("mlp-digits-kp --drop-epochs 3 2", "--drop-epochs must be positive and rise"),
         ("mlp-digits-kp --process 1", "give --distributed"),
-        ("mlp-digits-kp --distributed --coordinator nonsense", "--coordinator must be HOST:PORT; got 'nonsense'"),
+        ("mlp-digits-kp --distributed --coordinator nonsense", "--coordinator must be HOST:PORT, PORT from 1 to"),
+        ("mlp-digits-kp --distributed --coordinator localhost:0", "PORT from 1 to 65535; got 'localhost:0'"),
+        ("mlp-digits-kp --distributed --coordinator localhost:99999", "PORT from 1 to 65535; got 'localhost:99999'"),
+        ("mlp-digits-kp --dataset ./nowhere", "cannot read dataset './nowhere': there is no such directory"),
         ("mlp-digits-kp --model decoder", "only decoder reads text"),
         ("mlp-digits-kp --model lenet", "--image-size 32 resizes these of 8x8"),
         ("mlp-digits-kp --model vit-ti --patch 3", "--patch must divide the image, 8x8; got 3"),

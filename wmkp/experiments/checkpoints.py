@@ -84,6 +84,17 @@ def _failed(manager: ocp.CheckpointManager, error: Exception) -> InputError:
     return InputError(f"a checkpoint could not be saved in {manager.directory} ({first_line(error)}); {older}")
 
 
+def choose(manager: ocp.CheckpointManager, step: int | None = None) -> int:
+    """The step of the latest checkpoint, or ``step``. Raises InputError if there is none of it."""
+    there = sorted(manager.all_steps())
+    if not there:
+        raise InputError(f"{manager.directory} has no checkpoint")
+    step = there[-1] if step is None else step
+    if step not in there:
+        raise InputError(f"{manager.directory} has no checkpoint of step {step}, only of {', '.join(map(str, there))}")
+    return step
+
+
 def restore(manager: ocp.CheckpointManager, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
     """The latest checkpoint, or that of ``step``.
 
@@ -97,12 +108,7 @@ def restore(manager: ocp.CheckpointManager, like: Any, step: int | None = None) 
       InputError: there is none; it is of another model or rule (what differs, by path); it cannot be read; or a bit of
         it is not what was saved, which the storage layer's own checks may miss.
     """
-    there = sorted(manager.all_steps())
-    if not there:
-        raise InputError(f"{manager.directory} has no checkpoint")
-    step = there[-1] if step is None else step
-    if step not in there:
-        raise InputError(f"{manager.directory} has no checkpoint of step {step}, only of {', '.join(map(str, there))}")
+    step = choose(manager, step)
     name = f"{manager.directory}/{step}"
     with _readable(name, manager, step):
         found = manager.item_metadata(step)["state"]

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,6 +124,8 @@ def run_data(name: tyro.conf.Positional[str], data_dir: DataDir = None) -> None:
 def main() -> None:
     """Runs the command line."""
     try:
+        if any(re.fullmatch("(--[^=]*=)?", given) for given in sys.argv[1:]):  # an empty path would be this directory
+            raise InputError(f"an argument is empty: {shlex.join(sys.argv[1:])}; give it a value, or leave it out")
         with _interruptible():
             app.cli(
                 prog="wmkp", description="Neural networks trained without weight transport.", sort_subcommands=False

@@ -228,8 +228,10 @@ class Train:
             raise InputError("--schedule step needs --drop-epochs: when the learning rate falls")
         if not self.distributed and {self.coordinator, self.processes, self.process} != {None}:
             raise InputError("--coordinator, --processes and --process are for --distributed runs; give --distributed")
-        if self.coordinator is not None and not re.fullmatch(r"\S+:\d{1,5}", self.coordinator):
-            raise InputError(f"--coordinator must be HOST:PORT; got {self.coordinator!r}")
+        if self.coordinator is not None:
+            port = re.fullmatch(r"\S+:(\d{1,5})", self.coordinator)
+            if not port or not 1 <= int(port[1]) <= 65535:
+                raise InputError(f"--coordinator must be HOST:PORT, PORT from 1 to 65535; got {self.coordinator!r}")
         _check(
             self,
             **dict.fromkeys(("image_size", "steps", "mirror_samples", "processes"), _OPTIONAL_SIZE),

@@ -201,6 +201,8 @@ def prepare(name: str, data_dir: Path | None) -> Path:
 def _directory(name: str) -> Path | None:
     """The directory of a dataset's version that the name is the path of, if it is one."""
     path = Path(name).expanduser()
+    if name.startswith((".", "~", os.sep)) and not path.is_dir():  # TFDS's own names may have a separator in them
+        raise InputError(f"cannot read dataset {name!r}: there is no such directory")
     if not (os.sep in name and path.is_dir()):
         return None
     found = [d for d in (path, *sorted(path.iterdir())) if (d / "dataset_info.json").is_file()]

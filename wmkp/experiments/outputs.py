@@ -24,9 +24,14 @@ def make_directory(path: Path) -> None:
 
 def check_file(path: Path) -> None:
     """Raises InputError, before the work that makes it, if a file cannot be written there. Makes its directory."""
-    if path.is_dir():
-        raise InputError(f"cannot write to {path}: it is a directory")
-    make_directory(path.parent)
+    try:
+        if path.exists() and not path.is_file():  # a device would be replaced
+            raise InputError(f"cannot write to {path}: it is not a file")
+        make_directory(_target(path).parent)
+        _partial(path).touch()
+        _partial(path).unlink()
+    except OSError as error:
+        raise InputError(f"cannot write to {path}: {error.strerror}") from None
 
 
 @contextlib.contextmanager
@@ -48,13 +53,13 @@ def claim(path: Path) -> Iterator[None]:
 
 
 def write_atomically(files: dict[Path, bytes]) -> None:
-    """Writes files, each of which appears under its name only when all are complete."""
-    partial = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in files}
+    """Writes files, each of which appears under its name, or where that links to, only when all are complete."""
+    partial = {path: _partial(path) for path in files}
     try:
         for path, content in files.items():
             partial[path].write_bytes(content)
         for path, temporary in partial.items():
-            temporary.replace(path)
+            temporary.replace(_target(path))
     except OSError as error:
         names = {str(temporary): path for path, temporary in partial.items()}
         where = error.filename2 or error.filename
@@ -63,3 +68,14 @@ def write_atomically(files: dict[Path, bytes]) -> None:
         for temporary in partial.values():
             with contextlib.suppress(OSError):  # it is not there, nor perhaps its directory
                 temporary.unlink()
+
+
+def _target(path: Path) -> Path:
+    """Where a file is, if links lead to it."""
+    return Path(os.path.realpath(path))  # unlike Path.resolve, it stands a circle of links
+
+
+def _partial(path: Path) -> Path:
+    """Where a file is written until it is complete."""
+    target = _target(path)
+    return target.with_name(f".{target.name}.{os.getpid()}.partial")

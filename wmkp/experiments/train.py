@@ -388,8 +388,6 @@ def evaluate(
     Raises:
       InputError: there is no such run or checkpoint, or ``export`` cannot be written.
     """
-    if export is not None:
-        outputs.check_file(export)
     config = read_config(directory)
     config = dataclasses.replace(
         config, distributed=False, coordinator=None, processes=None, process=None, data_dir=data_dir or config.data_dir
@@ -397,6 +395,9 @@ def evaluate(
     with contextlib.closing(
         checkpoints.open_manager(directory / "checkpoints", config.keep, read_only=True)
     ) as manager:
+        step = checkpoints.choose(manager, step)
+        if export is not None:
+            outputs.check_file(export)
         run = build(config)
         state, progress = checkpoints.restore(manager, like(config, run), step)
     loss, error = run.evaluate(state)
