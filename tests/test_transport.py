@@ -77,6 +77,14 @@ UNFOLLOWABLE = {
         "a comparison or cast",
     ),
     "signs alone": (lambda p: 0.5 - (p["w"] < 0), "a comparison or cast"),
+    "signs alone, in one of two branches": (
+        lambda p: jax.lax.cond(jnp.bool_(True), lambda w: 0.5 - (w < 0), jnp.zeros_like, p["w"]),
+        "a comparison or cast",
+    ),
+    "signs alone, carried by a scan": (
+        lambda p: jax.lax.scan(lambda c, _: (0.5 - (p["w"] < 0), None), jnp.zeros((6, 6)), None, 3)[0],
+        "a comparison or cast",
+    ),
     "a standardized weight": (lambda p: (p["w"] - p["w"].mean(0)) / p["w"].std(0), "reduce_sum|div|sub"),
     "a gain for each synapse": (lambda p: p["other"] / jnp.linalg.norm(p["w"], axis=0) ** p["w"], "mul"),
     "the norm of one synapse": (lambda p: (p["w"][:1] / jnp.linalg.norm(p["w"][:1], axis=0)).repeat(6, 0), "mul"),

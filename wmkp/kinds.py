@@ -408,7 +408,7 @@ def join(a: Kind, b: Kind, varying: tuple[bool, ...], name: str) -> Kind:
     active = [k.copied for k in (a, b) if k.copied and k.active and not k.synaptic]
     copied = tuple(any(r) for r in zip(*active, strict=True))
     if not union.weight or (union.data and not _is_matrix(varying)):
-        return Kind(data=union.data, active=union.active, copied=copied)
+        return Kind(data=union.data, active=union.active, copied=copied, made_of=union.made_of)
     scaled = tuple(dict.fromkeys((*a.scaled, *b.scaled)))
     return union._replace(
         plain=False, unmirrored=union.unmirrored or name, varying=varying, copied=copied, scaled=scaled
