@@ -202,6 +202,31 @@ def test_difference_shrinks_as_equation_14_says(float64, name):
         assert np.max(np.abs(history[k]["w"][-1] - history[k]["w"][0])) > 0.01, "W must have learned meanwhile"
 
 
+def test_weights_of_one_sign_converge_as_fast(float64):
+    """A projection of W and B alike onto the positive ones brings no synapse's two farther apart than eq. 14 says."""
+    params, data = network(1)
+    params = jax.tree.map(jnp.abs, params)
+    signs = jnp.where(jnp.arange(max(SIZES)) % 4 < 3, 1.0, -1.0)[:, None]
+
+    def loss(params, state, batch, key):
+        signed = [{"w": signs[: len(layer["w"])] * layer["w"], "b": layer["b"]} for layer in params]
+        return mlp_loss(jnp.tanh, signed, *batch), (state, {})
+
+    steps = wmkp.make_steps(loss, RULES["kp"], optimizer(0.03, None), params, (data[0][0], data[1][0]))
+    state = steps.init(jax.random.key(5), params)
+    project = optax.projections.projection_non_negative
+    state = state._replace(feedback=project(state.feedback))
+    difference = lambda s: [np.asarray(s.params[k]["w"] - s.feedback[k]["w"]) for k in range(1, len(params))]
+    before, projected = difference(state), 0
+    for x, y in zip(*data, strict=True):
+        state, _ = steps.engaged_step(state, (x, y))
+        projected += sum(np.sum(layer["w"] < 0) for layer in state.params)
+        state = state._replace(params=project(state.params), feedback=project(state.feedback))
+    assert projected > 20
+    for first, last in zip(before, difference(state), strict=True):
+        assert np.all(np.abs(last) <= (1 - RATE * 0.03) ** len(data[0]) * np.abs(first) + 1e-12)
+
+
 def test_momentum_clock():
     """The recurrence's slow root is 1 - eta lambda / (1 - mu): the clock by which Kolen-Pollack's budget is set."""
     law = sgd_law(np.ones((1, 1)), 400, 5e-4, 0.9)[:, 0, 0]
