@@ -264,7 +264,7 @@ WRONG = {
             "a number among params": ((changed(b=1.0), X), "params['b'] is float", "floating-point arrays"),
             "a string among params": ((changed(b="zeros"), X), "params['b'] is str"),
             "a list in params": ((changed(b=[0.0] * 6), X), "params['b/0'] is float"),
-            "a function for params": ((fun, X), "params is function", "wmkp.nnx.pure"),
+            "a function for params": ((fun, X), "params[''] is function", "wmkp.nnx.pure"),
             "two leaves of one path": (({**PARAMS, "a": {"b": X}, "a/b": X}, X), "two leaves", "'a/b'"),
             "None in place of a parameter": ((changed(w=None), X), "fun(params, *args) raised", "params: b: float32[6], first"),
             "a parameter missing": ((without(PARAMS, "b"), X), "fun(params, *args) raised KeyError: 'b'"),

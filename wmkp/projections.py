@@ -179,7 +179,7 @@ def named_leaves(params: Any, *, shapes_will_do: bool = False) -> dict[str, Any]
         if not is_array(leaf) or not floating or (isinstance(leaf, jax.ShapeDtypeStruct) and not shapes_will_do):
             found = leaf.dtype if is_array(leaf) and not floating else type(leaf).__name__
             raise TypeError(
-                f"{f'params[{path!r}]' if keys else 'params'} is {found}; parameters must be real floating-point arrays. Pass "
+                f"params[{path!r}] is {found}; parameters must be real floating-point arrays. Pass "
                 "anything else as a later argument of fun (wmkp.nnx.pure parts an NNX model so)."
             )
         if jnp.finfo(leaf.dtype).bits < 16:
