@@ -98,7 +98,8 @@ def projections(case: models.Case) -> dict[str, tuple[int, int]]:
 
 
 def against_products(name: str, settings: Settings) -> Iterator[Row]:
-    """A mirror step of N = fan_in samples, all projections, over the two products it is made of, their noise given."""
+    """A mirror step of N = fan_in samples, all projections, over the two products it is made of, their noise given; and the
+    memory that the default rule's takes."""
     run = RUNS[name]
     case = case_of(name, 2, run.dataset)
     shapes = list(projections(case).values())
@@ -126,6 +127,11 @@ def against_products(name: str, settings: Settings) -> Iterator[Row]:
             f"{about}: mirror step over its products", taken, "mirror step", "products", "N = fan_in", at_most=1.2
         )
         yield benchmarks.ratio(f"{about}: noise over the products", taken, "noise", "products", "N = fan_in")
+    steps, state = mirror_steps(case, wmkp.weight_mirror())
+    memory = steps.mirror_step.lower(state).compile().memory_analysis().temp_size_in_bytes / 1e6
+    samples = sum(wmkp.samples_for_angle(6.0, n, wmkp.weight_mirror()) * n for n, _ in shapes)
+    about = f"of weight_mirror(): its noise at once would be {4 * samples / 1e6:,.0f} MB"
+    yield Row(f"{name}: temporary memory of a mirror step, MB", memory, note=about)
 
 
 # --- schedules --------------------------------------------------------------------------------------------------------

@@ -128,6 +128,23 @@ def test_mirror_noise_is_divided_among_the_devices():
     assert "f32[1,800,64]" not in text and "f32[800,64]" not in text, "noise for all devices on each"
 
 
+def test_noise_that_devices_share_is_summed_over_them_once(monkeypatch):
+    """Where one device would draw it in parts, each part would cost them all a sum."""
+    params = {"first": np.ones((4, 64), np.float32), "w": np.ones((64, 96), np.float32)}
+    loss = lambda params, model_state, x, key: (jnp.mean(jnp.tanh(x @ params["first"]) @ params["w"]), (None, {}))
+    x = np.ones((DEVICES, 4), np.float32)
+
+    def loops(mesh):
+        steps = wmkp.make_steps(loss, wmkp.weight_mirror(num_samples=800), OPTIMIZER, params, x, mesh=mesh)
+        return steps.mirror_step.lower(steps.init(jax.random.key(0), params)).compile().as_text().count(" while(")
+
+    meshes = the_mesh(), None, jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    whole = [loops(mesh) for mesh in meshes]
+    monkeypatch.setattr(wmkp.mirror, "AT_ONCE", 1)
+    monkeypatch.setattr(wmkp.mirror, "LEAST", 100)
+    assert [loops(mesh) > before for mesh, before in zip(meshes, whole, strict=True)] == [False, True, True]
+
+
 @pytest.mark.parametrize("noise", ["gaussian", "rademacher", "orthogonal"])
 def test_each_device_makes_its_own_noise(noise):
     """Nothing of it is made for other devices and sent, at a fan_in that is no square either (see the tables' rows)."""

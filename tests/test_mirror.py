@@ -301,6 +301,77 @@ def test_noise_is_finite_whatever_is_drawn(word, monkeypatch):
         assert np.all((least <= x) & (x < most)), x
 
 
+NOISES = ["gaussian", "uniform", "rademacher", "orthogonal", "antithetic", "orthogonal+antithetic"]
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("samples", [1000, 997, 150, 96])
+def test_noise_drawn_in_parts(monkeypatch, noise, samples):
+    """As many samples as were asked for, each part's its own: the law of all of them; and the bias is in every part."""
+    rule = one_estimate(noise=noise, num_samples=samples, bias="kept")
+    params = {"first": FIRST, "w": normal(5, 96, 160, fan_in=96), "b": jnp.ones(160)}
+    fun = lambda params, x: jnp.tanh(x @ params["first"]) @ params["w"] + params["b"]
+    flat_response = {**params, "w": jnp.zeros_like(params["w"])}  # y = 1: the signal is the noise's mean
+    whole = mean_angles(rule, fun, {**params, "b": jnp.zeros(160)}, X)["w"]
+    mean = np.asarray(signals(rule, fun, flat_response, X)["w"])[:, 0]
+    monkeypatch.setattr(wmkp.mirror, "LEAST", 60)
+    monkeypatch.setattr(wmkp.mirror, "AT_ONCE", 96 * 60)
+    assert mean_angles(rule, fun, {**params, "b": jnp.zeros(160)}, X)["w"] == pytest.approx(whole, abs=1)
+    in_parts = np.asarray(signals(rule, fun, flat_response, X)["w"])[:, 0]
+    if "antithetic" in noise and samples % 2 == 0:
+        np.testing.assert_allclose(in_parts, 0, atol=1e-6)
+    else:
+        assert np.std(in_parts) == pytest.approx(np.std(mean), rel=0.5)
+
+
+@pytest.mark.parametrize("noise", ["rademacher", "orthogonal", "orthogonal+antithetic"])
+@pytest.mark.parametrize("samples", [61, 961, 1921])
+def test_parts_make_up_the_number_of_samples(monkeypatch, noise, samples):
+    """Of an identity the signal is X^T X / N, whose diagonal is 1 for signs, and whose trace is fan_in for any of these."""
+    monkeypatch.setattr(wmkp.mirror, "LEAST", 60)
+    monkeypatch.setattr(wmkp.mirror, "AT_ONCE", 96 * 60)
+    rule = one_estimate(noise=noise, num_samples=samples)
+    found = np.asarray(signals(rule, dense, {"first": FIRST, "w": jnp.eye(96)}, X)["w"])
+    assert np.trace(found) == pytest.approx(96, rel=1e-5)
+    if noise == "rademacher":
+        np.testing.assert_allclose(np.diagonal(found), 1, rtol=1e-5)
+
+
+def test_a_loss_on_noise_is_one_of_all_samples(monkeypatch):
+    rule = wmkp.information_alignment()
+    params = {"first": FIRST, "w": normal(5, 96, 160, fan_in=96)}
+    mirrored = {"first": None, "w": normal(6, 96, 160)}
+    find = lambda: wmkp.mirror_signals(KEY, rule, dense, params, X, feedback=mirrored)["w"]
+    whole = find()
+    monkeypatch.setattr(wmkp.mirror, "LEAST", 2)
+    monkeypatch.setattr(wmkp.mirror, "AT_ONCE", 1)
+    np.testing.assert_array_equal(find(), whole)
+
+
+def test_the_memory_of_noise_does_not_grow_with_the_samples(monkeypatch):
+    """That of a part, whatever the samples; also where devices draw their own in a shard_map, whose types must agree."""
+    monkeypatch.setattr(wmkp.mirror, "LEAST", 60)
+    monkeypatch.setattr(wmkp.mirror, "AT_ONCE", 96 * 60)
+    params = {"first": FIRST, "w": normal(5, 96, 160, fan_in=96)}
+
+    def temporary(samples):
+        rule = one_estimate(num_samples=samples)
+        run = jax.jit(lambda key, params: wmkp.mirror_signals(key, rule, dense, params, X))
+        return run.lower(KEY, params).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(60_000) < 1.2 * temporary(600) < 1.2 * 2**20
+
+    loss = lambda params, model_state, x, key: (jnp.mean(dense(params, x) ** 2), (model_state, {}))
+    rule = one_estimate(num_samples=600)
+    steps = wmkp.make_steps(loss, rule, optax.sgd(0.1), params, X, axis_name="d")
+    state = steps.init(KEY, params)
+    mesh = jax.sharding.Mesh(jax.devices(), ("d",))
+    none = jax.sharding.PartitionSpec()
+    mirrored, _ = jax.jit(jax.shard_map(steps.mirror_step, mesh=mesh, in_specs=none, out_specs=none))(state)
+    expected = degrees(96 / (600 * len(jax.devices())))
+    assert float(angle(mirrored.feedback["w"], params["w"])) == pytest.approx(expected, abs=1.5)
+
+
 def test_default_number_of_samples_reaches_the_target():
     """num_samples=None draws, projection by projection, what the target angle takes: narrow and wide end alike."""
 

@@ -20,6 +20,8 @@ Activation = Callable[[jax.Array], jax.Array] | None
 
 # Numbers of noise for a projection (16 GiB in float32): they are told apart by 32 bits, and more would repeat.
 MOST = 2**32
+# Of them in memory at a time, and the least samples: few enough to stay near the processor, enough that no product is small.
+AT_ONCE, LEAST = 2**21, 512
 
 
 def mirror_gain(rule: Rule) -> float:
@@ -171,22 +173,31 @@ def draw_noise(key: jax.Array, mirror: Mirror, shape: tuple[int, int, int], dtyp
     and made of one table of fan_in values, its columns' signs drawn anew and, for a last block that is not whole, its
     rows drawn at random. Antithetic noise is pairs x, -x.
     """
+    return _noise(key, mirror, shape, dtype)(0, shape[1])
+
+
+def _noise(key: jax.Array, mirror: Mirror, shape: tuple[int, int, int], dtype: Any) -> Callable[[Any, int], jax.Array]:
+    """What ``draw_noise`` draws, in parts: ``(start, count) -> (K, count, fan_in)``, for parts that do not overlap."""
     blocks, samples, fan_in = shape
     if "antithetic" in mirror.noise:
-        half = draw_noise(
-            key, mirror._replace(noise=mirror.noise.replace("antithetic", "").strip("+") or "gaussian"),
-            (blocks, -(-samples // 2), fan_in), dtype,
-        )  # fmt: skip
-        return jnp.concatenate([half, -half], axis=1)[:, :samples]
-    if mirror.noise == "gaussian":
-        x = _gaussian(key, shape, dtype)
-    elif mirror.noise == "uniform":
-        x = math.sqrt(3) * _uniform(key, shape, dtype)
-    elif mirror.noise == "rademacher":
-        x = _signs(key, shape, dtype)
-    else:
-        x = _hartley_noise(key, shape, dtype)
-    return x * mirror.noise_std
+        kind = mirror.noise.replace("antithetic", "").strip("+") or "gaussian"
+        half = _noise(key, mirror._replace(noise=kind), (blocks, -(-samples // 2), fan_in), dtype)
+
+        def pairs(start: Any, count: int) -> jax.Array:
+            x = half((start + 1) // 2, -(-count // 2))
+            return jnp.concatenate([x, -x], axis=1)[:, :count]
+
+        return pairs
+    if mirror.noise == "orthogonal":
+        rows = _hartley_rows(key, shape, dtype)
+        return lambda start, count: rows(start + jnp.arange(count, dtype=jnp.uint32)) * mirror.noise_std
+    draw = {"gaussian": _gaussian, "uniform": _uniform, "rademacher": _signs}[mirror.noise]
+
+    def independent(start: Any, count: int) -> jax.Array:
+        own = key if count == samples else jax.random.fold_in(key, start)
+        return draw(own, (blocks, count, fan_in), dtype) * mirror.noise_std
+
+    return independent
 
 
 def _words(key: jax.Array, shape: tuple[int, int, int]) -> tuple[jax.Array, jax.Array]:
@@ -220,17 +231,17 @@ def _unit(words: jax.Array) -> jax.Array:
 
 
 def _uniform(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
-    """Uniform in [-1, 1)."""
+    """Of unit variance."""
     if dtype != jnp.float32:
-        return jax.random.uniform(key, shape, dtype, -1.0, 1.0)
-    return 2 * _unit(_words(key, shape)[0]) - 1
+        return math.sqrt(3) * jax.random.uniform(key, shape, dtype, -1.0, 1.0)
+    return math.sqrt(3) * (2 * _unit(_words(key, shape)[0]) - 1)
 
 
 def _gaussian(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
     """Of unit variance, by Box and Muller (1958): sqrt(-2 log u) sin(pi v / 2), u in (0, 1] and v in [-1, 1).
 
-    On CPUs XLA calls the system's sine for one element at a time, and jax.random.normal's inverse error function takes
-    longer than the cipher; this polynomial is a sine to float32's rounding.
+    The polynomial is a sine to float32's rounding, and a CPU runs through it; jax.random.normal's inverse error function
+    takes longer than the cipher there (``python -m benchmarks.noise`` times both).
     """
     if dtype != jnp.float32:
         return jax.random.normal(key, shape, dtype)
@@ -252,7 +263,8 @@ def _signs(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array
     return (1 - 2 * bits.astype(dtype)).reshape(blocks, samples, -1)[..., :fan_in]
 
 
-def _hartley_noise(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
+def _hartley_rows(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> Callable[[jax.Array], jax.Array]:
+    """Orthogonal noise of unit variance: ``places -> (K, places, fan_in)``, the samples at these of N places."""
     blocks, samples, fan_in = shape
     whole, rest = divmod(samples, fan_in)
     # Row j of the matrix is cas(2 pi j k / fan_in), cas = cos + sin. With j = j1 m + j2 it is
@@ -265,21 +277,20 @@ def _hartley_noise(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> j
     back = jnp.asarray(np.cos(steps) - np.sin(steps), dtype)
     sign_key, row_key = jax.random.split(key) if rest else (key, key)
     signs = _signs(sign_key, (blocks, whole + 1, fan_in), dtype)
-
-    def rows(chosen: jax.Array) -> jax.Array:
-        return cos[chosen // m] * ahead[chosen % m] + sin[chosen // m] * back[chosen % m]
-
-    parts = []
-    if whole:
-        # The barrier keeps the compiler from working out the whole matrix as a constant.
-        columns = jax.lax.optimization_barrier(jnp.arange(fan_in))
-        matrices = rows(columns)[None, None] * signs[:, :whole, None]
-        parts.append(matrices.reshape(blocks, whole * fan_in, fan_in))
+    chosen = jnp.arange(fan_in)[None]
     if rest:
         keys = jax.random.split(row_key, blocks)
-        chosen = jax.vmap(lambda k: jax.random.choice(k, fan_in, (rest,), replace=False))(keys)
-        parts.append(rows(chosen) * signs[:, whole:])
-    return jnp.concatenate(parts, axis=1)
+        drawn = jax.vmap(lambda k: jax.random.choice(k, fan_in, (rest,), replace=False))(keys)
+        chosen = jnp.concatenate([jnp.broadcast_to(chosen, (blocks, fan_in)), drawn], axis=1)
+
+    def rows(places: jax.Array) -> jax.Array:
+        block, place = places // fan_in, places % fan_in
+        row = chosen[:, jnp.where(block < whole, place, fan_in + place) if rest else place]
+        # The barrier keeps the compiler from dividing for each element anew, and from working all of them out beforehand.
+        block, j1, j2 = jax.lax.optimization_barrier((block, row // m, row % m))
+        return (cos[j1] * ahead[j2] + sin[j1] * back[j2]) * signs[:, block]
+
+    return rows
 
 
 def _estimate(
@@ -288,22 +299,36 @@ def _estimate(
     w: jax.Array,
     bias: jax.Array | None,
     b: jax.Array | None,
-    spread: Callable[[jax.Array], jax.Array],
+    spread: Callable[[jax.Array], jax.Array] | None,
 ) -> jax.Array:
     """The mean of x y^T over samples (or minus R's gradient at ``b``), in the layout of ``w``: (K, fan_in, fan_out)."""
     blocks, fan_in, _ = w.shape
     samples = _drawn(mirror, fan_in)
-    x = spread(draw_noise(key, mirror, (blocks, samples, fan_in), w.dtype))
-    y = jnp.einsum("kni,kio->kno", x, w)
-    if bias is not None:
-        y = y + bias[:, None, :]
-    if mirror.activation is not None:
-        y = mirror.activation(y)
-    if mirror.alignment is not None:
-        assert b is not None
-        multiply = lambda x, w: jnp.einsum("kni,kio->kno", x, w)
-        return -local_gradient(mirror.alignment, multiply, x, y, w, b, float(samples))
-    return jnp.einsum("kni,kno->kio", x, y) / float(samples)  # which an int32 may not hold
+    # (Devices that share the noise share all of it, or each part would cost them a sum; a loss is one of all samples.)
+    at_once = samples if spread or mirror.alignment else max(LEAST, AT_ONCE // (blocks * fan_in) // 2 * 2)
+
+    draw = _noise(key, mirror, (blocks, samples, fan_in), w.dtype)
+
+    def signal(start: Any, count: int) -> jax.Array:
+        x = spread(draw(start, count)) if spread else draw(start, count)
+        y = jnp.einsum("kni,kio->kno", x, w)
+        if bias is not None:
+            y = y + bias[:, None, :]
+        if mirror.activation is not None:
+            y = mirror.activation(y)
+        if mirror.alignment is not None:
+            assert b is not None
+            multiply = lambda x, w: jnp.einsum("kni,kio->kno", x, w)
+            return -local_gradient(mirror.alignment, multiply, x, y, w, b, float(samples))
+        return jnp.einsum("kni,kno->kio", x, y)
+
+    more = (samples - 1) // at_once
+    first = samples - more * at_once
+    total = signal(0, first)
+    if more:
+        starts = first + at_once * jnp.arange(more, dtype=jnp.uint32)
+        total, _ = jax.lax.scan(lambda total, start: (total + signal(start, at_once), None), total, starts)
+    return total if mirror.alignment else total / float(samples)  # which an int32 may not hold
 
 
 def _bias_matrix(product: Product, bias: jax.Array, w: jax.Array) -> jax.Array:
@@ -377,11 +402,11 @@ def signals(
     analysis: Analysis,
     leaves: list[Any],
     feedback: list[Any],
-    spread: Callable[[jax.Array], jax.Array] = lambda noise: noise,
+    spread: Callable[[jax.Array], jax.Array] | None = None,
 ) -> list[Any]:
     """Mirror mode's signal for each parameter leaf, None for those that mirror nothing.
 
-    ``spread`` may say where among devices a projection's noise (K, N, fan_in) is drawn.
+    ``spread`` says where among devices a projection's noise (K, N, fan_in) is drawn, if they share it.
     """
     wanted = targets(rules, analysis)
     products = list(wanted)

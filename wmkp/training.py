@@ -1,5 +1,6 @@
 """TrainState, and the two steps that train it: engaged and mirror mode, each compiled on its own."""
 
+import functools
 import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -199,11 +200,10 @@ def make_steps(
             return state
         return jax.tree.map(jax.lax.with_sharding_constraint, state, state_sharding(state, mesh, fsdp))
 
-    def spread(noise: jax.Array) -> jax.Array:
-        """Noise (K, N, fan_in), its samples divided among the devices."""
-        if mesh is None:
-            return noise
-        return jax.lax.with_sharding_constraint(noise, NamedSharding(mesh, PartitionSpec(None, mesh.axis_names, None)))
+    spread = None
+    if mesh is not None and mesh.size > 1:  # noise (K, N, fan_in), its samples divided among the devices
+        samples = NamedSharding(mesh, PartitionSpec(None, mesh.axis_names, None))
+        spread = functools.partial(jax.lax.with_sharding_constraint, shardings=samples)
 
     def own(x: Any) -> Any:
         """A replicated value as each device's own, so that what is derived from it is not yet summed over devices."""
