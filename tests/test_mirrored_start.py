@@ -160,27 +160,29 @@ def with_statistics(model):
     return apply
 
 
-def test_resnet_follows_backprop():
-    """For ten steps to 1e-4; after that no further off than backprop is from itself with each batch in another order.
+@pytest.mark.parametrize(("dtype", "rounding"), [(np.float32, 1e-5), (np.float64, 1e-12)])
+def test_resnet_follows_backprop(dtype, rounding):
+    """At every step no farther off than backprop has been from itself, each batch in another order; and that to rounding.
 
-    The order of samples changes nothing but the order of sums: at rounding, a ResNet's trajectories part.
+    The order of samples changes nothing but the order of sums. Where a sum so changes the sign of what goes into a ReLU, a
+    ResNet's trajectories part: in float32 within ten steps or not at all, by machine; in float64 they do not.
     """
     rng = np.random.default_rng(2)
-    x = rng.normal(size=(25, 8, 8, 8, 3)).astype(np.float32)
+    x = rng.normal(size=(25, 8, 8, 8, 3)).astype(dtype)
     labels = rng.integers(0, 10, (25, 8))
-    variables = ResNet().init(KEY, x[0])
-    params, statistics = variables["params"], variables["batch_stats"]
-    assert len([k for k in params if k.startswith("Conv")]) == 21  # 19, and 2 in shortcuts
-    rest = as_step(with_statistics(ResNet()), cross_entropy), OPTIMIZERS["sgd"], params, statistics
-    data = x, labels
-    (bp, _), (other, _) = histories(wmkp.backprop(), *rest, data, (x[:, ::-1], labels[:, ::-1]))
-    [(kp, angles)] = histories(wmkp.kolen_pollack(start="mirror"), *rest, data)
+    with jax.enable_x64(dtype == np.float64):
+        variables = jax.tree.map(lambda a: a.astype(dtype), ResNet().init(KEY, x[0]))
+        params, statistics = variables["params"], variables["batch_stats"]
+        assert len([k for k in params if k.startswith("Conv")]) == 21  # 19, and 2 in shortcuts
+        rest = as_step(with_statistics(ResNet()), cross_entropy), OPTIMIZERS["sgd"], params, statistics
+        data = x, labels
+        (bp, _), (other, _) = histories(wmkp.backprop(), *rest, data, (x[:, ::-1], labels[:, ::-1]))
+        [(kp, angles)] = histories(wmkp.kolen_pollack(start="mirror"), *rest, data)
     assert len(set(bp)) == len(bp)
-    np.testing.assert_allclose(kp[:10], bp[:10], rtol=1e-4)
     assert np.max(angles) < LARGEST_ANGLE and np.isfinite(angles).all()
-    ours, theirs = (np.max(np.abs(run / bp - 1)) for run in (kp, other))
-    assert theirs > 1e-5, "backprop parts from itself"
-    assert ours < 20 * theirs
+    ours, theirs = (np.abs(run / bp - 1) for run in (kp, other))
+    assert np.all(ours < 20 * np.maximum.accumulate(theirs) + rounding), (ours, theirs)
+    assert dtype == np.float32 or np.max(ours) < 1e-12
 
 
 def test_resnet_18_is_mirrored_in_one_step():

@@ -146,14 +146,13 @@ def test_the_published_mirror_adds_the_sum_over_a_batch(dataset, monkeypatch):
     """B += 0.01 x y^T, y = sigmoid(W x + b): three mirror batches before training, then one after each step."""
     random, drawn = np.random.default_rng(1), []
 
-    def draw(key, mirror, shape, dtype):
+    def draw(key, shape, dtype):  # of unit variance
         if not drawn:
             drawn.append(random.uniform(-published.NOISE, published.NOISE, shape))
-        assert mirror.noise == "uniform" and abs(mirror.noise_std * np.sqrt(3) - published.NOISE) < 1e-9
         assert shape == (1, published.BATCH, HIDDEN)
-        return jnp.asarray(drawn[0], dtype)
+        return jnp.asarray(drawn[0] / published.NOISE * np.sqrt(3), dtype)
 
-    monkeypatch.setattr("wmkp.mirror.draw_noise", draw)
+    monkeypatch.setattr("wmkp.mirror._uniform", draw)
     variant = published.PUBLISHED["wm"]
     trial = published.start(variant, dataset, HIDDEN, seed=3)
     w, bias = (np.asarray(trial.state.params["output"][part], np.float64) for part in ("kernel", "bias"))
