@@ -655,6 +655,7 @@ def step(x):
 def runs(directories):
     exec({code!r}, globals())
 cli.figures.runs = runs
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which what was started in the background is to ignore
 sys.argv = ["wmkp", "plot", "run"]
 cli.main()
 """
