@@ -84,13 +84,19 @@ def sample(process: int) -> dict[str, float]:
 
 
 def undisturbed(rule: str, out: pathlib.Path) -> list[dict[str, float]]:
-    """A run from beginning to end -> a sample after each evaluation but the last."""
+    """A run from beginning to end -> after each evaluation but the last its memory, and the fewest files and threads until the
+    next: a save, which begins there, has some for a moment, and gives them back.
+    """
     process = start(rule, out)
     samples: list[dict[str, float]] = []
     while process.poll() is None:
         step = last_step(out, "test")
-        if step < STEPS and step > (samples[-1]["step"] if samples else 0):
-            samples.append({"step": step, **sample(process.pid)})
+        if 0 < step < STEPS:
+            held = sample(process.pid)
+            if not samples or step > samples[-1]["step"]:
+                samples.append({"step": step, **held})
+            else:
+                samples[-1] |= {name: min(held[name], samples[-1][name]) for name in ("files", "threads")}
         time.sleep(0.005)
     if process.returncode:
         sys.exit(f"the undisturbed run ended with exit code {process.returncode}")
@@ -177,7 +183,6 @@ def worn(rule: str) -> dict[str, Any]:
         return [s[name] for s in samples if STEPS * (number - 1) / 4 <= s["step"] < STEPS * number / 4]
 
     growth = float(np.mean(quarter("memory_MB", 4)) / np.mean(quarter("memory_MB", 2)) - 1)
-    # The fewest: a save, which many samples fall into, has some files open for a moment, and gives them back.
     held = {name: [min(quarter(name, n)) for n in (2, 4)] for name in ("files", "threads")}
     conditions = {
         f"{len(same)} arrays equal to the bit": all(same),
