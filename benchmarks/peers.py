@@ -108,11 +108,11 @@ def products_epoch(images: np.ndarray) -> dict[str, Callable[[], Any]]:
 
         w, batches = torch.tensor(w1), torch.tensor(x)
 
-        def torch_epoch() -> None:
+        def multiply() -> None:
             for x in batches:
                 w.addmm_(x.T, x @ w, alpha=-1e-9)
 
-        calls["PyTorch's products"] = torch_epoch
+        calls["PyTorch's products"] = multiply
     return calls
 
 
@@ -157,7 +157,7 @@ def mnist_epoch(settings: Settings) -> Iterator[Row]:
         yield benchmarks.ratio(
             f"{name} PyTorch's backprop over wmkp reproduce", taken, "PyTorch", "wmkp reproduce", about
         )
-        about = "two products a step and nothing else: the most that float32 can reach"
+        about = "two float32 products a step and nothing else"
         for peer, whose in (("NumPy", "the paper's NumPy"), ("PyTorch", "PyTorch's backprop")):
             row = f"{name} {whose} over its products alone, by PyTorch"
             yield benchmarks.ratio(row, taken, peer, "PyTorch's products", about)

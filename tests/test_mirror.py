@@ -414,9 +414,7 @@ def test_orthogonal_noise_is_orthogonal(fan_in):
         assert np.all(np.abs(signs) < 0.5), "other signs, not other rows alone"
 
 
-@pytest.mark.parametrize(
-    "noise", ["gaussian", "uniform", "rademacher", "orthogonal", "antithetic", "orthogonal+antithetic"]
-)
+@pytest.mark.parametrize("noise", NOISES)
 def test_noise_is_centred_with_its_standard_deviation(noise):
     rule = one_estimate(noise=noise, noise_std=0.5)
     x = np.asarray(draw_noise(KEY, rule.mirror, (3, 400, 40), jnp.float32))

@@ -306,7 +306,6 @@ def _estimate(
     samples = _drawn(mirror, fan_in)
     # (Devices that share the noise share all of it, or each part would cost them a sum; a loss is one of all samples.)
     at_once = samples if spread or mirror.alignment else max(LEAST, AT_ONCE // (blocks * fan_in) // 2 * 2)
-
     draw = _noise(key, mirror, (blocks, samples, fan_in), w.dtype)
 
     def signal(start: Any, count: int) -> jax.Array:
