@@ -98,8 +98,8 @@ def projections(case: models.Case) -> dict[str, tuple[int, int]]:
 
 
 def against_products(name: str, settings: Settings) -> Iterator[Row]:
-    """A mirror step of N = fan_in samples, all projections, over the two products it is made of, their noise given; and the
-    memory that the default rule's takes."""
+    """A mirror step of N = fan_in samples, all projections, over the two products it is made of, their noise given; the
+    noise alone, and all else alone (B read and written, the state passed on); and the memory of the default rule's."""
     run = RUNS[name]
     case = case_of(name, 2, run.dataset)
     shapes = list(projections(case).values())
@@ -116,8 +116,10 @@ def against_products(name: str, settings: Settings) -> Iterator[Row]:
 
         drawn = jax.jit(draw)
         x = drawn(keys)
+        update = jax.jit(without_signals, donate_argnums=0)
         calls = {
             "mirror step": models.chained(steps.mirror_step, state),
+            "all else": models.chained(update, jax.tree.map(jnp.copy, state)),
             "products": lambda x=x: jax.block_until_ready(products(x, weights)),
             "noise": lambda drawn=drawn, keys=keys: jax.block_until_ready(drawn(keys)),
         }
@@ -127,11 +129,19 @@ def against_products(name: str, settings: Settings) -> Iterator[Row]:
             f"{about}: mirror step over its products", taken, "mirror step", "products", "N = fan_in", at_most=1.2
         )
         yield benchmarks.ratio(f"{about}: noise over the products", taken, "noise", "products", "N = fan_in")
+        yield benchmarks.ratio(f"{about}: all else over the products", taken, "all else", "products", "N = fan_in")
     steps, state = mirror_steps(case, wmkp.weight_mirror())
     memory = steps.mirror_step.lower(state).compile().memory_analysis().temp_size_in_bytes / 1e6
     samples = sum(wmkp.samples_for_angle(6.0, n, wmkp.weight_mirror()) * n for n, _ in shapes)
     about = f"of weight_mirror(): its noise at once would be {4 * samples / 1e6:,.0f} MB"
     yield Row(f"{name}: temporary memory of a mirror step, MB", memory, note=about)
+
+
+def without_signals(state: wmkp.TrainState) -> tuple[wmkp.TrainState, dict[str, jax.Array]]:
+    """A mirror step with W in the place of its signals."""
+    nowhere = lambda b: b is None
+    feedback = jax.tree.map(lambda b, w: b if b is None else (b + w) / 2, state.feedback, state.params, is_leaf=nowhere)
+    return state._replace(feedback=feedback), {}
 
 
 # --- schedules --------------------------------------------------------------------------------------------------------

@@ -372,6 +372,31 @@ def test_the_memory_of_noise_does_not_grow_with_the_samples(monkeypatch):
     assert float(angle(mirrored.feedback["w"], params["w"])) == pytest.approx(expected, abs=1.5)
 
 
+def test_projections_take_turns_where_together_they_would_take_too_much_memory(monkeypatch):
+    """The signals are the same as all at once; and besides them no more is in memory than is let."""
+    layers, width = 24, 96
+    params = {f"{i:02}": normal(i, width, width, fan_in=width) for i in range(layers)}
+    each = 3 * width**2  # noise, responses and signals, of as many samples
+
+    def net(params, x):
+        for w in params.values():
+            x = jnp.tanh(x @ w)
+        return x
+
+    def found(together):
+        monkeypatch.setattr(wmkp.mirror, "TOGETHER", together)
+        rule = one_estimate(num_samples=width)
+        of = lambda key, params: jax.tree.leaves(wmkp.mirror_signals(key, rule, net, params, jnp.ones((2, width))))
+        run = jax.jit(of).lower(KEY, params).compile()
+        return run(KEY, params), run.memory_analysis().temp_size_in_bytes
+
+    whole, most = found(layers * each)
+    for number in (1, 3):
+        signals, memory = found(number * each)
+        np.testing.assert_allclose(signals, whole, rtol=1e-5, atol=1e-6)
+        assert memory < 4 * each * number < most / 2
+
+
 def test_default_number_of_samples_reaches_the_target():
     """num_samples=None draws, projection by projection, what the target angle takes: narrow and wide end alike."""
 

@@ -1,6 +1,7 @@
 """Mirror mode (eq. 5-11): noise in, Hebbian signal out; and the law of how good one mirror step is."""
 
 import math
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ Activation = Callable[[jax.Array], jax.Array] | None
 MOST = 2**32
 # Of them in memory at a time, and the least samples: few enough to stay near the processor, enough that no product is small.
 AT_ONCE, LEAST = 2**21, 512
+# And numbers of noise, responses and signals of all projections that are worked at together.
+TOGETHER = 2**22
 
 
 def mirror_gain(rule: Rule) -> float:
@@ -293,6 +296,21 @@ def _hartley_rows(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> Ca
     return rows
 
 
+def _at_once(mirror: Mirror, blocks: int, fan_in: int, shared: bool) -> int:
+    """The most samples of a projection that are in memory at a time."""
+    # (Devices that share the noise share all of it, or each part would cost them a sum; a loss is one of all samples.)
+    if shared or mirror.alignment:
+        return _drawn(mirror, fan_in)
+    return max(LEAST, AT_ONCE // (blocks * fan_in) // 2 * 2)
+
+
+def _numbers(mirror: Mirror, shape: tuple[int, ...]) -> int:
+    """Of noise, responses and signals: what a projection's ``_estimate`` has in memory at a time."""
+    blocks, fan_in, fan_out = shape
+    samples = min(_drawn(mirror, fan_in), _at_once(mirror, blocks, fan_in, False))
+    return blocks * (samples * (fan_in + fan_out) + fan_in * fan_out)
+
+
 def _estimate(
     key: jax.Array,
     mirror: Mirror,
@@ -304,8 +322,7 @@ def _estimate(
     """The mean of x y^T over samples (or minus R's gradient at ``b``), in the layout of ``w``: (K, fan_in, fan_out)."""
     blocks, fan_in, _ = w.shape
     samples = _drawn(mirror, fan_in)
-    # (Devices that share the noise share all of it, or each part would cost them a sum; a loss is one of all samples.)
-    at_once = samples if spread or mirror.alignment else max(LEAST, AT_ONCE // (blocks * fan_in) // 2 * 2)
+    at_once = _at_once(mirror, blocks, fan_in, spread is not None)
     draw = _noise(key, mirror, (blocks, samples, fan_in), w.dtype)
 
     def signal(start: Any, count: int) -> jax.Array:
@@ -420,12 +437,24 @@ def signals(
         entries = [w if b is None or not is_array(b) else b for w, b in zip(leaves, feedback, strict=True)]
         bs = weights(entries)[0]
     mirrored, keys = [], jax.random.split(key, max(1, len(products)))
+    in_work: deque[tuple[int, jax.Array]] = deque()
+    room, done = TOGETHER, None
     for i, (product, w, bias) in enumerate(zip(products, ws, biases, strict=True)):
         mirror = wanted[product]
         matrices = product.to_matrices(w.astype(jnp.promote_types(w.dtype, jnp.float32)))
         kept = _bias_matrix(product, bias, w) if mirror.bias == "kept" and bias is not None else None
         b = product.to_matrices(bs[i].astype(matrices.dtype)) if losses[i] else None
-        signal = _estimate(keys[i], mirror, matrices, kept, b, spread)
+        own, numbers = keys[i], _numbers(mirror, matrices.shape)
+        room -= numbers
+        while room < 0 and in_work:
+            before, done = in_work.popleft()
+            room += before
+        if done is not None and not spread:
+            # The compiler starts whatever it can, and would hold the noise of all projections at once. On CPUs it drops barriers:
+            # what is to wait must read of what it waits for (a signal of NaN, beyond help, changes the noise).
+            own = keys[jnp.where(jnp.isnan(done[0, 0, 0]), 0, i)]
+        signal = _estimate(own, mirror, matrices, kept, b, spread)
+        in_work.append((numbers, signal))
         mirrored.append(product.from_matrices(signal, w.shape).astype(w.dtype))
     (pulled,) = pull_back(mirrored)
     reached = {leaf for product in products for leaf in product.params}
