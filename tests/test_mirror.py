@@ -396,6 +396,17 @@ def test_projections_take_turns_where_together_they_would_take_too_much_memory(m
         np.testing.assert_allclose(signals, whole, rtol=1e-5, atol=1e-6)
         assert memory < 4 * each * number < most / 2
 
+    # Where devices draw their own in a shard_map the types must agree.
+    loss = lambda params, model_state, x, key: (jnp.mean(net(params, x) ** 2), (model_state, {}))
+    rule = one_estimate(noise="orthogonal", num_samples=width)
+    steps = wmkp.make_steps(loss, rule, optax.sgd(0.1), params, jnp.ones((2, width)), axis_name="d")
+    none = jax.sharding.PartitionSpec()
+    mesh = jax.sharding.Mesh(jax.devices(), ("d",))
+    step = jax.jit(jax.shard_map(steps.mirror_step, mesh=mesh, in_specs=none, out_specs=none))
+    mirrored, _ = step(steps.init(KEY, params, mirror_steps=0))
+    for name in list(params)[1:]:
+        np.testing.assert_allclose(mirrored.feedback[name], params[name], atol=1e-5)
+
 
 def test_default_number_of_samples_reaches_the_target():
     """num_samples=None draws, projection by projection, what the target angle takes: narrow and wide end alike."""
