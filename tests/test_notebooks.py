@@ -35,9 +35,11 @@ def test_kept_with_its_outputs_and_small(path):
 
 @each
 def test_installs_wmkp_first_and_only_where_it_is_missing(path):
+    """Beside the NumPy that is there: a session that has loaded it cannot use another, whose modules it would mix in."""
     first = cells(path, "code")[0][1]
     assert re.search(
-        r'find_spec\("wmkp"\) is None:\n    %pip install -q "wmkp\[experiments\] @ git\+https://github.com/OWNER/REPO"',
+        r'find_spec\("wmkp"\) is None:\n    kept = .*f"numpy=={d.version}".*\n'
+        r'    %pip install -q "wmkp\[experiments\] @ git\+https://github.com/OWNER/REPO" \{kept\}',
         first,
     )
     assert "import jax" not in first and "import wmkp" not in first
