@@ -405,7 +405,7 @@ def test_a_curve_goes_on_from_its_checkpoint_to_the_bit(dataset, tmp_path):
     assert published.run(variant, dataset, HIDDEN, 12, 3, lambda rows: lines.append(len(rows)), tmp_path) == whole
     assert lines == [11, 12]  # nothing was trained twice
     assert published.run(variant, dataset, HIDDEN, 5, 3, directory=tmp_path) == whole[:5]
-    with pytest.raises(InputError, match=r"kp.*seed 3.*--out"):
+    with pytest.raises(InputError, match=r"started with other settings: seed was 3 and is 4; give another --out"):
         published.run(variant, dataset, HIDDEN, 12, 4, directory=tmp_path)
 
 
@@ -413,6 +413,27 @@ def test_a_second_run_in_a_directory_is_refused(tmp_path, monkeypatch, capsys):
     with outputs.claim(tmp_path):
         assert run_command(monkeypatch, "akrout-mnist", "--out", tmp_path) != 0
     assert "another run is at work" in capsys.readouterr().err
+
+
+def test_a_refused_command_leaves_what_says_how_the_figure_was_made(dataset, tmp_path, monkeypatch, capsys):
+    """Nor does it shorten a curve that is there."""
+    monkeypatch.setattr(published, "load", lambda name, directory: dataset)
+    monkeypatch.setattr(published, "HIDDEN", {"mnist": 16, "cifar10": 16})
+    curve = ["akrout-mnist", "--only", "bp", "--out", tmp_path / "curve"]
+    assert run_command(monkeypatch, *curve, "--epochs", 3) == 0
+    runs = [*small_battery(monkeypatch), "--out", tmp_path / "battery"]
+    assert run_command(monkeypatch, *runs) == 0
+    files = {path: path.read_bytes() for path in tmp_path.glob("*/*.*") if path.is_file()}
+    for more, said in (
+        ([*curve, "--epochs", 3, "--seed", 3], "--seed was 0 and is 3"),
+        ([*curve, "--epochs", 2], "--epochs was 3 and is 2"),
+        ([*runs, "--batch-size", 7], "--batch-size was "),
+    ):
+        capsys.readouterr()
+        assert run_command(monkeypatch, *more) == 2
+        assert f"was started with other settings: {said}" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in files} == files
+    assert run_command(monkeypatch, *curve, "--epochs", 4) == 0
 
 
 def test_a_battery_is_its_runs_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
@@ -476,6 +497,7 @@ def test_every_battery_names_recipes_and_every_run_is_checked():
         (["akrout-mnist", "--only", "nothing"], "--only: akrout-mnist has no 'nothing'; choose from bp, fa, wm, kp"),
         (["akrout-mnist", "--steps", "3"], "--steps is not for akrout-mnist"),
         (["akrout-tiny", "--reference", "x"], "--reference is for the NumPy code's curves"),
+        (["akrout-mnist", "--epochs", "1.5"], "--epochs must be a whole number for akrout-mnist; got 1.5"),
         (["akrout-mnist", "--epochs", "0"], "--epochs must be positive"),
         (["biotorch-lenet", "--epochs", "1e300"], "--epochs must be positive, and at most 1e6"),
         (["akrout-mnist", "--only", "kp", "kp"], "--only must name no run twice; got kp kp"),

@@ -316,6 +316,8 @@ class Reproduce:
             for name in ("steps", "batch_size", "image_size", "dtype", "distributed"):
                 if getattr(self, name):
                     raise InputError(f"{flag(name)} is not for {self.figure}, whose settings are the published ones")
+            if self.epochs is not None and self.epochs % 1:
+                raise InputError(f"--epochs must be a whole number for {self.figure}; got {self.epochs:g}")
         elif self.reference is not None:
             raise InputError(f"--reference is for the NumPy code's curves; {self.figure} has none")
 

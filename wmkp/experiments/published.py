@@ -246,8 +246,13 @@ def run(
             stack.callback(manager.close)
             if manager.latest_step() is not None:
                 state, kept = checkpoints.restore(manager, state)
-                if {key: kept[key] for key in made} != made:
-                    raise InputError(f"{directory} is of {kept['variant']}, seed {kept['seed']}; choose another --out")
+                there: dict[str, Any] = {**kept["variant"], "seed": kept["seed"]}
+                here: dict[str, Any] = {**variant._asdict(), "seed": seed}
+                if changed := [
+                    f"{key} was {there.get(key)} and is {x}" for key, x in here.items() if there.get(key) != x
+                ]:
+                    said = "; ".join(changed)
+                    raise InputError(f"{directory} was started with other settings: {said}; give another --out")
                 rows = [Epoch(*row) for row in kept["rows"] if row[0] < epochs]
         for epoch in range(int(state.step) // (len(dataset.train["label"]) // BATCH), epochs):
             state, loss = jax.block_until_ready(run_epoch(state, train, epoch))

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from wmkp import checks
 from wmkp.experiments import devices, figures, logs, outputs, published, recipes, train
-from wmkp.experiments.config import RULES, InputError, Reproduce, Train
+from wmkp.experiments.config import RULES, InputError, Reproduce, Train, flag
 from wmkp.experiments.provenance import provenance
 from wmkp.training import batch_sharding
 
@@ -140,11 +140,28 @@ def _parts(figure: str) -> tuple[Sequence[str], Callable[[Reproduce, Path], list
     return list(published.HIDDEN), _orders
 
 
+def _check_unchanged(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises InputError if what is in the directory was made with other settings, or is longer: nothing was written yet."""
+    now = json.loads(json.dumps(now, default=str))
+    pairs = [("seed", before.get("seed", now.get("seed")), now.get("seed"))]
+    if now.get("epochs", math.inf) < before.get("epochs", 0):
+        pairs.append(("epochs", before["epochs"], now["epochs"]))
+    for name, run in now.get("runs", {}).items():
+        there = before.get("runs", {}).get(name, run)
+        pairs += [(key, there.get(key), x) for key, x in run.items()]
+    changed = dict.fromkeys(f"{flag(key)} was {old} and is {new}" for key, old, new in pairs if old != new)
+    if changed:
+        raise InputError(f"{out} was started with other settings: {'; '.join(changed)}; give another --out")
+
+
 def _started(config: Reproduce, out: Path, **settings: Any) -> None:
     """Leaves in ``run.json`` what was run, and what else went before it in the same directory."""
     written = {"command": shlex.join(["wmkp", *sys.argv[1:]]), **provenance(), "figure": config.figure, **settings}
     path = out / "run.json"
-    there = json.loads(path.read_text()) if path.exists() else written
+    there = written
+    if path.exists():
+        there = json.loads(path.read_text())
+        _check_unchanged(out, there, settings)
     before = [*there.get("before", []), {name: there.get(name) for name in ("commit", "date")}]
     if before := [record for record in before if record["commit"] != written["commit"]]:
         written["before"] = before
@@ -159,7 +176,7 @@ def _curves(config: Reproduce, out: Path) -> list[dict[str, Any]]:
     """
     name, variants = CURVES[config.figure]
     dataset = published.load(name, config.data_dir)
-    epochs = published.EPOCHS if config.epochs is None else max(1, round(config.epochs))
+    epochs = published.EPOCHS if config.epochs is None else round(config.epochs)
     theirs = {key: _reference(config.reference, name, key, epochs) for key in config.only} if config.reference else {}
     fresh = not any((out / key).exists() for key in config.only)
     about = {"epochs": epochs, "seed": config.seed, "variants": {k: variants[k]._asdict() for k in config.only}}
@@ -199,7 +216,7 @@ def _curves(config: Reproduce, out: Path) -> list[dict[str, Any]]:
 
 def _orders(config: Reproduce, out: Path) -> list[dict[str, Any]]:
     """BP's first epochs in the dataset's own order (0) and in others (1, 2, ...), each kept from epoch to epoch."""
-    epochs = ORDERS_EPOCHS if config.epochs is None else max(1, round(config.epochs))
+    epochs = ORDERS_EPOCHS if config.epochs is None else round(config.epochs)
     _started(config, out, epochs=epochs, orders=ORDERS, seed=config.seed)
     variant, summary = published.PUBLISHED["bp"], []
     for name in config.only:
@@ -239,6 +256,7 @@ COMPARED = {
     "matrix_angle": "matrix_angle_W2_deg",
     "delta_angle": "delta_angle_hidden_deg",
 }
+QUARTERED = ("train_loss", "accuracy")  # their mean differences are also taken over each quarter of the epochs
 
 
 def _compared(key: str, title: str, ours: list[dict[str, float]], theirs: dict[int, dict[str, float]] | None) -> Any:
@@ -250,12 +268,17 @@ def _compared(key: str, title: str, ours: list[dict[str, float]], theirs: dict[i
         line[name] = last[column]
         if theirs:
             line[f"{name}_published"] = theirs[int(last["epoch"])][column]
-            off = [abs(row[column] - theirs[int(row["epoch"])][column]) for row in ours if int(row["epoch"]) in theirs]
-            line[f"{name}_largest_difference"] = max(off, default=math.nan)
+            far = [abs(row[column] - theirs[int(row["epoch"])][column]) for row in ours if int(row["epoch"]) in theirs]
+            line[f"{name}_largest_difference"] = max(far, default=math.nan)
             # Over all epochs: those between two evaluations on the line between them.
             epochs = range(int(last["epoch"]) + 1)
             curve = np.interp(epochs, [row["epoch"] for row in ours], [row[column] for row in ours])
-            line[f"{name}_mean_difference"] = float(np.mean(curve - [theirs[e][column] for e in epochs]))
+            off = curve - [theirs[e][column] for e in epochs]
+            line[f"{name}_mean_difference"] = float(np.mean(off))
+            if name in QUARTERED:
+                line |= {
+                    f"{name}_quarter_{i}": float(np.mean(x)) for i, x in enumerate(np.array_split(off, 4), 1) if x.size
+                }
     return line
 
 
