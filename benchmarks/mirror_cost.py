@@ -105,6 +105,7 @@ def against_products(name: str, settings: Settings) -> Iterator[Row]:
     shapes = list(projections(case).values())
     weights = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
     products = jax.jit(lambda noise, weights: [x.T @ (x @ w) for x, w in zip(noise, weights, strict=True)])
+    update = jax.jit(without_signals, donate_argnums=0)
     # By the law of angles N = fan_in Gaussian samples leave 45 degrees, orthogonal ones none.
     for noise, degrees in (("orthogonal", 1e-3), ("rademacher", 45.0), ("gaussian", 45.0)):
         rule = wmkp.weight_mirror(noise, target_angle=degrees, rate=1.0)
@@ -116,7 +117,6 @@ def against_products(name: str, settings: Settings) -> Iterator[Row]:
 
         drawn = jax.jit(draw)
         x = drawn(keys)
-        update = jax.jit(without_signals, donate_argnums=0)
         calls = {
             "mirror step": models.chained(steps.mirror_step, state),
             "all else": models.chained(update, jax.tree.map(jnp.copy, state)),

@@ -305,6 +305,13 @@ def test_a_mean_difference_is_over_all_epochs():
     line = reproduce._compared("kp", "", ours, theirs)
     assert line["accuracy_mean_difference"] == pytest.approx(np.mean([1, 2, 2, 2, 2, 2]))
     assert line["accuracy_largest_difference"] == 2
+    # Of six epochs the quarters are two, two, one and one.
+    theirs = {
+        e: dict.fromkeys(columns, y - x) for e, (y, x) in enumerate(zip((1, 3, 4, 5, 6, 7), range(6), strict=True))
+    }
+    line = reproduce._compared("kp", "", ours, theirs)
+    for name in ("accuracy", "train_loss"):
+        assert [line[f"{name}_quarter_{i}"] for i in (1, 2, 3, 4)] == pytest.approx([0.5, 2.5, 4, 5])
 
 
 def test_steps_are_for_throughput(tmp_path):
