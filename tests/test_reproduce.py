@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from matplotlib.image import imread
+from PIL import Image
 
 import wmkp
 from wmkp.experiments import cli, data, figures, outputs, published, recipes, reproduce, train
@@ -301,13 +303,14 @@ def test_a_mean_difference_is_over_all_epochs():
     """Between two evaluations ours is on the line between them: they are not weighed by how often it was evaluated."""
     columns = reproduce.COMPARED.values()
     ours = [{"epoch": float(e), **dict.fromkeys((*columns, *SPREAD), y)} for e, y in ((0, 1.0), (1, 3.0), (5, 7.0))]
-    theirs = {e: dict.fromkeys(columns, float(e)) for e in range(6)}
+    theirs = {e: {"epoch": e, **dict.fromkeys(columns, float(e))} for e in range(6)}
     line = reproduce._compared("kp", "", ours, theirs)
     assert line["accuracy_mean_difference"] == pytest.approx(np.mean([1, 2, 2, 2, 2, 2]))
     assert line["accuracy_largest_difference"] == 2
     # Of six epochs the quarters are two, two, one and one.
     theirs = {
-        e: dict.fromkeys(columns, y - x) for e, (y, x) in enumerate(zip((1, 3, 4, 5, 6, 7), range(6), strict=True))
+        e: {"epoch": e, **dict.fromkeys(columns, y - x)}
+        for e, (y, x) in enumerate(zip((1, 3, 4, 5, 6, 7), range(6), strict=True))
     }
     line = reproduce._compared("kp", "", ours, theirs)
     for name in ("accuracy", "train_loss"):
@@ -332,29 +335,57 @@ def test_images_through_jpeg():
     noise = np.random.default_rng(0).integers(256, size=(3, 16, 16, 3), dtype=np.uint8)
     off = {}
     for quality in (95, 50):
-        examples = published.through_jpeg({"image": np.concatenate([flat, noise]), "label": np.arange(6)}, quality)
-        assert examples["image"].dtype == np.uint8 and examples["label"].tolist() == list(range(6))
-        np.testing.assert_allclose(examples["image"][:3], flat, atol=1)
-        off[quality] = np.abs(examples["image"][3:].astype(int) - noise).mean()
+        images = published.through_jpeg(np.concatenate([flat, noise]), quality)
+        assert images.dtype == np.uint8 and images.shape == (6, 16, 16, 3)
+        np.testing.assert_allclose(images[:3], flat, atol=1)
+        off[quality] = np.abs(images[3:].astype(int) - noise).mean()
     assert 0 < off[95] < off[50] < 80
 
 
-def test_what_jpeg_does_is_said_of_the_later_epochs(dataset, tmp_path, monkeypatch, capsys):
+def test_a_second_jpeg_moves_pixels_as_the_first_does():
+    """On the same blocks it would hardly: what JPEG does to a copy that has been through it could not be seen."""
+    rows, columns = np.mgrid[:32, :32]
+    smooth = [127 + 100 * np.sin((rows * f + columns * g) / 5) for f, g in ((1, 0.3), (0.4, 1.2), (0.7, 0.9))]
+    noise = np.random.default_rng(0).normal(scale=8, size=(4, 32, 32, 3))
+    images = np.clip(np.stack(smooth, -1) + noise, 0, 255).astype(np.uint8)
+
+    def plain(image):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=75)
+        return np.asarray(Image.open(file))
+
+    def moved(a, b):
+        return np.sqrt(np.mean(np.square(a.astype(float) - b)))
+
+    once = np.stack([plain(image) for image in images])
+    again = published.through_jpeg(once, 75)
+    assert moved(np.stack([plain(image) for image in once]), once) < moved(once, images) / 3
+    assert moved(again, once) > moved(once, images) / 2
+    # Nothing is displaced but the blocks.
+    assert moved(again, once) < moved(np.roll(again, 1, axis=1), once) / 2
+
+
+def test_what_jpeg_does_is_said_by_quarters(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(published, "load", lambda name, data_dir: colour(dataset))
     monkeypatch.setattr(published, "HIDDEN", {"cifar10": HIDDEN})
     arguments = ["akrout-jpeg", "--epochs", 12, "--only", "bp", "bp-jpeg50", "--out", tmp_path]
     assert run_command(monkeypatch, *arguments) == 0
     plain, again = (read(tmp_path / f"{name}.csv") for name in ("bp", "bp-jpeg50"))
     assert plain[0]["train_loss"] != again[0]["train_loss"], "other pixels"
+    summary = read(tmp_path / "summary.csv")
+    images = colour(dataset).test["image"]
+    moved = published.through_jpeg(images, 50).astype(float) - images
+    assert float(summary[1]["pixels_moved"]) == pytest.approx(np.sqrt(np.mean(moved**2)), rel=1e-4)
+    assert "pixels moved" in capsys.readouterr().out and not summary[0]["pixels_moved"]
     for row, x in zip(again, range(12), strict=True):
         row["test_accuracy_percent"] = float(row["test_accuracy_percent"]) + x
     reproduce.write(tmp_path / "bp-jpeg50.csv", again)
-    said = reproduce.verdict("akrout-jpeg", read(tmp_path / "summary.csv"), tmp_path)
-    assert "Test accuracy beside bp's" in capsys.readouterr().out and "the 3 evaluations from epoch 10 on" in said
-    off = [
-        float(b["test_accuracy_percent"]) - float(a["test_accuracy_percent"]) for a, b in zip(plain, again, strict=True)
-    ][9:]
-    assert f"bp-jpeg50 {np.mean(off):+.2f} (sd from epoch to epoch {np.std(off):.2f})" in said and np.mean(off) > 5
+    said = reproduce.verdict("akrout-jpeg", summary, tmp_path)
+    for column, digits in (("test_accuracy_percent", 2), ("train_loss", 3)):
+        off = [float(b[column]) - float(a[column]) for a, b in zip(plain, again, strict=True)]
+        quarters = [f"{np.mean(off[i : i + 3]):+.{digits}f}" for i in (0, 3, 6, 9)]
+        assert f"bp-jpeg50 {', '.join(quarters)}" in said
+    assert reproduce.verdict("akrout-jpeg", summary[:1], tmp_path) == ""
 
 
 def test_the_papers_claims_are_held_against_the_runs(tmp_path):
@@ -398,11 +429,51 @@ def test_orders_say_how_far_the_published_lies_from_the_own_order_and_outside_th
     )
 
 
-def test_mnist_is_put_back_into_the_order_it_was_published_in():
+def test_data_are_put_back_into_the_order_they_were_published_in():
     """TFDS writes by the MD5 of the split and the example's number."""
     kept = sorted(range(300), key=lambda i: hashlib.md5(f"train{i}".encode()).digest())
     found = published.unhashed({"label": np.array(kept), "image": np.array(kept)[:, None]}, "train")
     assert found["label"].tolist() == found["image"][:, 0].tolist() == list(range(300)) != kept
+
+
+@pytest.mark.parametrize("ids", ["its own", "a copy's", "none"])
+def test_cifar10_is_put_back_where_its_ids_are_tfds_own(ids, tmp_path):
+    """An image tells its number, and TFDS itself writes the dataset."""
+    features = {"image": tfds.features.Image(shape=(32, 32, 3)), "label": tfds.features.ClassLabel(num_classes=10)}
+    if ids != "none":
+        features["id"] = tfds.features.Text()
+
+    def info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def splits(self, downloads):
+        return {split: self._generate_examples(split, n) for split, n in (("train", 300), ("test", 40))}
+
+    def examples(self, split, n):
+        for i in range(n):
+            file = io.BytesIO()
+            Image.new("RGB", (32, 32), (i % 256,) * 3).save(file, "PNG")
+            file.seek(0)
+            example = {"image": file, "label": i % 10}
+            if ids != "none":
+                example["id"] = f"{split}_{i:05d}" if ids == "its own" else f"{split}_cat_{i:04d}"
+            yield i, example
+
+    methods = {
+        "VERSION": tfds.core.Version("3.0.2"),
+        "_info": info,
+        "_split_generators": splits,
+        "_generate_examples": examples,
+    }
+    tfds.disable_progress_bar()
+    kind = type("Cifar10", (tfds.core.GeneratorBasedBuilder,), methods, skip_registration=True)
+    kind(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    found = published.load("cifar10", tmp_path)
+    for split, n in ((found.train, 300), (found.test, 40)):
+        in_order = [i % 10 for i in range(n)]
+        assert (split["label"].tolist() == in_order) == (ids == "its own")
+        assert sorted(split["label"].tolist()) == sorted(in_order)
+        assert (split["image"][:, 0, 0, 0].tolist() == [i % 256 for i in range(n)]) == (ids == "its own")
 
 
 def test_a_curve_goes_on_from_its_checkpoint_to_the_bit(dataset, tmp_path):

@@ -15,7 +15,7 @@ import optax
 from PIL import Image
 
 import wmkp
-from wmkp.experiments import checkpoints, data
+from wmkp.experiments import checkpoints, data, records
 from wmkp.experiments.config import InputError
 from wmkp.experiments.data import Dataset
 
@@ -39,7 +39,7 @@ class Variant(NamedTuple):
         to settle at W^T; "gaussian": ``wmkp.weight_mirror()`` as it is; "exact": orthogonal noise, B is the estimate.
       shuffled: whether each epoch has an order of its own, instead of the dataset's.
       weight_decay: lambda of W and B.
-      jpeg: the quality at which all images are put through JPEG first, or None.
+      jpeg: the quality at which all images are put through JPEG first, as ``through_jpeg`` does it, or None.
     """
 
     rule: str
@@ -74,7 +74,7 @@ JPEG = {
     "bp": PUBLISHED["bp"],
     **{
         f"bp-jpeg{quality}": PUBLISHED["bp"]._replace(title=f"through JPEG once more, quality {quality}", jpeg=quality)
-        for quality in (95, 75, 50)
+        for quality in (75, 50, 25)
     },
 }
 
@@ -98,32 +98,47 @@ class Epoch(NamedTuple):
 def load(name: str, data_dir: Path | None) -> Dataset:
     """A dataset in the order in which it was published, as far as it can be had.
 
-    TFDS keeps examples in the order of an MD5 of their split and number, which for MNIST can be undone. CIFAR-10 stays in
-    the order of its copy.
+    TFDS keeps examples in the order of an MD5 of their split and number, which is undone. A copy of CIFAR-10 that has
+    another order (its ids say so) stays in that.
     """
     dataset = data.load(name, data_dir, max_bad=0.0)  # one that is left out would shift all others
-    if name != "mnist":
+    if name == "cifar10" and not as_tfds_has_it(data.builder(name, data_dir)):
         return dataset
     return dataset._replace(train=unhashed(dataset.train, "train"), test=unhashed(dataset.test, "test"))
 
 
+def as_tfds_has_it(opened: Any) -> bool:
+    """Whether a CIFAR-10 begins with the example that TFDS's own begins with, by its number in the published order."""
+    first = records.open_split(opened, "train")[0]
+    return first.get("id") == f"train_{_hashed('train', opened.info.splits['train'].num_examples)[0]:05d}".encode()
+
+
 def unhashed(examples: data.Examples, split: str) -> data.Examples:
     """Examples that TFDS has put in its order, by the numbers that it gave them."""
-    from tensorflow_datasets.core.hashing import Hasher
-
-    places = np.argsort(sorted(range(len(examples["label"])), key=Hasher(split).hash_key))
+    places = np.argsort(_hashed(split, len(examples["label"])))
     return {key: x[places] for key, x in examples.items()}
 
 
-def through_jpeg(examples: data.Examples, quality: int) -> data.Examples:
-    """Examples whose images, uint8 (examples, height, width, 3), were saved as JPEG of this quality and read again."""
+def _hashed(split: str, examples: int) -> list[int]:
+    """The numbers of a split's examples in the order in which TFDS keeps them."""
+    from tensorflow_datasets.core.hashing import Hasher
+
+    return sorted(range(examples), key=Hasher(split).hash_key)
+
+
+def through_jpeg(images: np.ndarray, quality: int) -> np.ndarray:
+    """Images, uint8 (examples, height, width, 3), that were saved as JPEG of this quality and read again.
+
+    Its blocks of 8 begin 4 pixels outside: images that have been through the same JPEG, whose blocks began at the edge,
+    would come out of a second on the same blocks as they went in.
+    """
 
     def once(image: np.ndarray) -> np.ndarray:
         file = io.BytesIO()
-        Image.fromarray(image).save(file, "JPEG", quality=quality)
-        return np.asarray(Image.open(file))
+        Image.fromarray(np.pad(image, ((4, 4), (4, 4), (0, 0)), "edge")).save(file, "JPEG", quality=quality)
+        return np.asarray(Image.open(file))[4:-4, 4:-4]
 
-    return {**examples, "image": np.stack([once(image) for image in examples["image"]])}
+    return np.stack([once(image) for image in images])
 
 
 def make_rule(variant: Variant, fan_in: int, fan_out: int) -> wmkp.Rule:
@@ -234,7 +249,9 @@ def run(
       InputError: ``directory`` is of another run, or as ``checkpoints`` says.
     """
     if variant.jpeg is not None:
-        train, test = (through_jpeg(split, variant.jpeg) for split in (dataset.train, dataset.test))
+        train, test = (
+            {**split, "image": through_jpeg(split["image"], variant.jpeg)} for split in (dataset.train, dataset.test)
+        )
         dataset = dataset._replace(train=train, test=test)
     some, test = jax.device_put((jax.tree.map(lambda x: x[:EXAMPLES], dataset.train), dataset.test))
     state, train, run_epoch, measure = start(variant, dataset, hidden, seed)

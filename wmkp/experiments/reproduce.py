@@ -211,7 +211,19 @@ def _curves(config: Reproduce, out: Path) -> list[dict[str, Any]]:
         _started(config, out, **about, seconds=seconds)
     title = f"{name}, {epochs} epochs" + (": ours, and pale the published" if theirs else "")
     outputs.write_atomically({out / "curves.png": figures.published(curves, theirs, title)})
-    return [_compared(key, variants[key].title, curves[key], theirs.get(key)) for key in config.only]
+    return [
+        _compared(key, variants[key].title, curves[key], theirs.get(key)) | _pixels(variants[key], dataset)
+        for key in config.only
+    ]
+
+
+def _pixels(variant: published.Variant, dataset: published.Dataset) -> dict[str, float]:
+    """How far JPEG moves a pixel of the test images, of 255: the root of the mean square; nothing without JPEG."""
+    if variant.jpeg is None:
+        return {}
+    images = dataset.test["image"]
+    moved = published.through_jpeg(images, variant.jpeg).astype(np.float32) - images
+    return {"pixels_moved": float(np.sqrt(np.mean(np.square(moved))))}
 
 
 def _orders(config: Reproduce, out: Path) -> list[dict[str, Any]]:
@@ -270,16 +282,26 @@ def _compared(key: str, title: str, ours: list[dict[str, float]], theirs: dict[i
             line[f"{name}_published"] = theirs[int(last["epoch"])][column]
             far = [abs(row[column] - theirs[int(row["epoch"])][column]) for row in ours if int(row["epoch"]) in theirs]
             line[f"{name}_largest_difference"] = max(far, default=math.nan)
-            # Over all epochs: those between two evaluations on the line between them.
-            epochs = range(int(last["epoch"]) + 1)
-            curve = np.interp(epochs, [row["epoch"] for row in ours], [row[column] for row in ours])
-            off = curve - [theirs[e][column] for e in epochs]
-            line[f"{name}_mean_difference"] = float(np.mean(off))
+            line[f"{name}_mean_difference"] = float(np.mean(_off(ours, list(theirs.values()), column)))
             if name in QUARTERED:
                 line |= {
-                    f"{name}_quarter_{i}": float(np.mean(x)) for i, x in enumerate(np.array_split(off, 4), 1) if x.size
+                    f"{name}_quarter_{i}": x for i, x in enumerate(_quarters(ours, list(theirs.values()), column), 1)
                 }
     return line
+
+
+def _off(ours: figures.Curve, theirs: figures.Curve, column: str) -> np.ndarray:
+    """By how much a curve is off another at each of its epochs, on the line between two evaluations where there is none."""
+    epochs = range(int(ours[-1]["epoch"]) + 1)
+    ours_all, theirs_all = (
+        np.interp(epochs, [row["epoch"] for row in rows], [row[column] for row in rows]) for rows in (ours, theirs)
+    )
+    return ours_all - theirs_all
+
+
+def _quarters(ours: figures.Curve, theirs: figures.Curve, column: str) -> list[float]:
+    """The mean of ``_off`` over each quarter of the epochs, fewer where there are fewer epochs."""
+    return [float(np.mean(x)) for x in np.array_split(_off(ours, theirs, column), 4) if x.size]
 
 
 def _reference(directory: Path, dataset: str, rule: str, epochs: int) -> dict[int, dict[str, float]] | None:
@@ -407,30 +429,32 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "epoch": lambda line: f"{line['epoch']:.4g}",
     "train loss": lambda line: _held_against(line, "train_loss", "{:.3g}"),
     "accuracy %": lambda line: _held_against(line, "accuracy"),
-    "accuracy %, least, mean, most": lambda line: _numbers(line, "accuracy_least", "accuracy_mean", "accuracy_most"),
-    "the dataset's order": lambda line: _numbers(line, "accuracy_own"),
-    "published": lambda line: _numbers(line, "accuracy_published") if "accuracy_least" in line else "",
+    "accuracy %, least, mean, most": lambda line: numbers(line, "accuracy_least", "accuracy_mean", "accuracy_most"),
+    "the dataset's order": lambda line: numbers(line, "accuracy_own"),
+    "published": lambda line: numbers(line, "accuracy_published") if "accuracy_least" in line else "",
+    "pixels moved, of 255": lambda line: numbers(line, "pixels_moved"),
     "matrix angle": lambda line: _held_against(line, "matrix_angle"),
     "delta angle": lambda line: _held_against(line, "delta_angle"),
-    f"delta angle of {published.EXAMPLES}: mean, sd": lambda line: _numbers(line, "delta_angle_mean", "delta_angle_sd"),
-    "published, in sd from the mean": lambda line: _numbers(_in_sd(line), "published_in_sd") or "-",
-    "error %": lambda line: _numbers(line, "test_error", "test_error_published"),
-    "matrix angle, mean, worst": lambda line: _numbers(line, "matrix_mean", "matrix_worst"),
-    "delta angle, mean, worst": lambda line: _numbers(line, "delta_mean", "delta_worst"),
-    "examples/s": lambda line: _numbers(line, "examples_per_second"),
-    "hours, 90 epochs": lambda line: _numbers(line, "hours_for_90_epochs", form="{:,.0f}"),
-    "GB: state, step": lambda line: _numbers(line, "state_GB", "step_GB"),
+    f"delta angle of {published.EXAMPLES}: mean, sd": lambda line: numbers(line, "delta_angle_mean", "delta_angle_sd"),
+    "published, in sd from the mean": lambda line: numbers(_in_sd(line), "published_in_sd") or "-",
+    "error %": lambda line: numbers(line, "test_error", "test_error_published"),
+    "matrix angle, mean, worst": lambda line: numbers(line, "matrix_mean", "matrix_worst"),
+    "delta angle, mean, worst": lambda line: numbers(line, "delta_mean", "delta_worst"),
+    "examples/s": lambda line: numbers(line, "examples_per_second"),
+    "hours, 90 epochs": lambda line: numbers(line, "hours_for_90_epochs", form="{:,.0f}"),
+    "GB: state, step": lambda line: numbers(line, "state_GB", "step_GB"),
 }
 
 
-def _numbers(line: dict[str, Any], *names: str, form: str = "{:.2f}") -> str:
+def numbers(line: dict[str, Any], *names: str, form: str = "{:.2f}") -> str:
+    """Some of a line's numbers, "-" for one that is not there."""
     return ", ".join(_cell(float(line[name]), form) or "-" for name in names if name in line)
 
 
 def _held_against(line: dict[str, Any], name: str, form: str = "{:.2f}") -> str:
     if name not in line:
         return ""
-    return _numbers(line, name, f"{name}_published", f"{name}_largest_difference", form=form)
+    return numbers(line, name, f"{name}_published", f"{name}_largest_difference", form=form)
 
 
 def _in_sd(line: dict[str, Any]) -> dict[str, Any]:
@@ -516,15 +540,20 @@ def _claims(tests: Mapping[str, figures.Curve]) -> str:
 
 
 def _by_jpeg(summary: Sequence[dict[str, Any]], directory: Path) -> str:
-    """What JPEG does to the test accuracy of backprop, the first epochs left out; "" without the run that it is held against."""
+    """What JPEG does to backprop's test accuracy and training loss; "" without the run that it is held against."""
     curves = {line["run"]: logs.read(directory / f"{line['run']}.csv") for line in summary}
-    plain, said = curves.pop("bp", []), []
-    for name, rows in curves.items():
-        off = [a["test_accuracy_percent"] - b["test_accuracy_percent"] for a, b in zip(rows, plain, strict=False)][9:]
-        if len(off) > 1:
-            said.append(f"{name} {np.mean(off):+.2f} (sd from epoch to epoch {np.std(off):.2f})")
-    epochs = f"the {len(plain[9:])} evaluations from epoch 10 on"
-    return f"Test accuracy beside bp's, in points, the mean over {epochs}: {', '.join(said)}." if said else ""
+    plain = curves.pop("bp", None)
+    if not (plain and curves):
+        return ""
+    said = [
+        f"{what}: "
+        + "; ".join(
+            f"{name} {', '.join(f'{x:+.{digits}f}' for x in _quarters(rows, plain, COMPARED[column]))}"
+            for name, rows in curves.items()
+        )
+        for what, column, digits in (("test accuracy, in points", "accuracy", 2), ("train loss", "train_loss", 3))
+    ]
+    return f"Beside bp's, the mean differences by quarters of the epochs: {'. '.join(said)}."
 
 
 def _by_rule(points: Mapping[str, float]) -> str:
