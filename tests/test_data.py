@@ -44,24 +44,30 @@ def flat(i):
     return file.getvalue()
 
 
-def make(path, feature, splits, withheld=()):
-    """A TFDS dataset of encoded images, whatever they hold, prepared under ``path``; returns its directory."""
+def make(path, feature, splits, withheld=(), name="WmkpImages", version="1.0.0", ids=None):
+    """A TFDS dataset of encoded images, whatever they hold, prepared under ``path``; returns its directory.
+
+    ``ids`` gives the i-th example of a split an id.
+    """
+    features = {"image": feature, "label": tfds.features.ClassLabel(num_classes=10)}
+    if ids is not None:
+        features["id"] = tfds.features.Text()
 
     def info(self):
-        features = {"image": feature, "label": tfds.features.ClassLabel(num_classes=10)}
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def generate(self, split):
         for i, content in enumerate(splits[split]):
-            yield i, {"image": io.BytesIO(content), "label": -1 if split in withheld else i % 10}
+            example = {"image": io.BytesIO(content), "label": -1 if split in withheld else i % 10}
+            yield i, example if ids is None else {**example, "id": ids(split, i)}
 
     methods = {
-        "VERSION": tfds.core.Version("1.0.0"),
+        "VERSION": tfds.core.Version(version),
         "_info": info,
         "_split_generators": lambda self, _: {split: generate(self, split) for split in splits},
         "_generate_examples": generate,
     }
-    kind = type("WmkpImages", (tfds.core.GeneratorBasedBuilder,), methods, skip_registration=True)
+    kind = type(name, (tfds.core.GeneratorBasedBuilder,), methods, skip_registration=True)
     tfds.disable_progress_bar()
     builder = kind(data_dir=path, file_format="array_record")
     builder.download_and_prepare()

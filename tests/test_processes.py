@@ -1,5 +1,7 @@
 """Two real processes over loopback: they train as one, stop together, save one checkpoint, and miss each other."""
 
+import csv
+import io
 import re
 import signal
 import socket
@@ -9,6 +11,9 @@ import time
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from test_data import make
 
 from wmkp.experiments import logs
 
@@ -16,19 +21,19 @@ OPTIONS = "mlp-digits-wm --hidden 16 16 --epochs 400 --log-every 10 --no-tensorb
 SECONDS = 240  # after which a process hangs
 
 
-def start(environment, out, *options):
-    command = [sys.executable, "-c", "from wmkp.experiments.cli import main; main()", "train", *OPTIONS, *options]
+def start(environment, out, *options, command=("train", *OPTIONS)):
+    command = [sys.executable, "-c", "from wmkp.experiments.cli import main; main()", *command, *options]
     return subprocess.Popen(
         [*command, "--out", str(out)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def start_two(environment, out):
+def start_two(environment, out, **command):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     together = ["--distributed", "--coordinator", address, "--processes", "2"]
-    return [start(environment, out, *together, "--process", str(i)) for i in range(2)]
+    return [start(environment, out, *together, "--process", str(i), **command) for i in range(2)]
 
 
 def until_rows(path, count, processes):
@@ -94,3 +99,21 @@ def test_losing_a_process_ends_the_other(lost, tmp_path, child_environment):
     finally:
         for p in processes:
             p.kill()
+
+
+def test_two_processes_reproduce_a_figure(tmp_path, child_environment):
+    file = io.BytesIO()
+    Image.new("L", (28, 28), 7).save(file, "PNG")
+    images = dict.fromkeys(("train", "test"), [file.getvalue()] * 16)
+    make(tmp_path, tfds.features.Image(shape=(28, 28, 1)), images, name="Mnist", version="3.0.1")
+    command = "reproduce biotorch-lenet --steps 2 --batch-size 8 --only lenet-mnist-bp --data-dir".split()
+    processes = start_two(child_environment, tmp_path / "figure", command=(*command, str(tmp_path)))
+    try:
+        said = [p.communicate(timeout=SECONDS) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    assert [p.returncode for p in processes] == [0, 0], said
+    (line,) = csv.DictReader((tmp_path / "figure" / "summary.csv").read_text().splitlines())
+    assert line["run"] == "lenet-mnist-bp" and float(line["epoch"]) == 1
+    assert "test error" in said[0][0] and "test error" not in said[1][0]

@@ -16,9 +16,10 @@ import pytest
 import tensorflow_datasets as tfds
 from matplotlib.image import imread
 from PIL import Image
+from test_data import make
 
 import wmkp
-from wmkp.experiments import cli, data, figures, outputs, published, recipes, reproduce, train
+from wmkp.experiments import cli, config, data, figures, outputs, published, recipes, reproduce, train
 from wmkp.experiments.config import InputError, Reproduce
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -324,6 +325,12 @@ def test_steps_are_for_throughput(tmp_path):
     assert (short.log_every, short.mirror_steps) == (1, 8) and (whole.log_every, whole.mirror_steps) == (100, 100)
 
 
+def test_a_figure_uses_machines_as_its_config_says(tmp_path):
+    machines = {"workers": 3, "fsdp": True, "distributed": True, "coordinator": "a:1", "processes": 2, "process": 1}
+    run = reproduce.settings(Reproduce("akrout-imagenet", out=tmp_path, **machines), "resnet18-imagenet-wm")
+    assert {name: getattr(run, name) for name in config.MACHINES} == machines
+
+
 def test_layers_come_in_a_nets_order():
     names = ["output", "Dense_1", "Conv_10", "Conv_2", "Dense_0", "Conv_0"]
     found = figures._paths([{f"matrix_angle_deg/{name}/kernel": 1.0 for name in names}], "matrix")
@@ -390,10 +397,10 @@ def test_what_jpeg_does_is_said_by_quarters(dataset, tmp_path, monkeypatch, caps
 
 def test_the_papers_claims_are_held_against_the_runs(tmp_path):
     def left(rule, errors, angles):
-        rows = [f"{10 * i},{x},{angle}" for i, (x, angle) in enumerate(zip(errors, angles, strict=True), 1)]
+        rows = [f"{20 * i},{x},{angle}" for i, (x, angle) in enumerate(zip(errors, angles, strict=True), 1)]
         header = "epoch,test_error_percent,matrix_angle_worst_deg"
         (tmp_path / f"resnet20-cifar10-{rule}.csv").write_text("\n".join([header, *rows, ""]))
-        return {"run": f"resnet20-cifar10-{rule}"}
+        return {"run": f"resnet20-cifar10-{rule}", "epoch": 60.0}
 
     def said(*lines):
         return reproduce.verdict("akrout-resnet20", lines, tmp_path)
@@ -406,16 +413,17 @@ def test_the_papers_claims_are_held_against_the_runs(tmp_path):
     )
     assert said(bp, wm, kp, fa) == (
         "Test error over BP's, in points: WM +0.75, KP -1.00 (bound 1, met); FA +30.00 (published as behind). Matrix angle of the "
-        "worst layer, in degrees: WM 5.50 (bound 6, under it from epoch 30 on), KP 0.50 (bound 1, under it from epoch 30 on)."
+        "worst layer, in degrees: WM 5.50 (bound 6, under it from epoch 60 on), KP 0.50 (bound 1, under it from epoch 60 on)."
     )
     assert said(bp, kpm) == (
         "Test error over BP's, in points: KPM +1.25 (bound 1, missed). Matrix angle of the worst layer, in degrees: KPM 1.00 "
         "(bound 1, missed)."
     )
     assert said(left("wm", (9, 9, 9), (5, 5, 5))) == (
-        "Matrix angle of the worst layer, in degrees: WM 5.00 (bound 6, under it from epoch 10 on)."
+        "Matrix angle of the worst layer, in degrees: WM 5.00 (bound 6, under it from epoch 20 on)."
     )
-    assert said(bp) == ""
+    assert said(bp) == said({**bp, "epoch": 4.0}) == ""
+    assert said(bp, {**kpm, "epoch": 4.0}) == f"After 4 of 60 epochs, too early to judge. {said(bp, kpm)}"
 
 
 def test_orders_say_how_far_the_published_lies_from_the_own_order_and_outside_the_others(tmp_path):
@@ -436,44 +444,28 @@ def test_data_are_put_back_into_the_order_they_were_published_in():
     assert found["label"].tolist() == found["image"][:, 0].tolist() == list(range(300)) != kept
 
 
-@pytest.mark.parametrize("ids", ["its own", "a copy's", "none"])
+@pytest.mark.parametrize(
+    "ids",
+    [lambda split, i: f"{split}_{i:05d}", lambda split, i: f"{split}_cat_{i:04d}", None],
+    ids=["its own", "a copy's", "none"],
+)
 def test_cifar10_is_put_back_where_its_ids_are_tfds_own(ids, tmp_path):
     """An image tells its number, and TFDS itself writes the dataset."""
-    features = {"image": tfds.features.Image(shape=(32, 32, 3)), "label": tfds.features.ClassLabel(num_classes=10)}
-    if ids != "none":
-        features["id"] = tfds.features.Text()
+    shades = {split: [i % 256 for i in range(n)] for split, n in (("train", 300), ("test", 40))}
 
-    def info(self):
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+    def encoded(shade):
+        file = io.BytesIO()
+        Image.new("RGB", (32, 32), (shade,) * 3).save(file, "PNG")
+        return file.getvalue()
 
-    def splits(self, downloads):
-        return {split: self._generate_examples(split, n) for split, n in (("train", 300), ("test", 40))}
-
-    def examples(self, split, n):
-        for i in range(n):
-            file = io.BytesIO()
-            Image.new("RGB", (32, 32), (i % 256,) * 3).save(file, "PNG")
-            file.seek(0)
-            example = {"image": file, "label": i % 10}
-            if ids != "none":
-                example["id"] = f"{split}_{i:05d}" if ids == "its own" else f"{split}_cat_{i:04d}"
-            yield i, example
-
-    methods = {
-        "VERSION": tfds.core.Version("3.0.2"),
-        "_info": info,
-        "_split_generators": splits,
-        "_generate_examples": examples,
-    }
-    tfds.disable_progress_bar()
-    kind = type("Cifar10", (tfds.core.GeneratorBasedBuilder,), methods, skip_registration=True)
-    kind(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    images = {split: [encoded(shade) for shade in whole] for split, whole in shades.items()}
+    make(tmp_path, tfds.features.Image(shape=(32, 32, 3)), images, name="Cifar10", version="3.0.2", ids=ids)
     found = published.load("cifar10", tmp_path)
-    for split, n in ((found.train, 300), (found.test, 40)):
-        in_order = [i % 10 for i in range(n)]
-        assert (split["label"].tolist() == in_order) == (ids == "its own")
-        assert sorted(split["label"].tolist()) == sorted(in_order)
-        assert (split["image"][:, 0, 0, 0].tolist() == [i % 256 for i in range(n)]) == (ids == "its own")
+    for split, examples in (("train", found.train), ("test", found.test)):
+        there, labels = examples["image"][:, 0, 0, 0].tolist(), [i % 10 for i in range(len(shades[split]))]
+        assert sorted(there) == sorted(shades[split])
+        own = ids is not None and ids("train", 0) == "train_00000"
+        assert (there == shades[split]) == (examples["label"].tolist() == labels) == own
 
 
 def test_a_curve_goes_on_from_its_checkpoint_to_the_bit(dataset, tmp_path):
@@ -574,6 +566,10 @@ def test_every_battery_names_recipes_and_every_run_is_checked():
     [
         (["akrout-mnist", "--only", "nothing"], "--only: akrout-mnist has no 'nothing'; choose from bp, fa, wm, kp"),
         (["akrout-mnist", "--steps", "3"], "--steps is not for akrout-mnist"),
+        (["akrout-mnist", "--workers", "3"], "--workers is not for akrout-mnist"),
+        (["akrout-imagenet", "--process", "1"], "--process are for --distributed runs; give --distributed"),
+        (["akrout-imagenet", "--distributed", "--coordinator", "x"], "--coordinator must be HOST:PORT"),
+        (["akrout-imagenet", "--workers", "-1"], "--workers must be at least 0; got -1"),
         (["akrout-tiny", "--reference", "x"], "--reference is for the NumPy code's curves"),
         (["akrout-mnist", "--epochs", "1.5"], "--epochs must be a whole number for akrout-mnist; got 1.5"),
         (["akrout-mnist", "--epochs", "0"], "--epochs must be positive"),

@@ -108,6 +108,12 @@ def _optional(kind: type, default: str) -> Any:
     return tyro.conf.arg(constructor=kind, metavar=kind.__name__.upper(), help_behavior_hint=f"(default: {default})")
 
 
+Coordinator = Annotated[str | None, _optional(str, "the cluster's")]
+Cluster = Annotated[int | None, _optional(int, "the cluster's")]
+# How Train and Reproduce use machines; none of it changes what is learned.
+MACHINES = ("workers", "fsdp", "distributed", "coordinator", "processes", "process")
+
+
 @dataclasses.dataclass(frozen=True)
 class Train:
     """One run: a model, its data, a learning rule, and all that it takes to repeat it. Saved as config.json."""
@@ -207,11 +213,11 @@ class Train:
     """Divide W, B and the optimizer's state among the devices."""
     distributed: bool = False
     """Train together with other processes, started alike; a cluster that JAX knows needs nothing more."""
-    coordinator: Annotated[str | None, _optional(str, "the cluster's")] = None
+    coordinator: Coordinator = None
     """HOST:PORT of process 0."""
-    processes: Annotated[int | None, _optional(int, "the cluster's")] = None
+    processes: Cluster = None
     """How many there are."""
-    process: Annotated[int | None, _optional(int, "the cluster's")] = None
+    process: Cluster = None
     """Which of them this is, from 0."""
 
     def check(self) -> None:
@@ -226,15 +232,10 @@ class Train:
             raise InputError(f"--drop-epochs must be positive and rise; got {self.drop_epochs}")
         if self.schedule == "step" and not self.drop_epochs:
             raise InputError("--schedule step needs --drop-epochs: when the learning rate falls")
-        if not self.distributed and {self.coordinator, self.processes, self.process} != {None}:
-            raise InputError("--coordinator, --processes and --process are for --distributed runs; give --distributed")
-        if self.coordinator is not None:
-            port = re.fullmatch(r"\S+:(\d{1,5})", self.coordinator)
-            if not port or not 1 <= int(port[1]) <= 65535:
-                raise InputError(f"--coordinator must be HOST:PORT, PORT from 1 to 65535; got {self.coordinator!r}")
+        _check_machines(self)
         _check(
             self,
-            **dict.fromkeys(("image_size", "steps", "mirror_samples", "processes"), _OPTIONAL_SIZE),
+            **dict.fromkeys(("image_size", "steps", "mirror_samples"), _OPTIONAL_SIZE),
             **dict.fromkeys(
                 ("batch_size", "accumulate", "patch", "mirror_every", "mirror_repeat", "log_every", "keep"), _SIZE
             ),
@@ -243,7 +244,7 @@ class Train:
             warmup_epochs=(lambda x: 0 <= x <= 1e6, "at least 0, and at most 1e6"),
             weight_decay=_FINITE,
             **dict.fromkeys(("momentum", "label_smoothing", "max_bad"), _SHARE),
-            **dict.fromkeys(("mirror_steps", "workers"), _COUNT),
+            mirror_steps=_COUNT,
             final_rate=(lambda x: 0 <= x <= 1, "between 0 and 1"),
             mirror_rate=(lambda x: 0 < x <= 1, "above 0 and at most 1"),
             clip_norm=(lambda x: x is None or 1e-15 <= x <= 1e15, "positive, from 1e-15 to 1e15"),
@@ -297,13 +298,25 @@ class Reproduce:
         Literal["float32", "bfloat16"] | None, tyro.conf.arg(help_behavior_hint="(default: the recipe's)")
     ] = None
     """Of the computation. Not for the NumPy code's curves."""
-    distributed: bool = False
-    """Train together with other processes of a cluster that JAX knows, started alike."""
     seed: int = 0
     """Of weights, order, feedback weights and noise."""
 
+    workers: int = 0
+    """Processes that decode images; 0 for threads of this one. This and what follows: not for the NumPy code's curves."""
+    fsdp: bool = False
+    """Divide W, B and the optimizer's state among the devices."""
+    distributed: bool = False
+    """Train together with other processes, started alike; a cluster that JAX knows needs nothing more."""
+    coordinator: Coordinator = None
+    """HOST:PORT of process 0."""
+    processes: Cluster = None
+    """How many there are."""
+    process: Cluster = None
+    """Which of them this is, from 0."""
+
     def check(self) -> None:
         """Raises InputError if a value makes no sense."""
+        _check_machines(self)
         _check(
             self,
             **dict.fromkeys(("steps", "batch_size", "image_size"), _OPTIONAL_SIZE),
@@ -313,7 +326,7 @@ class Reproduce:
         if len(set(self.only)) < len(self.only):
             raise InputError(f"--only must name no run twice; got {' '.join(self.only)}")
         if self.figure in ("akrout-mnist", "akrout-cifar10", "akrout-orders", "akrout-mended", "akrout-jpeg"):
-            for name in ("steps", "batch_size", "image_size", "dtype", "distributed"):
+            for name in ("steps", "batch_size", "image_size", "dtype", *MACHINES):
                 if getattr(self, name):
                     raise InputError(f"{flag(name)} is not for {self.figure}, whose settings are the published ones")
             if self.epochs is not None and self.epochs % 1:
@@ -331,6 +344,17 @@ _SIZE = (lambda x: x >= 1, "at least 1")
 _OPTIONAL_SIZE = (lambda x: x is None or x >= 1, "at least 1")
 _ANGLE = (lambda x: 1e-6 <= x < 90, "between 0 and 90 degrees (from 1e-6 on)")
 _SEED = (lambda x: 0 <= x < 2**32, "at least 0 and below 2^32")
+
+
+def _check_machines(config: Train | Reproduce) -> None:
+    """Raises InputError if a value of MACHINES makes no sense."""
+    if not config.distributed and {config.coordinator, config.processes, config.process} != {None}:
+        raise InputError("--coordinator, --processes and --process are for --distributed runs; give --distributed")
+    if config.coordinator is not None:
+        port = re.fullmatch(r"\S+:(\d{1,5})", config.coordinator)
+        if not port or not 1 <= int(port[1]) <= 65535:
+            raise InputError(f"--coordinator must be HOST:PORT, PORT from 1 to 65535; got {config.coordinator!r}")
+    _check(config, workers=_COUNT, processes=_OPTIONAL_SIZE)
 
 
 def _check(config: Any, **limits: tuple[Any, str]) -> None:

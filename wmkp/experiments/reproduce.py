@@ -25,7 +25,7 @@ from rich.table import Table
 
 from wmkp import checks
 from wmkp.experiments import devices, figures, logs, outputs, published, recipes, train
-from wmkp.experiments.config import RULES, InputError, Reproduce, Train, flag
+from wmkp.experiments.config import MACHINES, RULES, InputError, Reproduce, Train, flag
 from wmkp.experiments.provenance import provenance
 from wmkp.training import batch_sharding
 
@@ -344,7 +344,7 @@ def settings(config: Reproduce, name: str) -> Train:
         drop_epochs=tuple(share * epoch for epoch in recipe.drop_epochs),
         warmup_epochs=share * recipe.warmup_epochs,
         seed=config.seed,
-        distributed=config.distributed,
+        **{name: getattr(config, name) for name in MACHINES},
     )
 
 
@@ -362,6 +362,9 @@ def _battery(config: Reproduce, out: Path) -> list[dict[str, Any]]:
         if not train.train(run):  # by SIGTERM or Ctrl-C, which are meant for all of them
             raise KeyboardInterrupt
         seconds = time.perf_counter() - begin
+        needed = memory(run) if "imagenet" in config.figure else {}  # compiled by all processes together
+        if not devices.is_first():
+            continue
         last = _rows(run.out / "test.csv", "epoch", "test_error_percent", *figures.ANGLES)[-1]
         rates = [row["examples_per_second"] for row in _rows(run.out / "train.csv", "examples_per_second")]
         rates = rates[run.mirror_every * run.accumulate :] or rates  # the first steps of either kind compile them
@@ -374,7 +377,7 @@ def _battery(config: Reproduce, out: Path) -> list[dict[str, Any]]:
         line |= {"examples_per_second": rate, "seconds": seconds}
         if "imagenet" in config.figure:
             line["hours_for_90_epochs"] = 90 * IMAGENET_EXAMPLES / rate / 3600
-            line |= {f"{part}_GB": size / 1e9 for part, size in memory(run).items()}
+            line |= {f"{part}_GB": size / 1e9 for part, size in needed.items()}
         lines.append(line)
     if devices.is_first():
         tests = {name: logs.read(run.out / "test.csv") for name, run in runs.items()}
@@ -492,7 +495,11 @@ def caption(summary: Sequence[dict[str, Any]]) -> str:
 def verdict(figure: str, summary: Sequence[dict[str, Any]], directory: Path) -> str:
     """How far the figure in a directory is from the published, and whether that is within BOUNDS; "" if none was published."""
     if figure in ALIGNED:
-        return _claims({line["run"]: logs.read(directory / f"{line['run']}.csv") for line in summary})
+        claims = _claims({line["run"]: logs.read(directory / f"{line['run']}.csv") for line in summary})
+        done, whole = min(line["epoch"] for line in summary), BATTERIES[figure].changes["epochs"]
+        return (
+            f"After {done:.3g} of {whole:g} epochs, too early to judge. {claims}" if claims and done < whole else claims
+        )
     if "accuracy_least" in summary[0]:
         return _place(summary)
     if figure == "akrout-jpeg":
