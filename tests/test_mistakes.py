@@ -121,14 +121,6 @@ model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
 apply, nnx_params, nnx_state = wmkp.nnx.pure(model)
 the_mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("d",))
 explicit_mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
-
-
-def divided(fun):
-    """What is made of params whose type says that one of them is divided."""
-    with jax.set_mesh(explicit_mesh):
-        return fun(changed(w=jax.device_put(PARAMS["w"], jax.sharding.NamedSharding(explicit_mesh, P("d")))))
-
-
 other_mesh = jax.sharding.Mesh(np.array(jax.devices()[2:4]), ("e",))
 
 # what was done wrong: (the call, words that the message must hold)
@@ -656,13 +648,6 @@ WRONG = {
         for name, call in {
             "make_steps": lambda: make(mesh=explicit_mesh), "batch_sharding": lambda: batch_sharding(explicit_mesh),
             "state_sharding": lambda: state_sharding(PARAMS, explicit_mesh),
-        }.items()
-    },
-    **{
-        f"divided params, {name}": (functools.partial(divided, call), "params['w'] is float32[6@d,2], divided along explicit axes", "Auto")
-        for name, call in {
-            "init_feedback": lambda p: init(KP, p), "mirror_signals": lambda p: wmkp.mirror_signals(KEY, WM, fun, p, X),
-            "steps.init": lambda p: steps(KP).init(KEY, p),
         }.items()
     },
     "batch_sharding": (lambda: batch_sharding("d"), "mesh must be a jax.sharding.Mesh"),

@@ -134,17 +134,6 @@ def alive(name: str, tree: Any) -> None:
             )
 
 
-def undivided(name: str, tree: Any) -> None:
-    """ValueError if the type of an array of the tree says how it is divided over a mesh (of explicit axes)."""
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        if isinstance(x, jax.Array) and any(axis is not None for axis in jax.typeof(x).sharding.spec):
-            raise ValueError(
-                f"{name}[{path_name(path)!r}] is {jax.typeof(x)}, divided along explicit axes of a mesh; B is made and "
-                "mirrored for arrays that JAX divides by itself: put params on a mesh whose axes are Auto, such as "
-                "jax.sharding.Mesh(jax.devices(), ('d',))"
-            )
-
-
 def values(name: str, tree: Any) -> None:
     """TypeError if shapes stand in the tree for arrays, ValueError if an array is deleted."""
     for path, x in jax.tree_util.tree_leaves_with_path(tree):

@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
+from jax.sharding import NamedSharding, PartitionSpec
 
 Var = core.Var
 
@@ -158,3 +160,23 @@ def vary(x: jax.Array, axis_name: str) -> jax.Array:
         return jax.lax.pcast(x, axis_name, to="varying")
     except ValueError:  # it is each device's own already
         return x
+
+
+def gathered(x: Any) -> Any:
+    """An array whose type says how it is divided over a mesh (of explicit axes), whole on every device; others as they are."""
+    if not isinstance(x, jax.Array) or all(axis is None for axis in jax.typeof(x).sharding.spec):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*[None] * x.ndim)))
+
+
+def divided_as(x: jax.Array, like: Any) -> jax.Array:
+    """``x`` divided over explicit axes as the type of an array of its shape says."""
+    here, there = jax.typeof(x).sharding, like.sharding
+    if here.spec == there.spec:
+        return x
+    return gathered(x) if all(axis is None for axis in there.spec) else jax.sharding.reshard(x, there)
+
+
+def zeros(aval: Any) -> jax.Array:
+    """Zeros of a type, divided as it says."""
+    return divided_as(jnp.zeros(aval.shape, aval.dtype), aval)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from wmkp import checks, pathways
+from wmkp import checks, compat, pathways
 from wmkp.alignment import activity_gradient
 from wmkp.interpreter import Direct, Handler, anchored, run
 from wmkp.products import Product
@@ -32,8 +32,7 @@ def init_feedback(key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], pa
       normalisations, at a first layer, under ``backprop()``.
 
     Raises:
-      ValueError: no projection in ``fun``, patterns and paths that do not match, a ``scale`` beyond a parameter's dtype, or
-        params divided along explicit axes of a mesh.
+      ValueError: no projection in ``fun``, patterns and paths that do not match, or a ``scale`` beyond a parameter's dtype.
       WeightTransportError: B cannot follow a parameter; the message names its path and the primitive.
     """
     checks.key(key)
@@ -44,7 +43,6 @@ def init_feedback(key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], pa
 
 def initial_feedback(key: jax.Array, rules: dict[str, Rule], analysis: Analysis, params: Any) -> Any:
     """``init_feedback`` for a function that has been analysed."""
-    checks.undivided("params", params)
     projections = analysis.projections()
     leaves, tree = jax.tree.flatten(params)
     feedback: list[Any] = [None] * len(leaves)
@@ -62,7 +60,7 @@ def made(rule: Rule, key: jax.Array, projection: Projection, w: Any) -> Any:
     """The B that a rule starts from; an error that names the rule if it is none."""
     assert rule.init is not None
     try:
-        b = rule.init(key, projection, w)
+        b = rule.init(key, projection, compat.gathered(w))
     except TypeError as error:
         raise TypeError(
             f"rule.init of {rule.name} raised {checks.first_line(error)}; it must be a function (key, projection, W) -> B"
@@ -73,7 +71,7 @@ def made(rule: Rule, key: jax.Array, projection: Projection, w: Any) -> Any:
             f"rule.init of {rule.name} made {checks.shapes(b)} for params[{projection.path!r}], which is "
             f"{checks.shape(w)}; B must have W's shape and dtype (or be a pytree of arrays, see wmkp.Rule)"
         )
-    return b
+    return compat.divided_as(b, jax.typeof(w)) if is_array(b) else b
 
 
 def feedback_leaves(params: Any, feedback: Any) -> list[Any]:
@@ -156,7 +154,7 @@ def carried(rule: Rule, projection: Projection | None, path: str, w: Any, b: Any
             f"feedback[{path!r}] is {checks.shape(b)}, which is not a B of {rule.name} (what carries the error back "
             f"would be {why}); make feedback with init_feedback(key, rule, fun, params, ...) for this rule."
         )
-    return carrier
+    return carrier if rule.direct else compat.divided_as(carrier, jax.typeof(w))
 
 
 def _delta_tap(product: Product, x: Any, y: Any, tap: Any) -> Any:
@@ -201,7 +199,7 @@ def evaluate(
 
     data = [leaf for leaf in jax.tree.leaves(args) if is_array(leaf)]
     inputs = [*zip(leaves, carriers, strict=True), *((x, x) for x in data)]
-    channel = None if last is None else jnp.zeros(last.output_aval.shape, last.output_aval.dtype)
+    channel = None if last is None else compat.zeros(last.output_aval)
     anchor = anchored((inputs, analysis.plan.consts))
     outs = run(analysis.plan, inputs, Handler(on_product, taps, channel, anchor))
     return jax.tree.unflatten(analysis.out_tree, [value for value, _ in outs])
@@ -360,7 +358,8 @@ def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = F
         for i in same:
             backward = rules[analysis.paths[i]].backward
             if backward is not None:
-                (signal[i],) = jax.vjp(functools.partial(backward, leaves[i]), entries[i])[1](grads[i])
+                carrier, pull_back = jax.vjp(functools.partial(backward, leaves[i]), entries[i])
+                (signal[i],) = pull_back(compat.divided_as(grads[i], jax.typeof(carrier)))
         return value, (jax.tree.unflatten(tree, grads), jax.tree.unflatten(tree, signal))
 
     return value_and_gradients

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wmkp import checks
+from wmkp import checks, compat
 from wmkp.alignment import local_gradient
 from wmkp.grad import feedback_leaves
 from wmkp.interpreter import collect
@@ -429,7 +429,7 @@ def signals(
 
     def weights(leaves: list[Any]) -> tuple[list[Any], list[Any]]:
         found = collect(analysis.plan, leaves, products)
-        return [found[p][0] for p in products], [found[p][1] for p in products]
+        return [compat.gathered(found[p][0]) for p in products], [compat.gathered(found[p][1]) for p in products]
 
     ws, pull_back, biases = jax.vjp(weights, leaves, has_aux=True)
     losses = [wanted[p].alignment is not None for p in products]
@@ -491,15 +491,14 @@ def mirror_signals(
       ``init_feedback`` has None, and zeros for a B whose own rule has no mirror mode.
 
     Raises:
-      ValueError: no rule has a mirror mode; one whose signal depends on B was given no ``feedback``; a bias is kept
-        beside a gain; or params are divided along explicit axes of a mesh.
+      ValueError: no rule has a mirror mode; one whose signal depends on B was given no ``feedback``; or a bias is kept
+        beside a gain.
       WeightTransportError: a projection that noise alone cannot reach; the message names its path and why.
     """
     checks.key(key)
     check_rule(rule)
     analysis = analyse(fun, params, *args)
     checks.alive("params", params)
-    checks.undivided("params", params)
     rules = resolve(rule, analysis)
     if not any(r.mirror for r in rules.values()):
         raise ValueError("no rule here has a mirror mode; weight_mirror() has")

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from wmkp import compat
 from wmkp.products import Product
 from wmkp.projections import WeightTransportError, direct_sizes
 
@@ -32,13 +33,13 @@ def through_feedback(
 
     def forward(x: jax.Array, w: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[Any, ...]]:
         u = product.multiply(x, w)
-        return u, (x, b) if local is None else (x, b, local(x, u, w, b))
+        return u, (x, b) if local is None else (x, b, local(*map(compat.gathered, (x, u, w, b))))
 
     def backward(kept: tuple[Any, ...], delta: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         x, b = kept[:2]
         (dx,) = jax.linear_transpose(lambda x: product.multiply(x, b), x)(delta)
         dw = product.weight_gradient(x, delta)
-        return dx, dw, dw if local is None else kept[2]
+        return dx, dw, dw if local is None else compat.divided_as(kept[2], jax.typeof(b))
 
     multiply.defvjp(forward, backward)
     return multiply(x, w, b)
@@ -63,9 +64,14 @@ def directly(
 
     def backward(kept: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         (x, b), (delta, error) = kept, cotangents
-        e = error.reshape(-1, errors).astype(b.dtype)
-        dx = (e @ b.T).reshape(x.shape).astype(x.dtype)
-        return dx, product.weight_gradient(x, delta), x.reshape(-1, inputs).astype(b.dtype).T @ e, error
+        e = compat.gathered(error).reshape(-1, errors).astype(b.dtype)
+        dx = compat.divided_as((e @ b.T).reshape(x.shape).astype(x.dtype), jax.typeof(x))
+        return (
+            dx,
+            product.weight_gradient(x, delta),
+            compat.gathered(x).reshape(-1, inputs).astype(b.dtype).T @ e,
+            error,
+        )
 
     multiply.defvjp(forward, backward)
     return multiply(x, w, b, channel)

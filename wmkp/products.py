@@ -129,6 +129,7 @@ class Product:
 
     def input_matrices(self, x: jax.Array) -> jax.Array:
         """The product's input as (K, samples, fan_in), K its groups, each sample in the order of ``to_matrices``."""
+        x = compat.gathered(x)  # what is divided over explicit axes cannot be laid out anew
         groups, _, _, split = self.axes()
         fan_in = self.fans()[0]
         if self.primitive == "dot_general":

@@ -99,7 +99,8 @@ def make_steps(
 
     Over many devices either give ``mesh``, and the steps are whole programs that JAX divides: put batches with
     ``batch_sharding(mesh)``, and losses and weights are those of one device, to the rounding of sums in another order.
-    Or give ``axis_name``, and call the steps inside a ``jax.pmap`` or ``jax.shard_map`` of your own.
+    Or give ``axis_name``, and call the steps inside a ``jax.pmap`` or ``jax.shard_map`` of your own. Or neither, with params
+    and batches on a mesh of explicit axes, under ``jax.set_mesh``: B and the optimizers' state are divided as W is.
 
     Args:
       loss_fn: ``(params, model_state, batch, key) -> (loss, (model_state, metrics))``; ``metrics`` a dict of scalars.
@@ -375,7 +376,8 @@ def _check_mesh(mesh: Any) -> None:
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
         raise ValueError(
             f"mesh has axes of other types than Auto ({checks.shown(mesh)}), and the steps are whole programs that JAX divides: "
-            "give jax.sharding.Mesh(jax.devices(), ('d',)), or jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,))"
+            "give jax.sharding.Mesh(jax.devices(), ('d',)), or jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,)); or "
+            "leave mesh out, and put params and batches on the explicit mesh, under jax.set_mesh"
         )
 
 

@@ -1,0 +1,142 @@
+"""On a mesh of explicit axes, where an array's type says how it is divided: what one device does, B divided as W is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec, reshard
+
+import wmkp
+
+KEY = jax.random.key(0)
+RULES = {
+    "bp": wmkp.backprop(),
+    "fa": wmkp.feedback_alignment(),
+    "ss": wmkp.sign_symmetry(),
+    "brsf": wmkp.sign_symmetry("batch"),
+    "kp": wmkp.kolen_pollack(),
+    "kpm": wmkp.kolen_pollack(start="mirror"),
+    "kpt": wmkp.kolen_pollack_transported(),
+    "wm": wmkp.weight_mirror(num_samples=40),
+    "wm bias": wmkp.weight_mirror("orthogonal+antithetic", num_samples=64, activation=jax.nn.relu, bias="kept"),
+    "am": wmkp.activity_mirror(),
+    "pfa": wmkp.product_feedback_alignment(),
+    "dfa": wmkp.direct_feedback_alignment(),
+    "dkp": wmkp.direct_kolen_pollack(),
+    "ia": wmkp.information_alignment(),
+    "sa": wmkp.symmetric_alignment(),
+    "aa": wmkp.activation_alignment(),
+}
+OPTIMIZER = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.1, momentum=0.9))
+# The first layer's outputs are divided among the axis m, the second's inputs so that its product sums over m, the
+# third's rows among d and the kernel's outputs among m, both gathered when they are used.
+WHERE = {"conv": (None, None, None, "m"), "first": (None, "m"), "second": ("m", None), "bias": (None,), "third": ("d",)}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((2, 2), ("d", "m"), devices=jax.devices()[:4])
+
+
+def whole(key=KEY):
+    """Params as one device has them, and a batch."""
+    shapes = {"conv": (3, 3, 2, 4), "first": (64, 16), "second": (16, 12), "bias": (12,), "third": (12, 4)}
+    keys = jax.random.split(key, len(shapes) + 1)
+    params = {
+        name: jax.random.normal(k, shape) / max(1, np.prod(shape[:-1])) ** 0.5
+        for k, (name, shape) in zip(keys, shapes.items(), strict=False)
+    }
+    return params, jax.random.normal(keys[-1], (8, 4, 4, 2))
+
+
+def divided(mesh, params, x):
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    return {name: put(w, *WHERE[name]) for name, w in params.items()}, put(x, "d")
+
+
+def loss(params, model_state, x, key):
+    """The same on one device, where nothing is divided, and on the mesh."""
+    on_mesh = jax.typeof(x).sharding.spec[0] is not None
+    to = lambda x, *spec: reshard(x, PartitionSpec(*spec)) if on_mesh else x
+    out = {"out_sharding": PartitionSpec("d", None)} if on_mesh else {}
+    kernel = to(params["conv"], None, None, None, None)
+    x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    x = jax.nn.relu(x).reshape(8, 64)
+    x = jnp.tanh(x @ params["first"])
+    x = jax.nn.relu(jnp.einsum("bi,io->bo", x, params["second"], **out) + params["bias"])
+    y = x @ to(params["third"], None, None)
+    return jnp.mean((y - 1) ** 2), (model_state, {})
+
+
+def train(rule, params, x):
+    """Two engaged steps, a mirror step after each -> losses, W, B, and what is watched."""
+    steps = wmkp.make_steps(loss, rule, OPTIMIZER, params, x, clip_norm=1.0)
+    state = steps.init(jax.random.key(1), params)
+    losses = []
+    for _ in range(2):
+        state, metrics = steps.engaged_step(state, x)
+        losses.append(metrics["loss"])
+        if rule.mirror is not None:
+            state, _ = steps.mirror_step(state)
+    watched = {
+        "matrix": wmkp.matrix_angles(state.params, state.feedback),
+        "delta": wmkp.delta_angles(loss, rule, state.params, state.feedback, None, x, KEY, has_aux=True),
+        "inputs": wmkp.input_covariances(lambda p, x: loss(p, None, x, KEY)[0], state.params, x),
+    }
+    return losses, state, watched
+
+
+def close(ours, theirs, **how):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), **how)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_divided_net_learns_as_one_device_does(name, mesh, quick_compile):
+    params, x = whole()
+    losses, one, watched = train(RULES[name], params, x)
+    with jax.set_mesh(mesh):
+        params, x = divided(mesh, params, x)
+        many_losses, many, many_watched = train(RULES[name], params, x)
+    close(many_losses, losses, rtol=1e-5)
+    close((many.params, many.feedback), (one.params, one.feedback), rtol=1e-4, atol=1e-5)
+    close(many_watched, watched, rtol=1e-3, atol=0.05)
+    for path, w in many.params.items():
+        b = many.feedback[path]
+        assert jax.typeof(w) == jax.typeof(params[path])
+        if isinstance(b, jax.Array) and not RULES[name].direct:
+            assert jax.typeof(b) == jax.typeof(w), "B is divided as W is"
+
+
+@pytest.mark.parametrize("name", ["kp", "wm", "ss", "pfa"])
+def test_with_b_equal_w_the_gradient_is_backprops(name, mesh):
+    """Also where B is made under jit, and where the rule makes what carries the error from B."""
+    loss_of = lambda p, x: loss(p, None, x, KEY)[0]
+    with jax.set_mesh(mesh):
+        params, x = divided(mesh, *whole())
+        rule = RULES[name]
+        feedback = jax.jit(lambda p, x: wmkp.init_feedback(KEY, rule, loss_of, p, x))(params, x)
+        expected = jax.jit(jax.grad(loss_of))(params, x)
+        _, (grads, _) = jax.jit(wmkp.value_and_grad(loss_of, rule))(params, feedback, x)
+        apart = max(float(jnp.abs(grads[path] - expected[path]).max()) for path in params)
+        assert apart > 1e-3, "B is not W"
+        if name in ("kp", "wm"):
+            same = {path: None if b is None else params[path] for path, b in feedback.items()}
+            _, (grads, signal) = jax.jit(wmkp.value_and_grad(loss_of, rule))(params, same, x)
+            close(grads, expected, rtol=1e-5, atol=1e-7)
+            for path, b in same.items():
+                assert jax.typeof(grads[path]) == jax.typeof(params[path])
+                assert b is None or jax.typeof(signal[path]) == jax.typeof(b)
+
+
+def test_mirror_signals_are_those_of_one_device(mesh):
+    params, x = whole()
+    loss_of = lambda p, x: loss(p, None, x, KEY)[0]
+    one = wmkp.mirror_signals(KEY, RULES["wm"], loss_of, params, x)
+    with jax.set_mesh(mesh):
+        params, x = divided(mesh, params, x)
+        many = wmkp.mirror_signals(KEY, RULES["wm"], loss_of, params, x)
+        close(many, one, rtol=1e-4, atol=1e-6)
+        for path, signal in many.items():
+            assert signal is None or jax.typeof(signal) == jax.typeof(params[path])
