@@ -14,7 +14,7 @@ from pathlib import Path
 import benchmarks
 
 # How many seconds each group may begin new parts for; a fifth more, and it is killed.
-GROUPS = {"engaged": 900, "mirror_cost": 1300, "peers": 260, "scaling": 90, "accuracy": 60, "gpu": 600}
+GROUPS = {"engaged": 900, "mirror_cost": 1300, "peers": 260, "scaling": 90, "devices": 60, "accuracy": 60, "gpu": 600}
 
 
 def main() -> int:

@@ -25,6 +25,7 @@ def pages(comparison: Path | None = None, every_rule: Path | None = None) -> Non
     fill("README.md", "resnet20", resnet20())
     fill("README.md", "training", training())
     fill("README.md", "scaling", scaling())
+    fill("README.md", "peers", peers())
     if comparison is not None:
         fill("README.md", "table", (comparison / "comparison.md").read_text())
         shutil.copy(comparison / "comparison.png", ROOT / "docs" / "comparison.png")
@@ -33,13 +34,22 @@ def pages(comparison: Path | None = None, every_rule: Path | None = None) -> Non
 
 
 def cost() -> str:
-    """Each rule's engaged step over backprop's, a column for each model of ``results/engaged.json``."""
+    """Each rule's engaged step over backprop's, a column for each model of ``results/engaged.json``, and its memory."""
     rows = {row.name: row for row in benchmarks.read(benchmarks.RESULTS / "engaged.json")}
-    of = lambda name, rule: rows[f"{name}: {rule} over BP, time"]
-    heads = [f"{name}, {of(name, 'KP').note.split(';')[0]}" for name in engaged.SIZES]
-    ratios = [[rule, *(f"{of(name, rule).value:.2f}" for name in engaged.SIZES)] for rule in ("KP", "FA, WM")]
-    lines = [["", *heads], ["---"] * (1 + len(heads)), *ratios]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("|  |", "| |")
+    of = lambda name, row: rows.get(f"{name}: {row}", benchmarks.Row(""))
+    heads = [f"{name}, {of(name, 'KP over BP, time').note.split(';')[0]}" for name in engaged.SIZES]
+    lines = [["", *heads], ["---"] * (1 + len(heads))]
+    for rule, under in (("KP", "BP"), ("FA, WM", "BP"), ("KP", "BP by patches"), ("FA, WM", "BP by patches")):
+        values = [of(name, f"{rule} over {under}, time").value for name in engaged.SIZES]
+        lines.append([f"{rule} over {under}", *("" if x is None else f"{x:.2f}" for x in values)])
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("|  |", "| |").replace("|  |", "| |")
+    memory = {name: row.value for name, row in rows.items() if "peak bytes" in name and row.value}
+    most, worst = max((x, name.split(", peak")[0]) for name, x in memory.items())
+    return (
+        f"{table}\nBelow 1 is where wmkp takes a convolution's weight gradient by patches on CPUs, which XLA's own backward pass does "
+        "not; BP by patches is backprop with the same gradients (an engaged step with W in place of B). Peak memory is backprop's with "
+        f"B and its optimizer's state, and up to {100 * (most - 1):.1f} % more ({worst}).\n"
+    )
 
 
 def mirror() -> str:
@@ -50,11 +60,22 @@ def mirror() -> str:
         cost = rows[f"{name} at 224, batch 256: mirror over engaged, operations"]
         angle = next(r for key, r in rows.items() if re.match(f"{name}: .*: worst angle at an engaged step", key))
         steps = "each engaged step" if cost.detail["every"] == 1 else f"every {cost.detail['every']} engaged steps"
+        before = angle.note.rsplit("before mirroring ", 1)[1]
         held.append(
-            f"after {steps} {name}'s angles were at most {angle.value:.1f} degrees ({angle.note.split(',')[0]} images of 64x64), which "
-            f"at 224 and batch 256 adds {100 * (cost.value or 0):.1f} % to the operations"
+            f"{name} with a mirror step after {steps}: {angle.value:.1f} degrees at most where an error meets B, {before} just before "
+            f"the next mirror step, and at 224 and batch 256 {100 * (cost.value or 0):.1f} % more operations"
         )
-    return f"With a mirror step {', and '.join(held)} ([mirror_cost](benchmarks/results/mirror_cost.json)).\n"
+    return (
+        f"What mirroring costs, and the angles that it holds, in the first {angle.note.split(',')[0]} images of 64x64 (the learning "
+        f"rate rising, orthogonal noise at rate 1): {'; '.join(held)} ([mirror_cost](benchmarks/results/mirror_cost.json)).\n"
+    )
+
+
+def peers() -> str:
+    """How fast peers are beside wmkp, by ``results/peers.json``."""
+    rows = [row for row in benchmarks.read(benchmarks.RESULTS / "peers.json") if row.value is not None]
+    lines = [["time", "ratio"], ["---", "---:"], *([row.name, f"{row.value:.2f}"] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def resnet20() -> str:

@@ -1,12 +1,4 @@
-"""How a Kolen-Pollack step grows beside backprop's: with batch, depth, width and devices; and how tracing grows.
-
-Devices are virtual ones of the CPU: they share its cores, so that they tell what dividing the work costs, not what it gains.
-"""
-
-import os
-
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+"""How a Kolen-Pollack step grows beside backprop's: with batch, depth and width; and how tracing grows."""
 
 import math
 import statistics
@@ -17,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import benchmarks
@@ -27,15 +18,13 @@ from wmkp.training import batch_sharding
 
 BASE = {"batch": 128, "depth": 4, "width": 512}
 VARIED = {"batch": (16, 64, 256, 1024), "depth": (2, 8, 32), "width": (64, 256, 1024)}
-DEVICES = (1, 2, 4, 8)
 LAYERS = (125, 250, 500, 1000)
 
 
 def parts(settings: Settings) -> dict[str, Part]:
-    """Batch, depth and width; devices; tracing."""
+    """Batch, depth and width; tracing."""
     return {
         **{name: partial(grows, name, values, settings) for name, values in VARIED.items()},
-        "devices": partial(divided, settings),
         "tracing": partial(traced, settings),
     }
 
@@ -79,17 +68,6 @@ def grows(name: str, values: tuple[int, ...], settings: Settings) -> Iterator[Ro
         rest = ", ".join(f"{k} {v}" for k, v in sizes.items() if k != name)
         yield benchmarks.ratio(
             f"KP over BP, dense layers, {name} {value}", taken, "KP", "BP", f"{more:+.0f} us; {rest}"
-        )
-
-
-def divided(settings: Settings) -> Iterator[Row]:
-    """KP over BP, both over 1, 2, 4 and 8 virtual devices."""
-    for count in DEVICES[:2] if settings.quick else DEVICES:
-        mesh = Mesh(np.array(jax.devices()[:count]), ("data",))
-        taken = benchmarks.in_turns(both(chain(**BASE), mesh), 0 if settings.quick else 3)
-        step = 1e3 * statistics.median(taken["KP"])
-        yield benchmarks.ratio(
-            f"KP over BP, dense layers, {count} devices", taken, "KP", "BP", f"a KP step: {step:.1f} ms"
         )
 
 

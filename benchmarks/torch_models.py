@@ -102,9 +102,17 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def training_step(
-    model: nn.Module, x: Any, labels: Any, adamw: bool = False, channels_last: bool = False
+    model: nn.Module,
+    x: Any,
+    labels: Any,
+    adamw: bool = False,
+    channels_last: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Callable[[], torch.Tensor]:
-    """A call that takes one step on a batch (NHWC images, labels) that stays where the model is; as ``models.Case``."""
+    """A call that takes one step on a batch (NHWC images, labels) that stays where the model is; as ``models.Case``.
+
+    ``dtype`` is that of the forward pass's products (``torch.autocast``), float32 without it.
+    """
     device = next(model.parameters()).device
     images = torch.tensor(x).permute(0, 3, 1, 2).contiguous().to(device)
     if channels_last:
@@ -113,16 +121,18 @@ def training_step(
             images.contiguous(memory_format=torch.channels_last),
         )
     targets = torch.tensor(labels, dtype=torch.int64, device=device)
+    fused = True if device.type == "cuda" else None  # None: as PyTorch chooses
     optimizer: Any = (
-        torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
+        torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05, fused=fused)
         if adamw
-        else torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+        else torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, fused=fused)
     )
     model.train()
 
     def step() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(model(images), targets)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            loss = F.cross_entropy(model(images), targets)
         loss.backward()
         optimizer.step()
         return loss

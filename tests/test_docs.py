@@ -75,7 +75,7 @@ def test_code_runs(page):
 def test_the_readmes_figures_are_those_of_the_results():
     """``python -m benchmarks.pages`` wrote them."""
     text = (ROOT / "README.md").read_text()
-    for name in ("cost", "mirror", "resnet20", "training", "scaling"):
+    for name in ("cost", "mirror", "resnet20", "training", "scaling", "peers"):
         content = getattr(pages, name)()
         assert f"<!-- {name} -->\n{content}<!-- end of {name} -->" in text
 

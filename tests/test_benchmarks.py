@@ -1,0 +1,69 @@
+"""The benchmarks' scripts, those that only a GPU can run in earnest among them: what they call, and what they need."""
+
+import subprocess
+import sys
+
+import pytest
+
+import benchmarks
+import wmkp
+from benchmarks import Settings, gpu, models, scaling
+
+GROUPS = ("engaged", "mirror_cost", "peers", "scaling", "devices", "accuracy", "gpu")
+
+
+class Compiled:
+    """A step that notes when it is taken."""
+
+    def __init__(self, log, name):
+        self.log, self.name = log, name
+
+    def lower(self, *args):
+        return self
+
+    compile = lower
+
+    def __call__(self, state, *batch):
+        self.log.append(self.name)
+        return state, {}
+
+
+@pytest.mark.parametrize(("every", "taken"), [(1, "emememem"), (2, "eemeem"), (4, "eeeem")])
+def test_a_weight_mirror_mirrors_after_as_many_steps_as_its_row_says(every, taken, monkeypatch):
+    logs = []
+
+    def make_steps(loss_fn, rule, *args, **named):
+        logs.append([])
+        steps = Compiled(logs[-1], "e"), Compiled(logs[-1], "m")
+        return wmkp.Steps(lambda *args: 0, *steps)
+
+    monkeypatch.setattr(wmkp, "make_steps", make_steps)
+    calls, operations = gpu.calls_of(scaling.chain(2, 2, 8), 4, every)
+    assert operations > 2 * 6 * 2 * 8 * 8 * 0.5
+    for call in calls.values():
+        call()
+    assert list(calls)[1:] == ["KP", "WM"] and ["".join(log) for log in logs] == ["eeee", taken]
+
+
+@pytest.mark.parametrize("part", [gpu.resnet50, gpu.resnet20])
+def test_the_gpus_rows_are_all_there_at_a_small_size(part, monkeypatch, quick_compile):
+    """The same rows as where there is no GPU, which are not run; PyTorch's say why not, where it cannot be had."""
+    monkeypatch.setattr(models, "make", lambda name, batch_size, *args, **named: scaling.chain(batch_size, 2, 8))
+    monkeypatch.setattr(benchmarks, "installed", lambda name: True)
+    monkeypatch.setattr(gpu, "torch_call", lambda *args: 1 / 0)
+    here, without = (list(part(Settings(quick=quick))) for quick in (True, False))
+    assert sorted(row.name for row in here) == sorted(row.name for row in without)
+    for row in here:
+        if "PyTorch" in row.name:
+            assert row.verdict == "not run" and row.note == "PyTorch: ZeroDivisionError: division by zero"
+        else:
+            assert row.value > 0
+    assert {(row.verdict, row.note) for row in without} == {("not run", "no GPU here")}
+
+
+def test_speed_is_measured_without_what_data_and_commands_need(child_environment):
+    """Where Grain, TFDS, tyro and Pillow are not installed, groups of rows can be imported, all of them."""
+    code = "import sys; sys.modules.update(dict.fromkeys(('grain', 'tensorflow_datasets', 'tyro', 'PIL')))"
+    code += "".join(f"; import benchmarks.{group}" for group in GROUPS)
+    done = subprocess.run([sys.executable, "-c", code], env=child_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
