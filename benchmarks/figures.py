@@ -7,6 +7,7 @@ A battery's runs join those of the same settings that were taken in before, what
 
 import csv
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -28,16 +29,17 @@ TEXTS = {
         "784-500-10, the settings of the NumPy code that was published with Akrout et al. (2019), every quirk kept: the data in the order "
         "in which MNIST was published, never shuffled (TFDS keeps an order of its own, which is undone); ten independent sigmoids at the output; a bias learns 128 times more slowly; WM's noise uniform in "
         "[-0.05, 0.05], its response a sigmoid with the bias kept, and its B growing without decay. Ours is float32, the published "
-        "float64. A published delta angle is that of one training example, which one was not said; the first's has their very "
-        "shape, WM's dip and rise included, and so ours is the first's. Beside it, over the first 128, each by itself: the mean and the "
+        "float64. A published delta angle is that of one training example, the first, as that code takes it; "
+        "so is ours. Beside it, over the first 128, each by itself: the mean and the "
         "standard deviation (the band in the picture).",
     ),
     "akrout-cifar10": (
         "The curves published with the paper's code: CIFAR-10",
         "3072-1000-10, as above. TFDS's own CIFAR-10 is put back into the order in which it was published, as MNIST is; our copy has been through "
-        "JPEG (quality 75, colour at half size, as its files say) and has an order of its own. Ours is not the "
-        "published run to the point: the last columns have the mean differences over each quarter of the epochs, ours between two "
-        "evaluations on the line between them. Late in the run training loss "
+        "JPEG (quality 75, colour at half size, as its files say) and has an order of its own, so that its first example, of which a delta angle is, is another than the published one's: where "
+        "that lies among 128 of ours says more. Ours is not the "
+        "published run to the point: the last columns have the differences over each quarter of the epochs, the mean over every tenth epoch "
+        "and its standard error. Late in the run training loss "
         "and accuracy jump under BP, WM and KP, ours and the published at epochs of their own (picture): there a single epoch says little. FA's "
         "accuracy jumps from epoch to epoch, the published too. The order of the data moves the first epochs' accuracies (next section).",
     ),
@@ -45,8 +47,8 @@ TEXTS = {
         "What the order of the data does to the first epochs",
         "BP again, in the dataset's own order and in others drawn at random, each kept from epoch to epoch as the published code kept its "
         "own. Every epoch of a curve ends on the same batches, which puts its test accuracies off in the same direction; the training loss, "
-        "a mean over the epoch, hardly shows it. MNIST's own order is the one in which it was published; CIFAR-10's is that of our copy, from "
-        "which the published one cannot be had.",
+        "a mean over the epoch, hardly shows it. MNIST's own order is the one in which it was published; CIFAR-10's is that of our copy, whose "
+        "ids number each class's images in the published order but do not say how the classes take turns.",
     ),
     "akrout-jpeg": (
         "What JPEG does to the accuracy",
@@ -57,18 +59,21 @@ TEXTS = {
     ),
     "akrout-mended": (
         "What each quirk changes",
-        "The MNIST experiment with one thing mended at a time: each epoch shuffled; weight decay of W and B, on which Kolen-Pollack's "
-        "convergence rests (eq. 14); a B that decays so as to settle at W^T instead of growing; Gaussian noise with a linear response; an "
-        "exact mirror (orthogonal noise), for WM after each step and for KP (kpm) once, before training. With B = W^T, WM is BP at WM's "
+        "The MNIST experiment with one thing mended: each epoch shuffled; weight decay of W and B, on which Kolen-Pollack's "
+        "convergence rests (eq. 14); a B that decays so as to settle at W^T instead of growing; the library's own mirror (Gaussian "
+        "noise, a linear response, the bias blocked, a leaky average that settles at W^T), from the published 128 samples and from the 2,383 "
+        "that it takes by default, for 6 degrees; an exact mirror (orthogonal noise), for WM after each step and for KP (kpm) once, before training. With B = W^T, WM is BP at WM's "
         "learning rate, a quarter of BP's here; the published WM learns faster than that because its B grows (wm-decay, whose "
         "B does not, is as slow).",
     ),
     "akrout-resnet20": (
         "Algorithm comparison and learning the transpose: ResNet-20, CIFAR-10",
         "The paper's two figures, which have ImageNet, at a small size: test error, and every layer's matrix and delta angles, against the "
-        "epoch. SGD, learning rate 0.1, falling as a cosine, momentum 0.9, weight decay 5e-4; WM mirrors after every step, and is set to leave "
+        "epoch. SGD, learning rate 0.1, falling as a cosine, momentum 0.9, weight decay 5e-4, images padded, cropped and flipped, "
+        "BatchNorm before the ReLU (in most of the paper's runs it is after); WM mirrors after every step, and is set to leave "
         "5 degrees. The dataset's images are of 32x32; these runs had them at 16x16. One run of each: KPM is backprop to "
-        "rounding, and how far it ends from BP is how far rounding alone takes two runs apart.",
+        "rounding, and how far it ends from BP is how far rounding alone takes two runs apart. One run "
+        "cannot say how far SS is behind.",
     ),
     "akrout-tiny": (
         "Algorithm comparison and learning the transpose: ResNet-18, Tiny ImageNet-100",
@@ -87,7 +92,7 @@ TEXTS = {
         "BioTorch's table: LeNet on MNIST",
         "LeNet under the rules that BioTorch publishes, and under KP and WM, which it lacks. SS is its uSF. Its batch of 64, epochs, momentum, decay "
         "and steps of the rate; the rate itself, 0.01, is ours, and so is that gradients are clipped at a norm of 1, without which FA and DFA run "
-        "away. All 60,000 training images are trained on. Ours are below its errors under every rule, BP included: the recipes differ, then, "
+        "away. All 60,000 training images are trained on. Ours, of the last epoch, are below its errors, of the best epoch on the same test images, under every rule, BP included: the recipes differ, then, "
         "and a rule is to be held against the BP of its own. One run of each.",
     ),
 }
@@ -159,7 +164,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """A figure's summary."""
     with path.open() as file:
         return [
-            {name: x if name in ("run", "what") else float(x or "nan") for name, x in row.items()}
+            {name: x if name in ("run", "what", "dataset") else float(x or "nan") for name, x in row.items()}
             for row in csv.DictReader(file)
         ]
 
@@ -181,10 +186,11 @@ def section(figure: str) -> str:
     ]
     text = f"{text} {reproduce.verdict(figure, summary, kept)}".strip()
     if all("accuracy_quarter_4" in line for line in summary):
-        for name, form in (("accuracy", "{:+.2f}"), ("train_loss", "{:+.3f}")):
-            table[0].append(f"{name.replace('_', ' ')}, mean difference, by quarters")
+        for name, digits in (("accuracy", 2), ("train_loss", 3)):
+            table[0].append(f"{name.replace('_', ' ')}, difference by quarters")
             for row, line in zip(table[1:], summary, strict=True):
-                row.append(reproduce.numbers(line, *(f"{name}_quarter_{i}" for i in (1, 2, 3, 4)), form=form))
+                found = [(line[key := f"{name}_quarter_{i}"], line[f"{key}_error"]) for i in (1, 2, 3, 4)]
+                row.append(reproduce.quartered([x for x in found if not math.isnan(x[0])], digits))
     table.insert(1, ["---", "---", *["---:"] * (len(table[0]) - 2)])
     parts = [
         f"## {title}",

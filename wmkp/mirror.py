@@ -406,7 +406,7 @@ def targets(rules: dict[str, Rule], analysis: Analysis) -> dict[Product, Mirror]
                 raise ValueError(
                     f"{asked} takes {samples * fan_in:.2g} numbers of noise at params[{path!r}] ({samples:,} samples of "
                     f"{fan_in}), where 2^32 is the most; ask for a larger target_angle or fewer num_samples, or for "
-                    'noise="orthogonal", exact from fan_in samples ("orthogonal+antithetic", from 2 fan_in, with an '
+                    'noise="orthogonal", exact at fan_in samples ("orthogonal+antithetic", at 2 fan_in, with an '
                     "activation)"
                 )
     return wanted

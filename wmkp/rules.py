@@ -480,11 +480,11 @@ def weight_mirror(
 
     Engaged mode sends the error back through B (eq. 3) and leaves B as it is. Mirror mode feeds each projection noise
     x, takes its response y = phi(W x + b) and moves B along x y^T (eq. 7), whose mean is sigma^2 E[phi'] W^T: exactly
-    so, by Stein's lemma, for Gaussian noise, no bias and any phi. Nothing is transported; B's synapse sees its two
+    so, by Stein's lemma, for Gaussian noise, no bias and any continuous phi. Nothing is transported; B's synapse sees its two
     sides only.
 
-    Orthogonal noise gives a linear response's W^T exactly from fan_in samples; in pairs x, -x it gives ReLU's exactly
-    too (relu(z) - relu(-z) = z), from 2 fan_in. A brain could do the pairs (a pattern and its opposite in turn, against
+    Orthogonal noise gives a linear response's W^T exactly at fan_in samples and its multiples; in pairs x, -x it gives ReLU's exactly
+    too (relu(z) - relu(-z) = z), at 2 fan_in. A brain could do the pairs (a pattern and its opposite in turn, against
     a resting rate) and could wake its neurons one after another, which is the simplest orthogonal noise; it could
     hardly draw a dense orthogonal pattern over a whole population, which asks the neurons to agree on it beforehand.
 

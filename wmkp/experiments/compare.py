@@ -269,7 +269,8 @@ HEADINGS = Line(
 )
 NARROW = ("rule", "test_error", "matrix_angle", "delta_angle", "time")  # what 80 columns have room for
 CAPTION = (
-    "Test error: mean and std over the last epochs. Angles: degrees, over the layers, after the last. Time: over BP's. "
+    "Test error: mean and std over the last epochs of one run; another seed's may come in another order. Angles: degrees, over the "
+    "layers, after the last. Time: over BP's. "
     "Extra memory: of B and its optimizer state, over that of the weights and theirs."
 )
 

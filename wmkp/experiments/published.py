@@ -36,7 +36,8 @@ class Variant(NamedTuple):
       learning_rate: of W; a bias gets a 128th of it (its gradient is divided by the batch twice).
       title: what is mended.
       mirror: "published": uniform noise, sigmoid response, bias kept, B never decays; "decay": the same, B decays so as
-        to settle at W^T; "gaussian": ``wmkp.weight_mirror()`` as it is; "exact": orthogonal noise, B is the estimate.
+        to settle at W^T; "linear": ``wmkp.weight_mirror()`` from as many samples; "default": as it is; "exact":
+        orthogonal noise, B is the estimate.
       shuffled: whether each epoch has an order of its own, instead of the dataset's.
       weight_decay: lambda of W and B.
       jpeg: the quality at which all images are put through JPEG first, as ``through_jpeg`` does it, or None.
@@ -67,7 +68,8 @@ MENDED = {
     "wm": PUBLISHED["wm"],
     "wm-shuffled": PUBLISHED["wm"]._replace(title="shuffled", shuffled=True),
     "wm-decay": PUBLISHED["wm"]._replace(title="B decays, calibrated to settle at W^T", mirror="decay"),
-    "wm-gaussian": PUBLISHED["wm"]._replace(title="Gaussian noise, linear response, calibrated", mirror="gaussian"),
+    "wm-linear": PUBLISHED["wm"]._replace(title="weight_mirror(num_samples=128)", mirror="linear"),
+    "wm-default": PUBLISHED["wm"]._replace(title="weight_mirror(): 2,383 samples", mirror="default"),
     "wm-exact": PUBLISHED["wm"]._replace(title="orthogonal noise: exact", mirror="exact"),
 }
 JPEG = {
@@ -144,8 +146,8 @@ def through_jpeg(images: np.ndarray, quality: int) -> np.ndarray:
 def make_rule(variant: Variant, fan_in: int, fan_out: int) -> wmkp.Rule:
     """The rule, B's initial variance being 1 / (fan_in + fan_out) as W's."""
     scale = math.sqrt(fan_in / (fan_in + fan_out))
-    if variant.rule == "wm" and variant.mirror == "gaussian":
-        return wmkp.weight_mirror(scale=scale)
+    if variant.rule == "wm" and variant.mirror in ("linear", "default"):
+        return wmkp.weight_mirror(num_samples=BATCH if variant.mirror == "linear" else None, scale=scale)
     if variant.rule == "wm" and variant.mirror == "exact":
         return wmkp.weight_mirror("orthogonal", target_angle=1e-3, rate=1.0, scale=scale)
     rules: dict[str, Callable[[], wmkp.Rule]] = {

@@ -212,7 +212,11 @@ def _curves(config: Reproduce, out: Path) -> list[dict[str, Any]]:
     title = f"{name}, {epochs} epochs" + (": ours, and pale the published" if theirs else "")
     outputs.write_atomically({out / "curves.png": figures.published(curves, theirs, title)})
     return [
-        _compared(key, variants[key].title, curves[key], theirs.get(key)) | _pixels(variants[key], dataset)
+        {
+            **_compared(key, variants[key].title, curves[key], theirs.get(key)),
+            **_pixels(variants[key], dataset),
+            "dataset": name,
+        }
         for key in config.only
     ]
 
@@ -268,7 +272,7 @@ COMPARED = {
     "matrix_angle": "matrix_angle_W2_deg",
     "delta_angle": "delta_angle_hidden_deg",
 }
-QUARTERED = ("train_loss", "accuracy")  # their mean differences are also taken over each quarter of the epochs
+QUARTERED = ("train_loss", "accuracy")  # their differences are also taken over each quarter of the epochs
 
 
 def _compared(key: str, title: str, ours: list[dict[str, float]], theirs: dict[int, dict[str, float]] | None) -> Any:
@@ -282,26 +286,35 @@ def _compared(key: str, title: str, ours: list[dict[str, float]], theirs: dict[i
             line[f"{name}_published"] = theirs[int(last["epoch"])][column]
             far = [abs(row[column] - theirs[int(row["epoch"])][column]) for row in ours if int(row["epoch"]) in theirs]
             line[f"{name}_largest_difference"] = max(far, default=math.nan)
-            line[f"{name}_mean_difference"] = float(np.mean(_off(ours, list(theirs.values()), column)))
             if name in QUARTERED:
-                line |= {
-                    f"{name}_quarter_{i}": x for i, x in enumerate(_quarters(ours, list(theirs.values()), column), 1)
-                }
+                for i, (mean, error) in enumerate(_quarters(ours, list(theirs.values()), column), 1):
+                    line |= {f"{name}_quarter_{i}": mean, f"{name}_quarter_{i}_error": error}
     return line
 
 
-def _off(ours: figures.Curve, theirs: figures.Curve, column: str) -> np.ndarray:
-    """By how much a curve is off another at each of its epochs, on the line between two evaluations where there is none."""
-    epochs = range(int(ours[-1]["epoch"]) + 1)
-    ours_all, theirs_all = (
-        np.interp(epochs, [row["epoch"] for row in rows], [row[column] for row in rows]) for rows in (ours, theirs)
-    )
-    return ours_all - theirs_all
+def _quarters(ours: figures.Curve, theirs: figures.Curve, column: str) -> list[tuple[float, float]]:
+    """By how much a curve is off another where both were evaluated, over each quarter of the epochs: mean, standard error.
+
+    The first epochs, which are evaluated one by one, count like later ones, every ``EVERY``-th of them, if there are as many
+    in each quarter.
+    """
+    other = {row["epoch"]: row[column] for row in theirs}
+    epochs = int(ours[-1]["epoch"]) + 1
+    every = published.EVERY if epochs >= 4 * published.EVERY else 1
+    off = [(row["epoch"], row[column] - other[row["epoch"]]) for row in ours if row["epoch"] in other]
+    found = []
+    for span in np.array_split(np.arange(epochs), 4):
+        inside = [x for epoch, x in off if epoch in span and (epoch + 1) % every == 0]
+        if inside:
+            error = float(np.std(inside, ddof=1)) / math.sqrt(len(inside)) if len(inside) > 1 else math.nan
+            found.append((float(np.mean(inside)), error))
+    return found
 
 
-def _quarters(ours: figures.Curve, theirs: figures.Curve, column: str) -> list[float]:
-    """The mean of ``_off`` over each quarter of the epochs, fewer where there are fewer epochs."""
-    return [float(np.mean(x)) for x in np.array_split(_off(ours, theirs, column), 4) if x.size]
+def quartered(values: Sequence[tuple[float, float]], digits: int) -> str:
+    """Means and their standard errors as they are printed."""
+    one = lambda mean, error: f"{mean:+.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+    return ", ".join(one(mean, error) for mean, error in values) or "-"
 
 
 def _reference(directory: Path, dataset: str, rule: str, epochs: int) -> dict[int, dict[str, float]] | None:
@@ -461,7 +474,12 @@ def _held_against(line: dict[str, Any], name: str, form: str = "{:.2f}") -> str:
 
 
 def _in_sd(line: dict[str, Any]) -> dict[str, Any]:
-    """The line, and where the published delta angle lies from our mean, in standard deviations of single examples."""
+    """The line, and where the published delta angle lies from our mean, in standard deviations of single examples.
+
+    MNIST's is of the same example as ours, and its place among others says nothing of the run.
+    """
+    if line.get("dataset") == "mnist":
+        return line
     off = line.get("delta_angle_published", math.nan) - line.get("delta_angle_mean", math.nan)
     sd = line.get("delta_angle_sd", math.nan)
     return line if math.isnan(off) else {**line, "published_in_sd": off / sd if sd else math.nan}
@@ -480,7 +498,7 @@ def caption(summary: Sequence[dict[str, Any]]) -> str:
     examples = ""
     if not all(math.isnan(line.get("delta_angle_sd", math.nan)) for line in summary):
         examples = f" A delta angle is that of the first training example; then over {published.EXAMPLES} of them"
-        held = any("delta_angle_published" in line for line in summary)
+        held = any("published_in_sd" in _in_sd(line) for line in summary)
         examples += ", and how far from their mean the published one lies." if held else "."
     if "accuracy_published" in summary[0]:
         return (
@@ -555,12 +573,11 @@ def _by_jpeg(summary: Sequence[dict[str, Any]], directory: Path) -> str:
     said = [
         f"{what}: "
         + "; ".join(
-            f"{name} {', '.join(f'{x:+.{digits}f}' for x in _quarters(rows, plain, COMPARED[column]))}"
-            for name, rows in curves.items()
+            f"{name} {quartered(_quarters(rows, plain, COMPARED[column]), digits)}" for name, rows in curves.items()
         )
         for what, column, digits in (("test accuracy, in points", "accuracy", 2), ("train loss", "train_loss", 3))
     ]
-    return f"Beside bp's, the mean differences by quarters of the epochs: {'. '.join(said)}."
+    return f"Beside bp's, the differences by quarters of the epochs, mean ± standard error: {'. '.join(said)}."
 
 
 def _by_rule(points: Mapping[str, float]) -> str:
