@@ -1,7 +1,8 @@
 """Time to accuracy: 98% on MNIST on this CPU, and 90% and 94% on CIFAR-10 on one GPU, under Kolen-Pollack and weight mirrors.
 
 The seconds are those of training, mirror steps included, from data on the device to the end of the first epoch whose
-test accuracy is reached; compiling and testing are left out, and said apart.
+test accuracy is reached. Compiling and testing are left out, and said apart; so are the weights' start and the one mirror
+step that B starts from.
 """
 
 import statistics
