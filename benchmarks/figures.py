@@ -54,8 +54,9 @@ TEXTS = {
         "What JPEG does to the accuracy",
         "CIFAR-10's experiment under BP, on our copy's images as they are (they have been through JPEG of quality 75, as its files say) "
         "and put through JPEG once more: the same order, weights and everything else, so that what differs is the pixels' doing alone. On the "
-        "blocks of the first JPEG a second of the same quality would change next to nothing; the second's begin 4 pixels off, so that it does to "
-        "these images what the first did to the original ones.",
+        "blocks of the first JPEG a second of the same quality would change next to nothing; the second's begin 4 pixels off, so that it does "
+        "to brightness what the first did to that of the original images, to colour, which is at half size already, less: what the first "
+        "one did is rather more than this.",
     ),
     "akrout-mended": (
         "What each quirk changes",

@@ -445,32 +445,31 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "epoch": lambda line: f"{line['epoch']:.4g}",
     "train loss": lambda line: _held_against(line, "train_loss", "{:.3g}"),
     "accuracy %": lambda line: _held_against(line, "accuracy"),
-    "accuracy %, least, mean, most": lambda line: numbers(line, "accuracy_least", "accuracy_mean", "accuracy_most"),
-    "the dataset's order": lambda line: numbers(line, "accuracy_own"),
-    "published": lambda line: numbers(line, "accuracy_published") if "accuracy_least" in line else "",
-    "pixels moved, of 255": lambda line: numbers(line, "pixels_moved"),
+    "accuracy %, least, mean, most": lambda line: _numbers(line, "accuracy_least", "accuracy_mean", "accuracy_most"),
+    "the dataset's order": lambda line: _numbers(line, "accuracy_own"),
+    "published": lambda line: _numbers(line, "accuracy_published") if "accuracy_least" in line else "",
+    "pixels moved, of 255": lambda line: _numbers(line, "pixels_moved"),
     "matrix angle": lambda line: _held_against(line, "matrix_angle"),
     "delta angle": lambda line: _held_against(line, "delta_angle"),
-    f"delta angle of {published.EXAMPLES}: mean, sd": lambda line: numbers(line, "delta_angle_mean", "delta_angle_sd"),
-    "published, in sd from the mean": lambda line: numbers(_in_sd(line), "published_in_sd") or "-",
-    "error %": lambda line: numbers(line, "test_error", "test_error_published"),
-    "matrix angle, mean, worst": lambda line: numbers(line, "matrix_mean", "matrix_worst"),
-    "delta angle, mean, worst": lambda line: numbers(line, "delta_mean", "delta_worst"),
-    "examples/s": lambda line: numbers(line, "examples_per_second"),
-    "hours, 90 epochs": lambda line: numbers(line, "hours_for_90_epochs", form="{:,.0f}"),
-    "GB: state, step": lambda line: numbers(line, "state_GB", "step_GB"),
+    f"delta angle of {published.EXAMPLES}: mean, sd": lambda line: _numbers(line, "delta_angle_mean", "delta_angle_sd"),
+    "published, in sd from the mean": lambda line: _numbers(_in_sd(line), "published_in_sd") or "-",
+    "error %": lambda line: _numbers(line, "test_error", "test_error_published"),
+    "matrix angle, mean, worst": lambda line: _numbers(line, "matrix_mean", "matrix_worst"),
+    "delta angle, mean, worst": lambda line: _numbers(line, "delta_mean", "delta_worst"),
+    "examples/s": lambda line: _numbers(line, "examples_per_second"),
+    "hours, 90 epochs": lambda line: _numbers(line, "hours_for_90_epochs", form="{:,.0f}"),
+    "GB: state, step": lambda line: _numbers(line, "state_GB", "step_GB"),
 }
 
 
-def numbers(line: dict[str, Any], *names: str, form: str = "{:.2f}") -> str:
-    """Some of a line's numbers, "-" for one that is not there."""
+def _numbers(line: dict[str, Any], *names: str, form: str = "{:.2f}") -> str:
     return ", ".join(_cell(float(line[name]), form) or "-" for name in names if name in line)
 
 
 def _held_against(line: dict[str, Any], name: str, form: str = "{:.2f}") -> str:
     if name not in line:
         return ""
-    return numbers(line, name, f"{name}_published", f"{name}_largest_difference", form=form)
+    return _numbers(line, name, f"{name}_published", f"{name}_largest_difference", form=form)
 
 
 def _in_sd(line: dict[str, Any]) -> dict[str, Any]:
