@@ -487,6 +487,16 @@ def test_a_curve_goes_on_from_its_checkpoint_to_the_bit(dataset, tmp_path):
         published.run(variant, dataset, HIDDEN, 12, 4, directory=tmp_path)
 
 
+def test_a_refused_command_leaves_no_directory(tmp_path, monkeypatch, capsys):
+    arguments = "akrout-mnist", "--data-dir", tmp_path / "nowhere", "--out"
+    assert run_command(monkeypatch, *arguments, tmp_path / "new") == 2
+    assert "has no dataset 'mnist'" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    (tmp_path / "there").mkdir()
+    assert run_command(monkeypatch, *arguments, tmp_path / "there") == 2 and (tmp_path / "there").exists()
+    (tmp_path / "there" / "notes.txt").touch()
+    assert run_command(monkeypatch, *arguments, tmp_path / "there") == 2 and (tmp_path / "there" / "notes.txt").exists()
+
+
 def test_a_second_run_in_a_directory_is_refused(tmp_path, monkeypatch, capsys):
     with outputs.claim(tmp_path):
         assert run_command(monkeypatch, "akrout-mnist", "--out", tmp_path) != 0

@@ -36,7 +36,11 @@ def check_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def claim(path: Path) -> Iterator[None]:
-    """Makes the directory, this run's alone. Raises InputError if that cannot be done, or another run is at work there."""
+    """Makes the directory, this run's alone. Raises InputError if that cannot be done, or another run is at work there.
+
+    One that was made for a command that is then refused is taken away again.
+    """
+    made = not path.exists()
     make_directory(path)
     with contextlib.ExitStack() as stack:
         try:
@@ -49,7 +53,14 @@ def claim(path: Path) -> Iterator[None]:
             raise InputError(f"another run is at work in {path}; give another --out") from None
         for left in path.glob(".*.partial"):  # by a run that was killed while it wrote
             left.unlink()
-        yield
+        try:
+            yield
+        except InputError:
+            if made and [file.name for file in path.iterdir()] == [".lock"]:
+                with contextlib.suppress(OSError):
+                    (path / ".lock").unlink()
+                    path.rmdir()
+            raise
 
 
 def write_atomically(files: dict[Path, bytes]) -> None:
