@@ -38,8 +38,7 @@ TEXTS = {
         "3072-1000-10, as above. TFDS's own CIFAR-10 is put back into the order in which it was published, as MNIST is; our copy has been through "
         "JPEG (quality 75, colour at half size, as its files say) and has an order of its own, so that its first example, of which a delta angle is, is another than the published one's: where "
         "that lies among 128 of ours says more. Ours is not the "
-        "published run to the point: the last columns have the differences over each quarter of the epochs, the mean over every tenth epoch "
-        "and its standard error. Late in the run training loss "
+        "published run to the point: the last columns have the differences. Late in the run training loss "
         "and accuracy jump under BP, WM and KP, ours and the published at epochs of their own (picture): there a single epoch says little. FA's "
         "accuracy jumps from epoch to epoch, the published too. The order of the data moves the first epochs' accuracies (next section). JPEG makes the training loss larger "
         "throughout, and the accuracy a little smaller in the first quarter (the section after it), where ours is above the published: the accuracies' "
@@ -188,18 +187,20 @@ def section(figure: str) -> str:
         [line[0], what, *line[1:]] for line, what in zip(lines, whats, strict=True)
     ]
     text = f"{text} {reproduce.verdict(figure, summary, kept)}".strip()
+    caption = reproduce.caption(summary)
     if all("accuracy_quarter_4" in line for line in summary):
         for name, digits in (("accuracy", 2), ("train_loss", 3)):
             table[0].append(f"{name.replace('_', ' ')}, difference by quarters")
             for row, line in zip(table[1:], summary, strict=True):
                 found = [(line[key := f"{name}_quarter_{i}"], line[f"{key}_error"]) for i in (1, 2, 3, 4)]
                 row.append(reproduce.quartered([x for x in found if not math.isnan(x[0])], digits))
+        caption += " By quarters of the epochs: ours less the published, the mean over every tenth epoch and its standard error."
     table.insert(1, ["---", "---", *["---:"] * (len(table[0]) - 2)])
     parts = [
         f"## {title}",
         text,
         "\n".join("| " + " | ".join(row) + " |" for row in table),
-        f"{reproduce.caption(summary)} {_length(figure, run, summary)}",
+        f"{caption} {_length(figure, run, summary)}",
         *(
             f"![{figure}: {path.stem}](benchmarks/results/figures/{figure}/{path.name})"
             for path in sorted(kept.glob("*.png"))

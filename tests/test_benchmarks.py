@@ -8,8 +8,7 @@ import pytest
 import benchmarks
 import wmkp
 from benchmarks import Settings, gpu, models, scaling
-
-GROUPS = ("engaged", "mirror_cost", "peers", "scaling", "devices", "accuracy", "gpu")
+from benchmarks.__main__ import GROUPS
 
 
 class Compiled:

@@ -107,8 +107,8 @@ def test_a_divided_net_learns_as_one_device_does(name, mesh, quick_compile):
 
 
 @pytest.mark.parametrize("name", ["kp", "wm", "ss", "pfa"])
-def test_with_b_equal_w_the_gradient_is_backprops(name, mesh):
-    """Also where B is made under jit, and where the rule makes what carries the error from B."""
+def test_gradients_are_not_backprops_unless_b_is_w(name, mesh):
+    """Where B is made under jit, and where the rule makes what carries the error from B, too."""
     loss_of = lambda p, x: loss(p, None, x, KEY)[0]
     with jax.set_mesh(mesh):
         params, x = divided(mesh, *whole())

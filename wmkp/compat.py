@@ -1,11 +1,10 @@
-"""What depends on a JAX release: how a jaxpr is opened and made, a scan split, an equation bound again."""
+"""What depends on a JAX release: how a jaxpr is opened and made, a scan split, an equation bound again, an array divided as a type says."""
 
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -175,8 +174,3 @@ def divided_as(x: jax.Array, like: Any) -> jax.Array:
     if here.spec == there.spec:
         return x
     return gathered(x) if all(axis is None for axis in there.spec) else jax.sharding.reshard(x, there)
-
-
-def zeros(aval: Any) -> jax.Array:
-    """Zeros of a type, divided as it says."""
-    return divided_as(jnp.zeros(aval.shape, aval.dtype), aval)

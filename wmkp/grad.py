@@ -199,7 +199,9 @@ def evaluate(
 
     data = [leaf for leaf in jax.tree.leaves(args) if is_array(leaf)]
     inputs = [*zip(leaves, carriers, strict=True), *((x, x) for x in data)]
-    channel = None if last is None else compat.zeros(last.output_aval)
+    channel = None
+    if last is not None:
+        channel = compat.divided_as(jnp.zeros(last.output_aval.shape, last.output_aval.dtype), last.output_aval)
     anchor = anchored((inputs, analysis.plan.consts))
     outs = run(analysis.plan, inputs, Handler(on_product, taps, channel, anchor))
     return jax.tree.unflatten(analysis.out_tree, [value for value, _ in outs])

@@ -36,15 +36,14 @@ from rich.table import Table
 import wmkp
 from wmkp import checks
 from wmkp.experiments import checkpoints, devices, feeds, logs, outputs, tasks
-from wmkp.experiments.config import RULES, InputError, Train, first_line, flag, refusals
+from wmkp.experiments.config import MACHINES, RULES, InputError, Train, first_line, flag, refusals
 from wmkp.projections import named_leaves
 from wmkp.training import state_sharding
 
 # What may change when a run is resumed: none of it changes what is learned.
-FREE = frozenset(
-    "out resume data_dir workers max_bad on_nan log_every eval_every save_every keep tensorboard "
-    "fsdp distributed coordinator processes process".split()
-)
+FREE = frozenset("out resume data_dir max_bad on_nan log_every eval_every save_every keep tensorboard".split()) | {
+    *MACHINES
+}
 SHOWN = 6  # parameters that an error names
 
 
