@@ -61,7 +61,7 @@ LOSS = "    loss, accuracy = plain(params, batch), 0.0\n"
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
-def test_code_runs(page):
+def test_code_runs(page, quick_compile):
     """Every block of Python on a page, in the page's order and in one namespace; a traceback names the page's line."""
     namespace = readers_own() if page.name in {"README.md", "index.md"} else {}
     for line, code in blocks(page, "python"):

@@ -582,8 +582,8 @@ def check(program):
         assert "no projection" in str(error) and "'hand'" in program.text and not program.must_refuse
         return
     event("accepted")
-    value, expected = jax.value_and_grad(program.fun)(program.params, *args)
-    gradient = wmkp.value_and_grad(program.fun, KP)
+    value, expected = jax.jit(jax.value_and_grad(program.fun))(program.params, *args)
+    gradient = jax.jit(wmkp.value_and_grad(program.fun, KP))
     mirrored = {n: w if entries[n] is not None else None for n, w in program.params.items()}
     ours, (grads, _) = gradient(program.params, mirrored, *args)
     np.testing.assert_allclose(ours, value, rtol=1e-12)
@@ -595,7 +595,7 @@ def check(program):
     zeros = {n: jnp.zeros_like(b) for n, b in program.feedback.items()}
     _, (grads, signal) = gradient(program.params, feedback, *args)
     filled = {n: zeros[n] if b is None else b for n, b in feedback.items()}
-    expected, learned = jax.grad(program.reference, argnums=(0, 1))(program.params, filled, *args)
+    expected, learned = jax.jit(jax.grad(program.reference, argnums=(0, 1)))(program.params, filled, *args)
     close(grads, expected, "the gradient")
     if None in entries.values():  # data may have mixed what is shared with a parameter that has no B (docs, Limits)
         learned = {n: x for n, x in learned.items() if n not in program.partly}

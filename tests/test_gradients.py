@@ -74,7 +74,7 @@ def cross_entropy(logits, labels):
 def test_linen_cnn_with_batchnorm_attention_and_all_sorts_of_conv(dtype):
     model = LinenCNN(dtype)
     x, y = jax.random.normal(KEY, (4, 8, 8, 3)), jnp.arange(4)
-    variables = model.init(KEY, x)
+    variables = jax.jit(model.init)(KEY, x)
     params, stats = variables["params"], variables["batch_stats"]
 
     def loss(params, stats, x, y):
@@ -222,8 +222,8 @@ def test_a_learned_vector_has_the_part_of_an_activity():
 
     through.defvjp(lambda x, w, b: (x @ w, (x, b)), lambda kept, d: (d @ kept[1].T, *[jnp.outer(kept[0], d)
                    if d.ndim == 1 else kept[0].T @ d] * 2))  # fmt: skip
-    expected = jax.grad(run, (0, 3))(params, x, through, feedback)
-    grads, signal = wmkp.value_and_grad(loss, wmkp.kolen_pollack())(params, feedback, x)[1]
+    expected = jax.jit(jax.grad(run, (0, 3)), static_argnums=2)(params, x, through, feedback)
+    grads, signal = jax.jit(wmkp.value_and_grad(loss, wmkp.kolen_pollack()))(params, feedback, x)[1]
     chex.assert_trees_all_close((grads, signal), expected, rtol=1e-5, atol=1e-6)
     exact = wmkp.weight_mirror("orthogonal", target_angle=1e-3, rate=1.0)
     for path, mirrored in wmkp.mirror_signals(KEY, exact, loss, params, x).items():
@@ -424,7 +424,7 @@ def test_tied_embedding_is_a_projection_where_it_is_attended_and_local_where_it_
             return embed.attend(x)
 
     model, tokens = LM(), jax.random.randint(KEY, (3, 5), 0, 11)
-    params = model.init(KEY, tokens)["params"]
+    params = jax.jit(model.init)(KEY, tokens)["params"]
 
     def loss(params, tokens):
         logits = model.apply({"params": params}, tokens)
@@ -435,9 +435,11 @@ def test_tied_embedding_is_a_projection_where_it_is_attended_and_local_where_it_
     assert feedback["position"] is None
     # B's signal is that of the projection alone: W has the looked-up rows' share besides.
     embedding = params["Embed_0"]["embedding"]
-    only_attended = jax.grad(lambda e: loss({**params, "Embed_0": {"embedding": e}}, tokens))(embedding)
+    only_attended = jax.jit(jax.grad(lambda e: loss({**params, "Embed_0": {"embedding": e}}, tokens)))(embedding)
     assert not np.allclose(signal["Embed_0"]["embedding"], only_attended, atol=1e-4)
-    outside = jax.grad(wmkp.engage(loss, wmkp.kolen_pollack()), argnums=1)(params, mirrored(feedback, params), tokens)
+    outside = jax.jit(jax.grad(wmkp.engage(loss, wmkp.kolen_pollack()), argnums=1))(
+        params, mirrored(feedback, params), tokens
+    )
     chex.assert_trees_all_close(signal, outside, rtol=1e-4, atol=1e-6)
 
 
@@ -729,26 +731,26 @@ def test_an_engaged_gradient_may_be_differentiated_by_data_that_scale_a_weight(l
     within = lambda params, feedback, x, s: wmkp.engage(lambda p, x: loss(p, x, s), rule)(params, feedback, x)
 
     # B = W does not move with s: what s does to the engaged gradient is what it does to the gradient.
-    theirs = jax.jacobian(of_data(jax.grad(loss)))(s)
+    theirs = jax.jit(jax.jacobian(of_data(jax.grad(loss))))(s)
     assert float(jnp.abs(theirs[0]).max()) > 1e-3
     by_value_and_grad = lambda s: wmkp.value_and_grad(loss, rule)(params, feedback, x, s)[1]
     ours = {
         "reverse": jax.jacrev(of_data(jax.grad(engaged), feedback))(s),
-        "forward": jax.jacfwd(of_data(jax.grad(engaged), feedback))(s),
         "compiled": jax.jit(jax.jacrev(of_data(jax.grad(engaged), feedback)))(s),
-        "a closure": jax.jacrev(of_data(jax.grad(within), feedback))(s),
-        "value_and_grad": jax.jacfwd(by_value_and_grad)(s)[0],
+        "forward": jax.jit(jax.jacfwd(of_data(jax.grad(engaged), feedback)))(s),
+        "a closure": jax.jit(jax.jacrev(of_data(jax.grad(within), feedback)))(s),
+        "value_and_grad": jax.jit(jax.jacfwd(by_value_and_grad))(s)[0],
     }
     for name, found in ours.items():
         chex.assert_trees_all_close(found, theirs, rtol=1e-3, atol=1e-4, custom_message=name)
     # The signal for B is W's own gradient, through whatever W is made of by then.
-    _, signal = jax.jacrev(by_value_and_grad)(s)
+    _, signal = jax.jit(jax.jacrev(by_value_and_grad))(s)
     chex.assert_trees_all_close(signal[1:], theirs[1:], rtol=1e-3, atol=1e-4)
 
     # Other orders: by x first, or by s. (By params afterwards B = W would have to move with them.)
     for first, then in ((1, 2), (2, 1), (2, 2)):
-        found = jax.jacrev(jax.grad(engaged, first + 1), then + 1)(params, list(params), x, s)
-        expected = jax.jacrev(jax.grad(loss, first), then)(params, x, s)
+        found = jax.jit(jax.jacrev(jax.grad(engaged, first + 1), then + 1))(params, list(params), x, s)
+        expected = jax.jit(jax.jacrev(jax.grad(loss, first), then))(params, x, s)
         chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-4, custom_message=f"{first}, {then}")
 
 

@@ -32,6 +32,10 @@ def signals(rule, fun, params, *args, key=KEY):
     return jax.jit(lambda k, p: wmkp.mirror_signals(k, rule, fun, p, *args))(key, params)
 
 
+def drawn_noise(key, mirror, *shape):
+    return np.asarray(jax.jit(lambda key: draw_noise(key, mirror, shape, jnp.float32))(key))
+
+
 def one_estimate(**options):
     """A rule whose law is that of a single estimate."""
     return wmkp.weight_mirror(**{"rate": 1.0, **options})
@@ -246,7 +250,7 @@ def test_gaussian_noise_is_box_and_mullers():
     from jax.extend.random import threefry_2x32
 
     shape, rule = (2, 50, 40), wmkp.weight_mirror("gaussian", noise_std=0.5)
-    x = np.asarray(draw_noise(KEY, rule.mirror, shape, jnp.float32), np.float64)
+    x = drawn_noise(KEY, rule.mirror, *shape).astype(np.float64)
     block, place = (a.ravel().astype(np.uint32) for a in np.mgrid[:2, :2000])
     words = threefry_2x32(jax.random.key_data(KEY), jnp.concatenate([block, place]))
     u, v = np.asarray(words, np.uint64).reshape(2, -1).astype(np.int64) >> 9
@@ -258,7 +262,7 @@ def test_gaussian_noise_is_box_and_mullers():
 @pytest.mark.parametrize("noise", ["gaussian", "uniform", "rademacher", "orthogonal"])
 def test_keys_of_any_generator_draw_noise(noise):
     mirror = wmkp.weight_mirror(noise).mirror
-    drawn = [np.asarray(draw_noise(key, mirror, (1, 60, 40), jnp.float32))
+    drawn = [drawn_noise(key, mirror, 1, 60, 40)
              for key in (jax.random.key(3, impl="rbg"), jax.random.PRNGKey(3), jax.random.key(3))]  # fmt: skip
     assert not np.allclose(drawn[0], drawn[1])
     np.testing.assert_array_equal(drawn[1], drawn[2])
@@ -268,7 +272,7 @@ def test_keys_of_any_generator_draw_noise(noise):
 def test_noise_has_its_distribution_and_no_two_entries_alike(noise):
     """Held against the distribution function (Kolmogorov's bound at one in 10,000), and among neighbours in each way."""
     shape = (3, 200, 70)
-    x = np.asarray(draw_noise(KEY, wmkp.weight_mirror(noise).mirror, shape, jnp.float32), np.float64)
+    x = drawn_noise(KEY, wmkp.weight_mirror(noise).mirror, *shape).astype(np.float64)
     assert x.shape == shape
     sign = np.sign(x)
     assert set(np.unique(sign)) == {-1, 1}
@@ -283,12 +287,12 @@ def test_noise_has_its_distribution_and_no_two_entries_alike(noise):
         assert len(np.unique(x)) > 0.99 * count  # 2^23 values
     for other in (np.roll(x, 1, 0), np.roll(x, 1, 1), np.roll(x, 1, 2), np.roll(x, 32, 2), x[:, :, ::-1]):
         assert abs(np.mean(x * other)) < 4.5 / math.sqrt(count / 2)
-    again = np.asarray(draw_noise(jax.random.key(1), wmkp.weight_mirror(noise).mirror, shape, jnp.float32))
+    again = drawn_noise(jax.random.key(1), wmkp.weight_mirror(noise).mirror, *shape)
     assert abs(np.mean(x * again)) < 4.5 / math.sqrt(count)
 
 
 def test_a_few_samples_of_a_wide_projection_repeat_nothing():
-    x = np.asarray(draw_noise(KEY, wmkp.weight_mirror("gaussian").mirror, (2, 10, 300), jnp.float32))
+    x = drawn_noise(KEY, wmkp.weight_mirror("gaussian").mirror, 2, 10, 300)
     assert len(np.unique(x)) > 0.99 * x.size
 
 
@@ -446,21 +450,21 @@ def test_orthogonal_noise_is_orthogonal(fan_in):
             gram, np.tile(fan_in * 0.49 * np.eye(fan_in // 2), (blocks, 1, 1)), atol=1e-4 * fan_in
         )
         assert not np.allclose(np.abs(half[0]), np.abs(half[1])), "other rows, not other signs alone"
-        signs = np.sign(draw_noise(KEY, rule.mirror, (100, fan_in // 2, fan_in), jnp.float32)[:, 0]).mean(0)
+        signs = np.sign(drawn_noise(KEY, rule.mirror, 100, fan_in // 2, fan_in)[:, 0]).mean(0)
         assert np.all(np.abs(signs) < 0.5), "other signs, not other rows alone"
 
 
 @pytest.mark.parametrize("noise", NOISES)
 def test_noise_is_centred_with_its_standard_deviation(noise):
     rule = one_estimate(noise=noise, noise_std=0.5)
-    x = np.asarray(draw_noise(KEY, rule.mirror, (3, 400, 40), jnp.float32))
+    x = drawn_noise(KEY, rule.mirror, 3, 400, 40)
     assert x.shape == (3, 400, 40) and x.dtype == np.float32
     assert abs(x.mean()) < 0.01 and x.std() == pytest.approx(0.5, rel=0.02)
     assert np.max(np.abs(np.einsum("kni,knj->ij", x, x) / 300 - np.eye(40))) < 0.2
     if "antithetic" in noise:
         np.testing.assert_array_equal(x[:, :200], -x[:, 200:])
     assert not np.allclose(x[0], x[1])
-    assert draw_noise(KEY, rule.mirror, (3, 7, 40), jnp.float32).shape == (3, 7, 40), "an odd number"
+    assert drawn_noise(KEY, rule.mirror, 3, 7, 40).shape == (3, 7, 40), "an odd number"
 
 
 @pytest.mark.parametrize("name", ["bf16 compute", "stacked", "fused"])
@@ -626,7 +630,7 @@ def test_one_estimate_against_numpy():
     for bias in ("kept", "blocked"):
         rule = one_estimate(num_samples=50, noise_std=1.5, activation=jax.nn.relu, bias=bias)
         found = signals(rule, biased, BIASED, X)["w"]
-        x = np.asarray(draw_noise(jax.random.fold_in(KEY, 0), rule.mirror, (1, 50, 96), jnp.float32))[0]
+        x = drawn_noise(jax.random.fold_in(KEY, 0), rule.mirror, 1, 50, 96)[0]
         W = BIASED["w"].astype(np.float64).T
         b = BIASED["b"] if bias == "kept" else np.zeros(300)
         expected = np.zeros((96, 300))

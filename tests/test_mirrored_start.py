@@ -41,6 +41,7 @@ def histories(rule, loss_fn, optimizer, params, model_state, *variants):
     steps = wmkp.make_steps(loss_fn, rule, optimizer, params, first, model_state=model_state)
     state = steps.init(KEY, params, model_state)
 
+    @jax.jit
     def largest(state):
         angles = list(wmkp.matrix_angles(state.params, state.feedback).values())
         return jnp.max(jnp.stack(angles)) if angles else jnp.zeros(())
@@ -118,7 +119,7 @@ def test_transformer_follows_backprop_for_200_steps():
     starts = rng.integers(0, len(characters) - LENGTH - 1, (200, 8))
     windows = characters[starts[..., None] + np.arange(LENGTH + 1)]
     tokens, following = windows[..., :-1], windows[..., 1:]
-    params = Transformer().init(KEY, tokens[0])["params"]
+    params = jax.jit(Transformer().init)(KEY, tokens[0])["params"]
     loss_fn = as_step(plain(Transformer()), cross_entropy)
     bp, kp, angles = both(loss_fn, OPTIMIZERS["adamw"], params, None, (tokens, following))
     assert np.mean(bp[-20:]) < 0.8 * bp[0], "it must have learned"
@@ -171,7 +172,7 @@ def test_resnet_follows_backprop(dtype, rounding):
     x = rng.normal(size=(25, 8, 8, 8, 3)).astype(dtype)
     labels = rng.integers(0, 10, (25, 8))
     with jax.enable_x64(dtype == np.float64):
-        variables = jax.tree.map(lambda a: a.astype(dtype), ResNet().init(KEY, x[0]))
+        variables = jax.tree.map(lambda a: a.astype(dtype), jax.jit(ResNet().init)(KEY, x[0]))
         params, statistics = variables["params"], variables["batch_stats"]
         assert len([k for k in params if k.startswith("Conv")]) == 21  # 19, and 2 in shortcuts
         rest = as_step(with_statistics(ResNet()), cross_entropy), OPTIMIZERS["sgd"], params, statistics

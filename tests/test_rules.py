@@ -964,7 +964,7 @@ def test_a_local_loss_is_a_mean_over_uses(float64, name, how):
 
     def signal(w, b):
         params, feedback = {"gain": jnp.asarray(gain), "w": jnp.asarray(w)}, {"gain": None, "w": jnp.asarray(b)}
-        _, (_, found) = wmkp.value_and_grad(loss, rule)(params, feedback, x)
+        _, (_, found) = jax.jit(wmkp.value_and_grad(loss, rule))(params, feedback, x)
         return np.asarray(found["w"])
 
     b = normal(3, 6, 6, fan_in=6)
@@ -1010,7 +1010,7 @@ def test_activity_in_half_precision(rule, size):
         loss = lambda p, x: jnp.sum(jnp.tanh((x * p["gain"]) @ p["w"]).astype(jnp.float32))
         feedback = {"gain": None, "w": jnp.asarray(normal(2, 32, 8) / 32, dtype)}
         x = jnp.asarray(size * normal(0, 2048, 32), dtype)
-        found = wmkp.value_and_grad(loss, rule)(params, feedback, x)[1][1]
+        found = jax.jit(wmkp.value_and_grad(loss, rule))(params, feedback, x)[1][1]
         chex.assert_trees_all_equal_shapes_and_dtypes(found, feedback)
         return np.asarray(found["w"], np.float32)
 

@@ -29,14 +29,14 @@ def refuse(fun, params, *args, match):
         with pytest.raises(wmkp.WeightTransportError, match=match):
             wmkp.value_and_grad(fun, rule)(params, jax.tree.map(lambda w: w, params), *args)
         assert "params[" in str(error.value) and "wmkp.backprop()" in str(error.value)
-    expected = jax.value_and_grad(fun)(params, *args)
-    chex.assert_trees_all_close(wmkp.value_and_grad(fun, wmkp.backprop())(params, None, *args)[0], expected[0])
+    expected = jax.jit(jax.value_and_grad(fun))(params, *args)
+    chex.assert_trees_all_close(jax.jit(wmkp.value_and_grad(fun, wmkp.backprop()))(params, None, *args)[0], expected[0])
     obstacles = [path for path, p in wmkp.projections(fun, params, *args).items() if p.obstacle]
     assert obstacles
     rules = {f"^{path}$": wmkp.backprop() for path in obstacles} | {".*": wmkp.kolen_pollack()}
     feedback = wmkp.init_feedback(B_KEY, rules, fun, params, *args)
     mirrored = jax.tree.map(lambda w, b: None if b is None else w, params, feedback, is_leaf=lambda x: x is None)
-    _, (grads, _) = wmkp.value_and_grad(fun, rules)(params, mirrored, *args)
+    _, (grads, _) = jax.jit(wmkp.value_and_grad(fun, rules))(params, mirrored, *args)
     chex.assert_trees_all_close(grads, expected[1], rtol=1e-4, atol=1e-5)
     return obstacles
 
@@ -440,8 +440,8 @@ def test_weights_that_are_local_to_their_neurons(name):
     assert set(wmkp.projections(fun, params, X)) == {"first", "w"}
     feedback = wmkp.init_feedback(B_KEY, wmkp.kolen_pollack(), fun, params, X)
     assert feedback["u"] is None and feedback["v"] is None
-    _, (grads, _) = wmkp.value_and_grad(fun, wmkp.kolen_pollack())(params, {**feedback, "w": params["w"]}, X)
-    expected = jax.grad(fun)(params, X)
+    _, (grads, _) = jax.jit(wmkp.value_and_grad(fun, wmkp.kolen_pollack()))(params, {**feedback, "w": params["w"]}, X)
+    expected = jax.jit(jax.grad(fun))(params, X)
     largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected))  # of whose rounding small ones are
     chex.assert_trees_all_close(grads, expected, rtol=1e-4, atol=1e-6 * max(largest, 10))
 
@@ -688,8 +688,8 @@ def test_activities_with_dropout_stay_activities():
     tokens, mask = jnp.arange(10).reshape(2, 5) % 9, jnp.ones((2, 5, 6)).at[0, 1].set(0)
     mixing = jax.random.normal(KEY, (2, 5, 5))
     feedback = {"table": None, "place": None, "w": params["w"]}
-    _, (grads, _) = wmkp.value_and_grad(fun, wmkp.kolen_pollack())(params, feedback, tokens, mask, mixing)
-    chex.assert_trees_all_close(grads, jax.grad(fun)(params, tokens, mask, mixing), rtol=1e-4, atol=1e-5)
+    _, (grads, _) = jax.jit(wmkp.value_and_grad(fun, wmkp.kolen_pollack()))(params, feedback, tokens, mask, mixing)
+    chex.assert_trees_all_close(grads, jax.jit(jax.grad(fun))(params, tokens, mask, mixing), rtol=1e-4, atol=1e-5)
 
 
 REJOINED = {  # a matrix that data has selected, taken apart into rows and put together again: what it is made of still
@@ -810,8 +810,8 @@ def test_activity_that_fans_out_through_weights_is_refused(name):
         wmkp.init_feedback(B_KEY, wmkp.kolen_pollack(), fun, params, X, k)
     rules = {"^w$": wmkp.backprop(), ".*": wmkp.kolen_pollack()}
     feedback = wmkp.init_feedback(B_KEY, rules, fun, params, X, k)
-    _, (grads, _) = wmkp.value_and_grad(fun, rules)(params, feedback, X, k)
-    chex.assert_trees_all_close(grads, jax.grad(fun)(params, X, k), rtol=1e-4, atol=1e-5)
+    _, (grads, _) = jax.jit(wmkp.value_and_grad(fun, rules))(params, feedback, X, k)
+    chex.assert_trees_all_close(grads, jax.jit(jax.grad(fun))(params, X, k), rtol=1e-4, atol=1e-5)
 
 
 NO_FANS = {
