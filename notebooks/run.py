@@ -6,10 +6,12 @@ python notebooks/run.py [--smoke] [NOTEBOOK ...]
 import argparse
 import base64
 import io
+import multiprocessing
 import os
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -44,6 +46,13 @@ def run(path: Path, smoke: bool) -> None:
             nbformat.write(tidy(nbformat.read(out, as_version=4)), path)
 
 
+def timed(path: Path, smoke: bool) -> str:
+    """Runs it -> its name and the seconds that it took."""
+    begin = time.perf_counter()
+    run(path, smoke)
+    return f"{path.name}: {time.perf_counter() - begin:.0f} s"
+
+
 def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """The notebook small, and without what changes at every execution: times, versions, papermill's own notes."""
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
@@ -73,15 +82,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.smoke:  # small programs, which take longer to compile than to run
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-
-    def timed(path: Path) -> str:
-        begin = time.perf_counter()
-        run(path, arguments.smoke)
-        return f"{path.name}: {time.perf_counter() - begin:.0f} s"
-
-    # At full size one after another, so that the times are a notebook's own.
-    with ThreadPoolExecutor(os.cpu_count() if arguments.smoke else 1) as pool:
-        for said in pool.map(timed, arguments.notebooks or sorted(Path(__file__).parent.glob("*.ipynb"))):
+    # At full size one after another, so that the times are a notebook's own. In processes: papermill changes directory.
+    paths = arguments.notebooks or sorted(Path(__file__).parent.glob("*.ipynb"))
+    with ProcessPoolExecutor(None if arguments.smoke else 1, multiprocessing.get_context("spawn")) as pool:
+        for said in pool.map(partial(timed, smoke=arguments.smoke), paths):
             print(said, flush=True)
 
 
