@@ -551,7 +551,7 @@ def test_memory_is_the_state_and_what_a_step_needs_besides(tmp_path):
     run = train.build(config)
     state, batch = run.init(), next(run.feed.batches(0))
     bytes_of = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
-    found = reproduce.memory(config)
+    found = reproduce.memory(config, config.batch_size)
     # Rounded up by array, and the key's and the counters' few bytes.
     assert (
         0
@@ -559,6 +559,10 @@ def test_memory_is_the_state_and_what_a_step_needs_besides(tmp_path):
         < 20_000
     )
     assert bytes_of(batch) < found["state"] and found["step"] > 0
+    # Of a batch larger than was run: each of the devices has its part of it, and of the weights all.
+    larger = reproduce.memory(config, 8 * config.batch_size)
+    assert larger["state"] - found["state"] == 7 * bytes_of(batch) / jax.device_count()
+    assert found["step"] < larger["step"] < 8 * found["step"]
 
 
 def test_a_shortened_run_shortens_its_schedule():

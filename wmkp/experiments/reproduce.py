@@ -375,7 +375,9 @@ def _battery(config: Reproduce, out: Path) -> list[dict[str, Any]]:
         if not train.train(run):  # by SIGTERM or Ctrl-C, which are meant for all of them
             raise KeyboardInterrupt
         seconds = time.perf_counter() - begin
-        needed = memory(run) if "imagenet" in config.figure else {}  # compiled by all processes together
+        # Of the recipe's batch, however small those were that were run: so many of them, which devices divide as well.
+        whole = run.batch_size * math.ceil(recipes.RECIPES[name].batch_size / run.batch_size)
+        needed = memory(run, whole) if "imagenet" in config.figure else {}  # compiled by all processes together
         if not devices.is_first():
             continue
         last = _rows(run.out / "test.csv", "epoch", "test_error_percent", *figures.ANGLES)[-1]
@@ -390,7 +392,7 @@ def _battery(config: Reproduce, out: Path) -> list[dict[str, Any]]:
         line |= {"examples_per_second": rate, "seconds": seconds}
         if "imagenet" in config.figure:
             line["hours_for_90_epochs"] = 90 * IMAGENET_EXAMPLES / rate / 3600
-            line |= {f"{part}_GB": size / 1e9 for part, size in needed.items()}
+            line |= {f"{part}_GB": size / 1e9 for part, size in needed.items()} | {"memory_batch": whole}
         lines.append(line)
     if devices.is_first():
         tests = {name: logs.read(run.out / "test.csv") for name, run in runs.items()}
@@ -413,11 +415,14 @@ def _rows(path: Path, *columns: str) -> list[dict[str, float]]:
     raise InputError(f"{path} is empty; move {path.parent} away, and it is trained anew")
 
 
-def memory(config: Train) -> dict[str, int]:
-    """Bytes on each device in an engaged step: the state (W, B, the optimizer's), and what the step needs besides."""
+def memory(config: Train, batch_size: int) -> dict[str, int]:
+    """Bytes on each device in an engaged step of a batch of any size, by the compiler's own account.
+
+    The state (W, B, the optimizer's) with the batch, and what the step needs besides.
+    """
     run = train.build(config)
     batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((config.batch_size, *x.shape[1:]), x.dtype, sharding=batch_sharding(run.mesh)),
+        lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype, sharding=batch_sharding(run.mesh)),
         run.feed.probe,
     )
     advance: Any = run.advance  # jitted
@@ -459,6 +464,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "examples/s": lambda line: _numbers(line, "examples_per_second"),
     "hours, 90 epochs": lambda line: _numbers(line, "hours_for_90_epochs", form="{:,.0f}"),
     "GB: state, step": lambda line: _numbers(line, "state_GB", "step_GB"),
+    "of a batch of": lambda line: _numbers(line, "memory_batch", form="{:.0f}"),
 }
 
 
