@@ -84,11 +84,12 @@ TEXTS = {
     "akrout-imagenet": (
         "The ImageNet recipe",
         "First steps of the full recipe, and from their throughput on this machine the hours that 90 epochs would take; the memory "
-        "is the compiler's own account of a step of this batch, in float32: what it is given (W, B, the optimizer's state, a batch) and what it "
+        "is the compiler's own account of a step of the recipe's batch, in float32: what it is given (W, B, the optimizer's state, a batch) and what it "
         "needs besides. The data are a sample of 160 images of ImageNet (40 to test on), and warm-up and mirror period are shortened with the run, so "
         "that W moves far between two steps, BP's too: errors and angles show that steps are taken, no more. WM mirrors after every 4 steps of "
         "whatever batch; at the recipe's 256 an example bears a 16th of the mirror steps that it bears at 16. ResNet-50 under B is faster "
-        "than BP because wmkp takes convolutions' weight gradients by patches, which XLA's backprop on CPUs does not.",
+        "than BP because wmkp takes convolutions' weight gradients by patches, which XLA's backprop on CPUs does not. Each rate is of four "
+        "steps, one run after another: rules that do the same work come out up to a fourth apart, and the benchmarks, which take turns, compare them.",
     ),
     "biotorch-lenet": (
         "BioTorch's table: LeNet on MNIST",
