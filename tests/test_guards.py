@@ -109,11 +109,17 @@ def test_weight_gradients_by_patches_lay_out_no_batch_anew():
     assert programs.peak_bytes(ours) <= programs.peak_bytes(plain) + more + chunk + 1000
 
 
-def test_a_mirror_step_is_two_products_a_projection():
-    steps, state = steps_and_state(case(), RULES["WM"])
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher", "orthogonal"])
+def test_a_mirror_step_is_two_products_a_projection(noise):
+    """Or two Fourier transforms, of the dense layer's 256 inputs: its noise is not written down."""
+    steps, state = steps_and_state(case(), wmkp.weight_mirror(noise, target_angle=45.0, rate=1.0))
     compiled = steps.mirror_step.lower(state).compile()
-    assert sum(programs.products(compiled).values()) == 2 * 3  # the first layer has no B
+    transforms = compiled.as_text().count(" fft(")
+    assert transforms == (2 if noise == "orthogonal" else 0)
+    assert sum(programs.products(compiled).values()) == 2 * 3 - transforms  # the first layer has no B
     assert programs.weight_copies(compiled, state.params) == 0, "B is not written in place"
+    if transforms:
+        assert compiled.memory_analysis().temp_size_in_bytes < 4 * 256 * 256
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "rademacher", "uniform"])

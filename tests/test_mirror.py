@@ -493,6 +493,32 @@ def test_orthogonal_pairs_are_exact_for_relu():
         assert float(angle(signals(rule, dense, params, X)["w"], params["w"])) > 20
 
 
+@pytest.mark.parametrize("fan_in", [255, 256, 257, 509])
+@pytest.mark.parametrize(
+    ("noise", "share", "phi"),
+    [
+        ("orthogonal", 1, None),
+        ("orthogonal", 0.7, jnp.tanh),
+        ("orthogonal", 0.3, None),
+        ("orthogonal+antithetic", 2, jax.nn.relu),
+        ("orthogonal+antithetic", 1.5, jnp.tanh),
+    ],
+)
+def test_orthogonal_noise_that_is_not_written_down(fan_in, noise, share, phi):
+    """Where the samples are rows of one matrix, eq. 6-8 are taken by transforms: with the very noise, in NumPy's float64.
+
+    On both sides of the size from which these are Fourier's, a prime among them; parts of the matrix, pairs, a bias.
+    """
+    samples = 2 * round(share * fan_in / 2)
+    rule = one_estimate(noise=noise, num_samples=samples, noise_std=0.7, activation=phi, bias="kept")
+    params = {"first": normal(1, 24, fan_in), "w": normal(2, fan_in, 20, fan_in=fan_in), "b": normal(3, 20) / 2}
+    x = drawn_noise(jax.random.fold_in(KEY, 0), rule.mirror, 1, samples, fan_in)[0].astype(np.float64)
+    y = x @ params["w"].astype(np.float64) + params["b"]
+    y = y if phi is None else np.maximum(y, 0) if phi is jax.nn.relu else np.tanh(y)
+    found = signals(rule, biased, params, X)["w"]
+    np.testing.assert_allclose(found, x.T @ y / samples, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("samples", "paired"),
     [(24, False), (48, False), (144, False), (168, False), (456, False), (96, True), (240, True)],
