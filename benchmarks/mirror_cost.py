@@ -333,4 +333,6 @@ def at_224(name: str, batch_size: int, rule: wmkp.Rule, every: int, settings: Se
         detail={"mirror": cost, "engaged": operations, "every": every},
     )
     low = statistics.median(taken["mirror"])
-    print(f"# {name}: a mirror step took {low:.2f} s, {cost / low / 1e9:.0f} GFLOP/s", flush=True)
+    print(
+        f"# {name}: a mirror step took {low:.2f} s, as its products would at {cost / low / 1e9:.0f} GFLOP/s", flush=True
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 import benchmarks
-from benchmarks import engaged, figures
+from benchmarks import engaged, figures, mirror_cost
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,16 +58,23 @@ def mirror() -> str:
     held = []
     for name in ("ResNet-18", "ResNet-50"):
         cost = rows[f"{name} at 224, batch 256: mirror over engaged, operations"]
+        time = rows[f"{name} at 224, batch 256: mirror over engaged, time"]
         angle = next(r for key, r in rows.items() if re.match(f"{name}: .*: worst angle at an engaged step", key))
         steps = "each engaged step" if cost.detail["every"] == 1 else f"every {cost.detail['every']} engaged steps"
         before = angle.note.rsplit("before mirroring ", 1)[1]
         held.append(
             f"{name} with a mirror step after {steps}: {angle.value:.1f} degrees at most where an error meets B, {before} just before "
-            f"the next mirror step, and at 224 and batch 256 {100 * (cost.value or 0):.1f} % more operations"
+            f"the next mirror step, and at 224 and batch 256 {100 * (cost.value or 0):.1f} % more operations by matrix products, "
+            f"{100 * (time.value or 0):.1f} % more time by transforms"
         )
+    shares = {name: rows[f"{name}, orthogonal: mirror step over its products"].value or 0 for name in mirror_cost.RUNS}
+    listed = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
     return (
         f"What mirroring costs, and the angles that it holds, in the first {angle.note.split(',')[0]} images of 64x64 (the learning "
-        f"rate rising, orthogonal noise at rate 1): {'; '.join(held)} ([mirror_cost](benchmarks/results/mirror_cost.json)).\n"
+        f"rate rising, orthogonal noise at rate 1): {'; '.join(held)}. Orthogonal noise is not written "
+        "down, and its two products are transforms, of which a mirror step takes this share of the products' time: "
+        f"{listed} "
+        "([mirror_cost](benchmarks/results/mirror_cost.json)).\n"
     )
 
 

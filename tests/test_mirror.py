@@ -308,6 +308,13 @@ def test_noise_is_finite_whatever_is_drawn(word, monkeypatch):
 NOISES = ["gaussian", "uniform", "rademacher", "orthogonal", "antithetic", "orthogonal+antithetic"]
 
 
+def in_parts_of_60(monkeypatch):
+    """Noise of 96 inputs, written down."""
+    monkeypatch.setattr(wmkp.mirror, "LEAST", 60)
+    monkeypatch.setattr(wmkp.mirror, "AT_ONCE", 96 * 60)
+    monkeypatch.setattr(wmkp.mirror, "_transforms", lambda *_: False)
+
+
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("samples", [1000, 997, 150, 96])
 def test_noise_drawn_in_parts(monkeypatch, noise, samples):
@@ -318,8 +325,7 @@ def test_noise_drawn_in_parts(monkeypatch, noise, samples):
     flat_response = {**params, "w": jnp.zeros_like(params["w"])}  # y = 1: the signal is the noise's mean
     whole = mean_angles(rule, fun, {**params, "b": jnp.zeros(160)}, X)["w"]
     mean = np.asarray(signals(rule, fun, flat_response, X)["w"])[:, 0]
-    monkeypatch.setattr(wmkp.mirror, "LEAST", 60)
-    monkeypatch.setattr(wmkp.mirror, "AT_ONCE", 96 * 60)
+    in_parts_of_60(monkeypatch)
     assert mean_angles(rule, fun, {**params, "b": jnp.zeros(160)}, X)["w"] == pytest.approx(whole, abs=1)
     in_parts = np.asarray(signals(rule, fun, flat_response, X)["w"])[:, 0]
     if "antithetic" in noise and samples % 2 == 0:
@@ -332,8 +338,7 @@ def test_noise_drawn_in_parts(monkeypatch, noise, samples):
 @pytest.mark.parametrize("samples", [61, 961, 1921])
 def test_parts_make_up_the_number_of_samples(monkeypatch, noise, samples):
     """Of an identity the signal is X^T X / N, whose diagonal is 1 for signs, and whose trace is fan_in for any of these."""
-    monkeypatch.setattr(wmkp.mirror, "LEAST", 60)
-    monkeypatch.setattr(wmkp.mirror, "AT_ONCE", 96 * 60)
+    in_parts_of_60(monkeypatch)
     rule = one_estimate(noise=noise, num_samples=samples)
     found = np.asarray(signals(rule, dense, {"first": FIRST, "w": jnp.eye(96)}, X)["w"])
     assert np.trace(found) == pytest.approx(96, rel=1e-5)
@@ -354,8 +359,7 @@ def test_a_loss_on_noise_is_one_of_all_samples(monkeypatch):
 
 def test_the_memory_of_noise_does_not_grow_with_the_samples(monkeypatch):
     """That of a part, whatever the samples; also where devices draw their own in a shard_map, whose types must agree."""
-    monkeypatch.setattr(wmkp.mirror, "LEAST", 60)
-    monkeypatch.setattr(wmkp.mirror, "AT_ONCE", 96 * 60)
+    in_parts_of_60(monkeypatch)
     params = {"first": FIRST, "w": normal(5, 96, 160, fan_in=96)}
 
     def temporary(samples):
@@ -504,11 +508,15 @@ def test_orthogonal_pairs_are_exact_for_relu():
         ("orthogonal+antithetic", 1.5, jnp.tanh),
     ],
 )
-def test_orthogonal_noise_that_is_not_written_down(fan_in, noise, share, phi):
+@pytest.mark.parametrize("written", [False, True], ids=["by transforms", "by products"])
+def test_orthogonal_noise_written_down_or_not(monkeypatch, written, fan_in, noise, share, phi):
     """Where the samples are rows of one matrix, eq. 6-8 are taken by transforms: with the very noise, in NumPy's float64.
 
-    On both sides of the size from which these are Fourier's, a prime among them; parts of the matrix, pairs, a bias.
+    On both sides of the size from which these are Fourier's, a prime among them; parts of the matrix, pairs, a bias. And by
+    products, as on devices other than CPUs.
     """
+    if written:
+        monkeypatch.setattr(wmkp.mirror, "_transforms", lambda *_: False)
     samples = 2 * round(share * fan_in / 2)
     rule = one_estimate(noise=noise, num_samples=samples, noise_std=0.7, activation=phi, bias="kept")
     params = {"first": normal(1, 24, fan_in), "w": normal(2, fan_in, 20, fan_in=fan_in), "b": normal(3, 20) / 2}
