@@ -71,9 +71,8 @@ def mirror() -> str:
     listed = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
     return (
         f"What mirroring costs, and the angles that it holds, in the first {angle.note.split(',')[0]} images of 64x64 (the learning "
-        f"rate rising, orthogonal noise at rate 1): {'; '.join(held)}. Orthogonal noise is not written "
-        "down, and its two products are transforms, of which a mirror step takes this share of the products' time: "
-        f"{listed} "
+        f"rate rising, orthogonal noise at rate 1): {'; '.join(held)}. With that noise a mirror step "
+        f"takes fast transforms in place of its two matrix products, and this share of their time: {listed} "
         "([mirror_cost](benchmarks/results/mirror_cost.json)).\n"
     )
 
