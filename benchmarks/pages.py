@@ -72,7 +72,8 @@ def mirror() -> str:
     return (
         f"What mirroring costs, and the angles that it holds, in the first {angle.note.split(',')[0]} images of 64x64 (the learning "
         f"rate rising, orthogonal noise at rate 1): {'; '.join(held)}. With that noise a mirror step "
-        f"takes fast transforms in place of its two matrix products, and this share of their time: {listed} "
+        "takes transforms in place of its two matrix products (fast ones from 256 inputs on), and this share of their time: "
+        f"{listed} "
         "([mirror_cost](benchmarks/results/mirror_cost.json)).\n"
     )
 

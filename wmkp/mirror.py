@@ -1,5 +1,6 @@
 """Mirror mode (eq. 5-11): noise in, Hebbian signal out; and the law of how good one mirror step is."""
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable
@@ -308,6 +309,14 @@ def _hartley_rows(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> Ca
     return rows
 
 
+@functools.lru_cache
+def _hartley_matrix(n: int, dtype: Any) -> np.ndarray:
+    """cas(2 pi j k / n); one array for all projections of a program, which so holds it once."""
+    places = np.arange(n)
+    circle = np.cos(2 * np.pi / n * places) + np.sin(2 * np.pi / n * places)
+    return circle.astype(dtype)[np.outer(places, places) % n]
+
+
 def _hartley(x: jax.Array) -> jax.Array:
     """x times the matrix cas(2 pi j k / n), over the last axis, which has n entries.
 
@@ -315,9 +324,7 @@ def _hartley(x: jax.Array) -> jax.Array:
     """
     n = x.shape[-1]
     if n < SMALL:
-        places = np.arange(n)
-        circle = np.cos(2 * np.pi / n * places) + np.sin(2 * np.pi / n * places)
-        return x @ jnp.asarray(circle[np.outer(places, places) % n], x.dtype)
+        return x @ _hartley_matrix(n, x.dtype)
     f = jnp.fft.rfft(x)  # of a real x, the first half; the rest is its conjugate, backwards
     return jnp.concatenate([f.real - f.imag, (f.real + f.imag)[..., (n - 1) // 2 : 0 : -1]], axis=-1)
 
@@ -364,10 +371,10 @@ def _at_once(mirror: Mirror, blocks: int, fan_in: int, shared: bool) -> int:
 def _numbers(mirror: Mirror, shape: tuple[int, ...]) -> int:
     """Of noise, responses and signals: what a projection's ``_estimate`` has in memory at a time."""
     blocks, fan_in, fan_out = shape
-    if _transforms(mirror, fan_in, False):
-        return 4 * math.prod(shape)  # a spectrum, of complex numbers, and what it was made of
     samples = min(_drawn(mirror, fan_in), _at_once(mirror, blocks, fan_in, False))
-    return blocks * (samples * (fan_in + fan_out) + fan_in * fan_out)
+    numbers = blocks * (samples * (fan_in + fan_out) + fan_in * fan_out)
+    # By transforms: a spectrum, of complex numbers, and what it was made of.
+    return max(numbers, 4 * math.prod(shape)) if _transforms(mirror, fan_in, False) else numbers
 
 
 def _estimate(
