@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -174,3 +175,24 @@ def divided_as(x: jax.Array, like: Any) -> jax.Array:
     if here.spec == there.spec:
         return x
     return gathered(x) if all(axis is None for axis in there.spec) else jax.sharding.reshard(x, there)
+
+
+def zeros_of(x: jax.Array) -> jax.Array:
+    """Integer zeros in the shape of ``x``, made of it by operations that XLA does not fold: what takes them away waits for ``x``.
+
+    ``jax.lax.optimization_barrier`` does not do: on CPUs XLA drops it before it decides what is copied and in which order.
+    """
+    return jax.lax.min((x != 0).astype(np.int32), np.int32(0))
+
+
+@jax.jit  # so that a thousand layers have it traced once
+def after(x: jax.Array, earlier: jax.Array) -> jax.Array:
+    """``x`` to the bit, made after ``earlier``: so that an array that ``x`` overwrites has been read for ``earlier`` by then.
+
+    Without that a compiled step that overwrites an array (one that is donated) copies it first. Arrays of explicit axes that
+    are divided over them are left alone: reading one number of them would be communication.
+    """
+    if 0 in earlier.shape or any(axis is not None for axis in jax.typeof(earlier).sharding.spec):
+        return x
+    first = jax.lax.slice(earlier, (0,) * earlier.ndim, (1,) * earlier.ndim).reshape(())
+    return x - zeros_of(first).astype(x.dtype)

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from wmkp import compat
+
 LEAST = 2**24  # multiplications below which it is not worth it
 FEW = 32  # outputs beyond which XLA's own is mostly as fast or faster, and needs less memory
 CHUNK = 2**19  # entries of the patches that are laid out at a time: 2 MB
@@ -73,7 +75,16 @@ def weight_gradient(eqn_params: dict[str, Any], x: jax.Array, delta: jax.Array, 
     # It is cut out only when its turn comes: the whole is neither laid out anew nor padded.
     x, delta = (a.reshape(chunk, count // chunk, *a.shape[1:]) for a in (x, delta))
 
+    # Where strided positions are picked out, all at once, delta has to be there first: what they are picked from is mostly
+    # kept for its own layer's sake, and with both an engaged step would keep more than backprop.
+    waits = math.prod(taps) == 1 and max(strides) > 1
+
     def product(x: jax.Array, delta: jax.Array) -> jax.Array:
+        if waits:
+            of_each = delta[
+                (slice(None), *[slice(1)] * (delta.ndim - 1))
+            ]  # an example divided among devices stays there
+            x = x - compat.zeros_of(of_each).astype(x.dtype)
         return patches(x).T @ delta.reshape(len(x) * math.prod(size), outputs)
 
     def add(total: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:

@@ -38,8 +38,9 @@ def through_feedback(
     def backward(kept: tuple[Any, ...], delta: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         x, b = kept[:2]
         (dx,) = jax.linear_transpose(lambda x: product.multiply(x, b), x)(delta)
-        dw = product.weight_gradient(x, delta)
-        return dx, dw, dw if local is None else compat.divided_as(kept[2], jax.typeof(b))
+        # B is read for dx, and overwritten (as W is, where B is made of it) by what comes of these.
+        dw = compat.after(product.weight_gradient(x, delta), dx)
+        return dx, dw, dw if local is None else compat.after(compat.divided_as(kept[2], jax.typeof(b)), dx)
 
     multiply.defvjp(forward, backward)
     return multiply(x, w, b)
