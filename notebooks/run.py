@@ -12,6 +12,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
@@ -80,8 +81,10 @@ def main() -> None:
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: all")
     parser.add_argument("--smoke", action="store_true", help="at a small size, and write nothing")
     arguments = parser.parse_args()
-    if arguments.smoke:  # small programs, which take longer to compile than to run
+    if arguments.smoke:  # small programs, which take longer to compile than to run; XLA's flags as in tests/conftest.py
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        older = " --xla_cpu_use_fusion_emitters=false" if version("jax").startswith("0.10.") else ""
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + older + " --xla_cpu_parallel_codegen_split_count=1"
     # At full size one after another, so that the times are a notebook's own. In processes: papermill changes directory.
     paths = arguments.notebooks or sorted(Path(__file__).parent.glob("*.ipynb"))
     with ProcessPoolExecutor(None if arguments.smoke else 1, multiprocessing.get_context("spawn")) as pool:

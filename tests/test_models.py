@@ -63,7 +63,7 @@ def test_lenet_pools_as_flax_does():
             return nn.Dense(10, name="output")(x)
 
     x = jax.random.normal(jax.random.key(0), (4, 32, 32, 1))
-    params = LeNet(10).init(jax.random.key(1), x)
+    params = jax.jit(LeNet(10).init)(jax.random.key(1), x)
 
     def of(model):
         return jax.jit(jax.value_and_grad(lambda p: (model.apply(p, x) ** 2).sum()))(params)
