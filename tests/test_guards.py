@@ -81,6 +81,19 @@ def test_an_engaged_step_has_backprops_products_copies_and_bytes(rule, backprop)
     assert programs.peak_bytes(ours) <= programs.peak_bytes(plain) + more + signs + 1000
 
 
+def test_signs_are_made_a_matrix_at_a_time():
+    """Sign symmetry's W of signs is there when its error is, not from the forward pass on."""
+    params = [jax.random.normal(jax.random.fold_in(KEY, i), (64, 64)) / 8 for i in range(6)]
+    forward = lambda params, x: functools.reduce(lambda x, w: jnp.tanh(x @ w), params, x)
+    loss_fn = lambda params, model_state, x, key: ((forward(params, x) ** 2).mean(), (model_state, {}))
+    chain = models.Case(loss_fn, params, None, OPTIMIZER, jnp.ones((8, 64)))
+    plain, plain_state = compiled_backprop(chain)
+    steps, state = steps_and_state(chain, RULES["SS"])
+    ours = steps.engaged_step.lower(state, chain.batch).compile()
+    more = programs.tree_bytes(state) - plain_state
+    assert programs.peak_bytes(ours) <= programs.peak_bytes(plain) + more + params[0].nbytes + 1000
+
+
 def test_counts_see_what_they_are_for():
     """A step that multiplies twice, copies a weight and keeps an array would be seen."""
 

@@ -178,7 +178,7 @@ def divided_as(x: jax.Array, like: Any) -> jax.Array:
 
 
 def zeros_of(x: jax.Array) -> jax.Array:
-    """Integer zeros in the shape of ``x``, made of it by operations that XLA does not fold: what takes them away waits for ``x``.
+    """Integer zeros in the shape of ``x``, made of it by operations that XLA does not fold: what they are taken from waits for ``x``.
 
     ``jax.lax.optimization_barrier`` does not do: on CPUs XLA drops it before it decides what is copied and in which order.
     """
@@ -187,12 +187,17 @@ def zeros_of(x: jax.Array) -> jax.Array:
 
 @jax.jit  # so that a thousand layers have it traced once
 def after(x: jax.Array, earlier: jax.Array) -> jax.Array:
-    """``x`` to the bit, made after ``earlier``: so that an array that ``x`` overwrites has been read for ``earlier`` by then.
+    """``x`` to the bit; on CPUs made after ``earlier``, so that what ``x`` overwrites has been read for ``earlier`` by then.
 
-    Without that a compiled step that overwrites an array (one that is donated) copies it first. Arrays of explicit axes that
-    are divided over them are left alone: reading one number of them would be communication.
+    Without that a compiled step that overwrites an array (one that is donated) copies it first. Where one kernel makes
+    ``earlier`` and what follows, as on other devices, reading it apart would undo that. Arrays that are divided over explicit
+    axes are left alone: reading one number of them would be communication.
     """
     if 0 in earlier.shape or any(axis is not None for axis in jax.typeof(earlier).sharding.spec):
         return x
-    first = jax.lax.slice(earlier, (0,) * earlier.ndim, (1,) * earlier.ndim).reshape(())
-    return x - zeros_of(first).astype(x.dtype)
+
+    def waiting(x: jax.Array, earlier: jax.Array) -> jax.Array:
+        first = jax.lax.slice(earlier, (0,) * earlier.ndim, (1,) * earlier.ndim).reshape(())
+        return x - zeros_of(first).astype(x.dtype)
+
+    return jax.lax.platform_dependent(x, earlier, cpu=waiting, default=lambda x, _: x)

@@ -183,7 +183,7 @@ def evaluate(
 
     def on_product(handler: Handler, product: Product, x: Any, w: Any, b: Any, tap: Any) -> Any:
         path = analysis.paths[min(product.params)]
-        local = rules[path].local if path in rules else None
+        rule = rules.get(path)
         if b is w:
             y = product.multiply(x, w)
         elif b is None or (isinstance(b, Direct) and not product.needs_feedback):
@@ -191,8 +191,10 @@ def evaluate(
         elif isinstance(b, Direct):
             y, handler.channel = pathways.directly(product, x, w, b.array, handler.channel)
         else:
+            local = None if rule is None else rule.local
             gradient = None if local is None else activity_gradient(local, product, uses[path])
-            y = pathways.through_feedback(product, x, w, b, gradient)
+            made = rule is not None and rule.transports == "signs"
+            y = pathways.through_feedback(product, x, w, b, gradient, made)
         if product is last:
             y = pathways.emit_error(y, handler.channel)
         return y if tap is None else tapped(product, x, y, tap)

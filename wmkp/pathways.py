@@ -18,13 +18,19 @@ LocalGradient = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array
 
 
 def through_feedback(
-    product: Product, x: jax.Array, w: jax.Array, b: jax.Array, local: LocalGradient | None = None
+    product: Product,
+    x: jax.Array,
+    w: jax.Array,
+    b: jax.Array,
+    local: LocalGradient | None = None,
+    made: bool = False,
 ) -> jax.Array:
     """``product.multiply(x, w)``, with the error sent back through ``b``; W is not among what the backward pass keeps.
 
     The cotangent of ``b`` is that of ``w`` (eq. 15: y delta^T in the paper's layout, delta y^T in W's), which is the
     Kolen-Pollack signal; or, with ``local``, ``local(x, u, w, b)``: the gradient of a loss of this projection alone,
-    which no error enters.
+    which no error enters. A ``b`` that is ``made`` of W at each step is made when the error is there, and not kept from
+    the forward pass.
     """
 
     @jax.custom_vjp
@@ -37,6 +43,8 @@ def through_feedback(
 
     def backward(kept: tuple[Any, ...], delta: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         x, b = kept[:2]
+        if made:
+            b = compat.after(b, delta)
         (dx,) = jax.linear_transpose(lambda x: product.multiply(x, b), x)(delta)
         # B is read for dx, and overwritten (as W is, where B is made of it) by what comes of these.
         dw = compat.after(product.weight_gradient(x, delta), dx)
