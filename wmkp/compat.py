@@ -1,4 +1,4 @@
-"""What depends on a JAX release: how a jaxpr is opened and made, a scan split, an equation bound again, an array divided as a type says."""
+"""What depends on a release of JAX or XLA: opening and making jaxprs, splitting scans, binding equations, dividing arrays, waiting."""
 
 import math
 from collections.abc import Callable, Sequence
