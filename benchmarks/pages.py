@@ -120,12 +120,13 @@ def training() -> str:
 
 
 def scaling() -> str:
-    """What B's optimizer takes where batches are small, by ``results/scaling.json``."""
+    """What B's optimizer takes in dense layers, by ``results/scaling.json``."""
     rows = {row.name: row.value for row in benchmarks.read(benchmarks.RESULTS / "scaling.json")}
-    small, large = (rows[f"KP over BP, dense layers, batch {size}"] for size in (16, 256))
+    small, large, wide = (rows[f"KP over BP, dense layers, {at}"] for at in ("batch 16", "batch 256", "width 1024"))
     return (
-        "Under KP the optimizer has B to move beside W, which shows where batches are small: dense layers of 512 units take "
-        f"{small:.2f} at batch 16, {large:.2f} at 256 ([scaling](benchmarks/results/scaling.json)).\n"
+        "Under KP the optimizer has B to move beside W, and copies no B where backprop's step copies W (on CPUs): dense "
+        f"layers of 512 units take {small:.2f} at batch 16 and {large:.2f} at 256, of 1,024 units {wide:.2f} at 128 "
+        "([scaling](benchmarks/results/scaling.json)).\n"
     )
 
 
