@@ -81,9 +81,8 @@ def weight_gradient(eqn_params: dict[str, Any], x: jax.Array, delta: jax.Array, 
 
     def product(x: jax.Array, delta: jax.Array) -> jax.Array:
         if waits:
-            of_each = delta[
-                (slice(None), *[slice(1)] * (delta.ndim - 1))
-            ]  # an example divided among devices stays there
+            # A number of each example, so that what is divided among devices by examples waits for its own.
+            of_each = delta[(slice(None), *[slice(1)] * (delta.ndim - 1))]
             x = x - compat.zeros_of(of_each).astype(x.dtype)
         return patches(x).T @ delta.reshape(len(x) * math.prod(size), outputs)
 
