@@ -11,8 +11,8 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from wmkp.experiments.provenance import installed as installed
-from wmkp.experiments.provenance import provenance
+from wmkp.experiments.runs.provenance import installed as installed
+from wmkp.experiments.runs.provenance import provenance
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 

@@ -1,4 +1,4 @@
-"""A convolution's weight gradient on a CPU: by patches (wmkp/patches.py) against XLA's own.
+"""A convolution's weight gradient on a CPU: by patches (wmkp/program/patches.py) against XLA's own.
 
 ``python -m benchmarks.conv`` times both in turns on layers of ResNet-20 (batch 128), ResNet-18 (8) and ResNet-50 (4), says
 where wmkp goes by patches, and writes ``benchmarks/results/conv.json``.
@@ -9,7 +9,7 @@ import functools
 import jax
 
 import benchmarks
-from wmkp import patches
+from wmkp.program import patches
 
 # Images, their size, features in and out, the kernel's size, stride.
 SHAPES = [

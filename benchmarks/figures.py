@@ -16,8 +16,9 @@ from typing import Any
 import tyro
 
 import benchmarks
-from wmkp.experiments import logs, published, reproduce
-from wmkp.experiments.recipes import RECIPES
+from wmkp.experiments.commands import published, reproduce
+from wmkp.experiments.commands.recipes import RECIPES
+from wmkp.experiments.runs import logs
 
 ROOT = Path(__file__).parent.parent
 KEPT = benchmarks.RESULTS / "figures"

@@ -64,7 +64,7 @@ def wmkp_epoch(images: np.ndarray, targets: np.ndarray) -> Callable[[], Any]:
 def reproduced_epoch(images: np.ndarray, labels: np.ndarray) -> Callable[[], Any]:
     """The same epoch as ``wmkp reproduce akrout-mnist`` trains it: weights of pixels that a batch does not light rest."""
     from wmkp.experiments import published  # which needs tyro and Pillow
-    from wmkp.experiments.data import Dataset
+    from wmkp.experiments.data.datasets import Dataset
 
     train = {"image": np.rint(255 * images).astype(np.uint8), "label": labels.astype(np.int32)}
     trial = published.start(published.PUBLISHED["kp"], Dataset(train, train, 10), published.HIDDEN["mnist"])

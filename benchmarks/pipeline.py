@@ -19,7 +19,7 @@ import tyro
 from PIL import Image
 
 import benchmarks
-from wmkp.experiments import images, streaming
+from wmkp.experiments.data import images, streaming
 
 
 @dataclasses.dataclass(frozen=True)

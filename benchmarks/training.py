@@ -12,8 +12,9 @@ from pathlib import Path
 import tyro
 
 import benchmarks
-from wmkp.experiments import logs, train
-from wmkp.experiments.recipes import RECIPES
+from wmkp.experiments.commands import train
+from wmkp.experiments.commands.recipes import RECIPES
+from wmkp.experiments.runs import logs
 
 # What is changed of a recipe, and the rules. BP comes last where it is slowest.
 RUNS = {

@@ -21,7 +21,7 @@ from typing import Literal
 import tyro
 
 import benchmarks
-from wmkp.experiments.provenance import provenance
+from wmkp.experiments.runs.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
 NAMED = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grain")

@@ -24,7 +24,8 @@ import jax
 import numpy as np
 
 from benchmarks import save
-from wmkp.experiments import checkpoints, logs, train
+from wmkp.experiments.commands import train
+from wmkp.experiments.runs import checkpoints, logs
 
 STEPS, KILLS, AT_START = 2000, 30, 8
 SEED = 0
@@ -41,7 +42,14 @@ GROWTH = 0.02  # of memory, from the second quarter of the steps to the last
 
 def start(rule: str, out: pathlib.Path, *options: str) -> subprocess.Popen[bytes]:
     """``wmkp train`` in a session of its own, whatever it starts included; all compile once, into one cache."""
-    command = [sys.executable, "-c", "from wmkp.experiments.cli import main; main()", "train", *OPTIONS[rule], *options]
+    command = [
+        sys.executable,
+        "-c",
+        "from wmkp.experiments.commands.cli import main; main()",
+        "train",
+        *OPTIONS[rule],
+        *options,
+    ]
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(out.parent / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

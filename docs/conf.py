@@ -14,7 +14,8 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 import wmkp
-from wmkp.experiments import config, recipes
+from wmkp.experiments import config
+from wmkp.experiments.commands import recipes
 
 project = "wmkp"
 copyright = "the authors of wmkp; Apache-2.0"

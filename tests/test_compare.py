@@ -14,8 +14,9 @@ from matplotlib.image import imread
 from PIL import Image
 from rich.console import Console
 
-from wmkp.experiments import cli, compare, data
+from wmkp.experiments.commands import cli, compare
 from wmkp.experiments.config import RULES, Compare, InputError
+from wmkp.experiments.data import datasets as data
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -16,8 +16,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from wmkp.experiments import data, images, records, streaming
 from wmkp.experiments.config import InputError
+from wmkp.experiments.data import datasets as data
+from wmkp.experiments.data import images, records, streaming
 
 SIZE = 24
 REAL = Path(os.environ.get("WMKP_TFDS", "nowhere"))  # a TFDS directory with ImageNet, or a sample of it
@@ -200,7 +201,7 @@ def test_worker_processes_change_nothing_and_go_away(stream):
 def test_worker_processes_do_not_outlive_one_that_is_killed(directory, child_environment):
     code = f"""
 import multiprocessing, time
-from wmkp.experiments import streaming
+from wmkp.experiments.data import streaming
 batches = streaming.train_batches(streaming.open_stream({str(directory)!r}, None, {SIZE}), 4, seed=1, workers=1)
 next(batches)
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)

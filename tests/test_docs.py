@@ -155,7 +155,7 @@ def commands():
 
 @pytest.mark.parametrize("arguments", list(commands()))
 def test_commands_are_understood(monkeypatch, arguments):
-    from wmkp.experiments import cli
+    from wmkp.experiments.commands import cli
 
     called = []
     ends = ((cli.compare, "compare"), (cli.train, "train"), (cli.train, "evaluate"), (cli.data, "prepare"))
@@ -172,7 +172,7 @@ def test_commands_are_understood(monkeypatch, arguments):
 
 
 def test_every_command_is_on_the_page(monkeypatch, capsys):
-    from wmkp.experiments import cli
+    from wmkp.experiments.commands import cli
 
     monkeypatch.setattr(sys, "argv", ["wmkp", "--help"])
     with pytest.raises(SystemExit):

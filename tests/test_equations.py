@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import wmkp
-from wmkp import pathways
+from wmkp.program import pathways
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

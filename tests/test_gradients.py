@@ -252,7 +252,7 @@ def test_scan_that_carries_a_learned_start_beside_a_constant():
 
 def test_a_state_that_starts_at_zero_is_an_activity_from_the_first_turn():
     """Its first product, with a constant, is one like the rest: it is no weight made of W, nor another use of W."""
-    from wmkp.projections import analyse
+    from wmkp.program.projections import analyse
 
     def loss(params, x):
         def step(memory, x):
@@ -789,7 +789,7 @@ def test_only_the_rule_that_learns_gets_a_signal():
 
 def test_a_thousand_layers_trace_in_linear_time():
     """Counted, not timed: the plan holds each equation once."""
-    from wmkp.projections import analyse
+    from wmkp.program.projections import analyse
 
     def loss(ws, x):
         for w in ws:

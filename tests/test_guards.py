@@ -13,7 +13,7 @@ import pytest
 
 import wmkp
 from benchmarks import models, programs
-from wmkp import compat, patches
+from wmkp.program import compat, patches
 
 KEY = jax.random.key(0)
 RULES = {

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 import wmkp
 import wmkp.nnx
 from wmkp import updates
-from wmkp.interpreter import Direct
+from wmkp.program.interpreter import Direct
 from wmkp.training import batch_sharding, state_sharding
 
 

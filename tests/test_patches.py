@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import wmkp
-from wmkp import patches
+from wmkp.program import patches
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

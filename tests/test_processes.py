@@ -15,14 +15,14 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from test_data import make
 
-from wmkp.experiments import logs
+from wmkp.experiments.runs import logs
 
 OPTIONS = "mlp-digits-wm --hidden 16 16 --epochs 400 --log-every 10 --no-tensorboard --mirror-angle 20".split()
 SECONDS = 240  # after which a process hangs
 
 
 def start(environment, out, *options, command=("train", *OPTIONS)):
-    command = [sys.executable, "-c", "from wmkp.experiments.cli import main; main()", *command, *options]
+    command = [sys.executable, "-c", "from wmkp.experiments.commands.cli import main; main()", *command, *options]
     return subprocess.Popen(
         [*command, "--out", str(out)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import wmkp
-from wmkp.interpreter import Direct
+from wmkp.program.interpreter import Direct
 from wmkp.rules import ProductFeedback
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

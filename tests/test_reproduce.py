@@ -19,8 +19,11 @@ from PIL import Image
 from test_data import make
 
 import wmkp
-from wmkp.experiments import cli, config, data, figures, outputs, published, recipes, reproduce, train
+from wmkp.experiments import config
+from wmkp.experiments.commands import cli, published, recipes, reproduce, train
 from wmkp.experiments.config import InputError, Reproduce
+from wmkp.experiments.data import datasets as data
+from wmkp.experiments.runs import figures, outputs
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

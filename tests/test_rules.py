@@ -15,9 +15,9 @@ from jax import lax
 
 import wmkp
 from wmkp.alignment import Alignment
-from wmkp.interpreter import Direct
 from wmkp.mirror import draw_noise
-from wmkp.projections import direct_sizes
+from wmkp.program.interpreter import Direct
+from wmkp.program.projections import direct_sizes
 from wmkp.rules import ProductFeedback
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

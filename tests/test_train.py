@@ -24,11 +24,13 @@ import pytest
 from flax import serialization
 from jax.sharding import Mesh
 
-from wmkp.experiments import checkpoints, cli, feeds, logs, outputs, recipes, tasks, train
+from wmkp.experiments.commands import cli, recipes, tasks, train
 from wmkp.experiments.config import InputError, Train
-from wmkp.experiments.data import Dataset
-from wmkp.experiments.devices import make_mesh
+from wmkp.experiments.data import feeds
+from wmkp.experiments.data.datasets import Dataset
 from wmkp.experiments.models.mlp import MLP
+from wmkp.experiments.runs import checkpoints, logs, outputs
+from wmkp.experiments.runs.devices import make_mesh
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),  # of TensorBoard's writer and Orbax
@@ -119,7 +121,7 @@ def test_what_a_run_leaves(finished):
 def test_killed_at_any_point_and_resumed_it_ends_with_the_same_bits(finished, tmp_path, child_environment):
     """SIGKILL somewhere, then SIGTERM, each in a process of its own, then to the end."""
     config = dataclasses.replace(SMALL, out=tmp_path / "run", resume=True)
-    code = f"from wmkp.experiments import train\nfrom pathlib import *\nfrom wmkp.experiments.config import Train\ntrain.train({config!r})"
+    code = f"from wmkp.experiments.commands import train\nfrom pathlib import *\nfrom wmkp.experiments.config import Train\ntrain.train({config!r})"
     path = config.out / "train.csv"
 
     def until_rows(count):
@@ -647,7 +649,7 @@ gc.collect()
 def test_an_interrupt_ends_the_command_whatever_it_is_at(code):
     script = f"""
 import gc, signal, sys, threading, jax
-from wmkp.experiments import cli
+from wmkp.experiments.commands import cli
 def step(x):
     for i in range(1000):
         x = jax.numpy.sin(x @ x + i)

@@ -2,9 +2,9 @@
 
 from wmkp import updates
 from wmkp.angles import delta_angles, input_covariances, matrix_angles
-from wmkp.grad import engage, init_feedback, value_and_grad
+from wmkp.engaged import engage, init_feedback, value_and_grad
 from wmkp.mirror import mirror_angle, mirror_gain, mirror_signals, samples_for_angle
-from wmkp.projections import Projection, WeightTransportError, projections
+from wmkp.program.projections import Projection, WeightTransportError, projections
 from wmkp.rules import (
     Mirror,
     Rule,
@@ -62,3 +62,7 @@ __all__ = [
     "value_and_grad",
     "weight_mirror",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]  # the modules are where names are kept, and no names to be called

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from wmkp import checks
 from wmkp.alignment import covariance
-from wmkp.grad import carried, check_loss, companions, evaluate, feedback_leaves
-from wmkp.interpreter import Direct
-from wmkp.products import Product
-from wmkp.projections import Analysis, analyse, named_leaves
+from wmkp.engaged import carried, check_loss, companions, evaluate, feedback_leaves
+from wmkp.program.interpreter import Direct
+from wmkp.program.products import Product
+from wmkp.program.projections import Analysis, analyse, named_leaves
 from wmkp.rules import ProductFeedback, Rule, RuleOrRules, check_rule, check_samples, resolve
 
 

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wmkp import checks, compat
+from wmkp import checks
 from wmkp.alignment import local_gradient
-from wmkp.grad import feedback_leaves
-from wmkp.interpreter import collect
-from wmkp.products import Product
-from wmkp.projections import Analysis, WeightTransportError, analyse, is_array
+from wmkp.engaged import feedback_leaves
+from wmkp.program import compat
+from wmkp.program.interpreter import collect
+from wmkp.program.products import Product
+from wmkp.program.projections import Analysis, WeightTransportError, analyse, is_array
 from wmkp.rules import Mirror, Rule, RuleOrRules, check_rule, resolve
 
 Activation = Callable[[jax.Array], jax.Array] | None

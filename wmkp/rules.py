@@ -12,8 +12,8 @@ import numpy as np
 
 from wmkp import checks
 from wmkp.alignment import Alignment
-from wmkp.interpreter import Direct
-from wmkp.projections import Analysis, Projection, WeightTransportError
+from wmkp.program.interpreter import Direct
+from wmkp.program.projections import Analysis, Projection, WeightTransportError
 
 
 class Mirror(NamedTuple):

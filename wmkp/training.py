@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from wmkp import checks, compat, mirror, updates
-from wmkp.grad import check_loss, feedback_leaves, initial_feedback, value_and_grad
-from wmkp.projections import Analysis, analyse, check_traceable, named_leaves
+from wmkp import checks, mirror, updates
+from wmkp.engaged import check_loss, feedback_leaves, initial_feedback, value_and_grad
+from wmkp.program import compat
+from wmkp.program.projections import Analysis, analyse, check_traceable, named_leaves
 from wmkp.rules import ProductFeedback, RuleOrRules, resolve
 
 

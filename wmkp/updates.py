@@ -10,7 +10,7 @@ import optax
 
 from wmkp import checks
 from wmkp.mirror import mirror_gain
-from wmkp.projections import is_array
+from wmkp.program.projections import is_array
 from wmkp.rules import Rule
 
 __all__ = ["calibrated_mirror", "clip_together", "kolen_pollack", "weight_mirror"]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import wmkp
-from wmkp import compat
+from wmkp.program import compat
 
 KEY = jax.random.key(0, impl="unsafe_rbg")
 STEPS = 10

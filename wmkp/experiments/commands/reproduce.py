@@ -24,9 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from wmkp import checks
-from wmkp.experiments import devices, figures, logs, outputs, published, recipes, train
+from wmkp.experiments.commands import published, recipes, train
 from wmkp.experiments.config import MACHINES, RULES, InputError, Reproduce, Train, flag
-from wmkp.experiments.provenance import provenance
+from wmkp.experiments.runs import devices, figures, logs, outputs
+from wmkp.experiments.runs.provenance import provenance
 from wmkp.training import batch_sharding
 
 IMAGENET_EXAMPLES = 1_281_167

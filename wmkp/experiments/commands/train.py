@@ -35,9 +35,11 @@ from rich.table import Table
 
 import wmkp
 from wmkp import checks
-from wmkp.experiments import checkpoints, devices, feeds, logs, outputs, tasks
+from wmkp.experiments.commands import tasks
 from wmkp.experiments.config import MACHINES, RULES, InputError, Train, first_line, flag, refusals
-from wmkp.projections import named_leaves
+from wmkp.experiments.data import feeds
+from wmkp.experiments.runs import checkpoints, devices, logs, outputs
+from wmkp.program.projections import named_leaves
 from wmkp.training import state_sharding
 
 # What may change when a run is resumed: none of it changes what is learned.

@@ -41,8 +41,10 @@ with _interruptible():
         import jax
         import tyro
 
-        from wmkp.experiments import compare, data, figures, outputs, recipes, reproduce, train
+        from wmkp.experiments.commands import compare, recipes, reproduce, train
         from wmkp.experiments.config import Compare, DataDir, InputError, Reproduce, Train, first_line
+        from wmkp.experiments.data import datasets as data
+        from wmkp.experiments.runs import figures, outputs
     except ModuleNotFoundError as error:
         sys.exit(f'wmkp: {error.name} is missing; the command needs its extra: pip install "wmkp[experiments]"')
 

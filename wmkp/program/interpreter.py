@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from wmkp import compat
-from wmkp.kinds import Kind, everywhere, join
-from wmkp.plans import Plan, Step
-from wmkp.products import Bind, Product
+from wmkp.program import compat
+from wmkp.program.kinds import Kind, everywhere, join
+from wmkp.program.plans import Plan, Step
+from wmkp.program.products import Bind, Product
 
 # --- running the plan -------------------------------------------------------------------------------------------------
 

@@ -14,11 +14,11 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from wmkp.experiments import logs
 from wmkp.experiments.config import RULES, InputError, first_line
+from wmkp.experiments.runs import logs
 
 if TYPE_CHECKING:
-    from wmkp.experiments.compare import Row
+    from wmkp.experiments.commands.compare import Row
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; dashes besides, for print in grey.
 STYLES: dict[str, dict[str, Any]] = {

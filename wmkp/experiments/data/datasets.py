@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from wmkp.experiments import images, records
 from wmkp.experiments.config import InputError, first_line
+from wmkp.experiments.data import images, records
 
 Examples = dict[str, Any]  # "image": (examples, height, width, channels) and "label": (examples,) int32, or "tokens"
 

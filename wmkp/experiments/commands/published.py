@@ -15,9 +15,11 @@ import optax
 from PIL import Image
 
 import wmkp
-from wmkp.experiments import checkpoints, data, records
 from wmkp.experiments.config import InputError
-from wmkp.experiments.data import Dataset
+from wmkp.experiments.data import datasets as data
+from wmkp.experiments.data import records
+from wmkp.experiments.data.datasets import Dataset
+from wmkp.experiments.runs import checkpoints
 
 BATCH = 128
 HIDDEN = {"mnist": 500, "cifar10": 1000}

@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 
-from wmkp import compat
-from wmkp.products import Product
-from wmkp.projections import WeightTransportError, direct_sizes
+from wmkp.program import compat
+from wmkp.program.products import Product
+from wmkp.program.projections import WeightTransportError, direct_sizes
 
 LocalGradient = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 

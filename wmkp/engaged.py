@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from wmkp import checks, compat, pathways
+from wmkp import checks
 from wmkp.alignment import activity_gradient
-from wmkp.interpreter import Direct, Handler, anchored, run
-from wmkp.products import Product
-from wmkp.projections import Analysis, Projection, analyse, explained, is_array, named_leaves
+from wmkp.program import compat, pathways
+from wmkp.program.interpreter import Direct, Handler, anchored, run
+from wmkp.program.products import Product
+from wmkp.program.projections import Analysis, Projection, analyse, explained, is_array, named_leaves
 from wmkp.rules import Rule, RuleOrRules, check_rule, resolve
 
 

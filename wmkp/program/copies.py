@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from wmkp import compat
-from wmkp.kinds import CONSTANT, Kind, activation, elementwise_varying, layout_varying, same_along
-from wmkp.products import Bind, Product
+from wmkp.program import compat
+from wmkp.program.kinds import CONSTANT, Kind, activation, elementwise_varying, layout_varying, same_along
+from wmkp.program.products import Bind, Product
 
 
 class Fan(NamedTuple):

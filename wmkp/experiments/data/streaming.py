@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from wmkp.experiments import data, images, records
 from wmkp.experiments.config import InputError, first_line
+from wmkp.experiments.data import datasets as data
+from wmkp.experiments.data import images, records
 
 Batch = dict[str, np.ndarray]
 

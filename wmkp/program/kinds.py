@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from wmkp import compat
+from wmkp.program import compat
 
 Gain = tuple[frozenset[int], tuple[bool, ...]]
 

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from wmkp.experiments import data, records, streaming
+from wmkp.experiments.commands.tasks import IGNORED
 from wmkp.experiments.config import InputError, Train
-from wmkp.experiments.devices import put_batch, put_everywhere
-from wmkp.experiments.tasks import IGNORED
+from wmkp.experiments.data import datasets as data
+from wmkp.experiments.data import records, streaming
+from wmkp.experiments.runs.devices import put_batch, put_everywhere
 from wmkp.training import batch_sharding
 
 PROBE = 64  # training examples that delta angles are measured on, or somewhat more

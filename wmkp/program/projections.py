@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from wmkp import checks
-from wmkp.copies import settle
-from wmkp.interpreter import collect
-from wmkp.kinds import Kind, everywhere
-from wmkp.plans import Analyser, Plan
-from wmkp.products import Product
+from wmkp.program.copies import settle
+from wmkp.program.interpreter import collect
+from wmkp.program.kinds import Kind, everywhere
+from wmkp.program.plans import Analyser, Plan
+from wmkp.program.products import Product
 
 
 class WeightTransportError(ValueError):

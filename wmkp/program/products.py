@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wmkp import compat, patches
-from wmkp.kinds import Kind
+from wmkp.program import compat, patches
+from wmkp.program.kinds import Kind
 
 Bind = Callable[..., list[Any]]
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from wmkp import compat
+from wmkp.program import compat
 
 LEAST = 2**24  # multiplications below which it is not worth it
 FEW = 32  # outputs beyond which XLA's own is mostly as fast or faster, and needs less memory

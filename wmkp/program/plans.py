@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from wmkp import compat
-from wmkp.copies import Twice, cut, fan_out, settle, sources
-from wmkp.kinds import (
+from wmkp.program import compat
+from wmkp.program.copies import Twice, cut, fan_out, settle, sources
+from wmkp.program.kinds import (
     CAST,
     CONSTANT,
     Gain,
@@ -25,7 +25,7 @@ from wmkp.kinds import (
     union_of,
     weight_kind,
 )
-from wmkp.products import Bind, Product
+from wmkp.program.products import Bind, Product
 
 
 class Step(NamedTuple):

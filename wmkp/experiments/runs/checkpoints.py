@@ -18,8 +18,8 @@ from jax.experimental import multihost_utils
 
 import wmkp
 from wmkp import checks
-from wmkp.experiments import outputs
 from wmkp.experiments.config import InputError, first_line
+from wmkp.experiments.runs import outputs
 
 SHOWN = 8  # of the differences between a checkpoint and what was expected
 # Orbax tells saves in the background apart by a number that the process has one of: two at a time spoil each other.

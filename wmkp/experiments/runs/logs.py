@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wmkp.experiments.config import InputError, first_line
-from wmkp.experiments.outputs import write_atomically
+from wmkp.experiments.runs.outputs import write_atomically
 
 
 class Log:

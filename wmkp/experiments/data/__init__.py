@@ -1,0 +1,1 @@
+"""What training reads: datasets, records, images, and the batches that reach the device."""

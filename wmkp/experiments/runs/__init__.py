@@ -1,0 +1,1 @@
+"""What a run leaves: checkpoints, logs, outputs, figures, and where it ran."""
