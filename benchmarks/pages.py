@@ -8,13 +8,13 @@ from pathlib import Path
 import tyro
 
 import benchmarks
-from benchmarks import engaged, figures, mirror_cost
+from benchmarks import address, engaged, figures, mirror_cost
 
 ROOT = Path(__file__).parent.parent
 
 
 def pages(comparison: Path | None = None, every_rule: Path | None = None) -> None:
-    """Fills the pages' marked places: the engaged steps' cost always, a comparison's tables where it is given.
+    """Fills the pages' marked places and puts the address in: measurements always, a comparison's tables where it is given.
 
     Args:
       comparison: what ``wmkp compare`` wrote.
@@ -26,6 +26,10 @@ def pages(comparison: Path | None = None, every_rule: Path | None = None) -> Non
     fill("README.md", "training", training())
     fill("README.md", "scaling", scaling())
     fill("README.md", "peers", peers())
+    fill("README.md", "notebooks", address.table())
+    fill("pyproject.toml", "urls", address.urls())
+    fill("CITATION.cff", "address", address.citation())
+    address.write_first_cells()
     if comparison is not None:
         fill("README.md", "table", (comparison / "comparison.md").read_text())
         shutil.copy(comparison / "comparison.png", ROOT / "docs" / "comparison.png")
@@ -133,7 +137,7 @@ def scaling() -> str:
 def fill(page: str, name: str, content: str) -> None:
     """Writes between ``<!-- name -->`` and ``<!-- end of name -->``."""
     text, found = re.subn(
-        rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)",
+        rf"(<!-- {name} -->\n).*?((?:# )?<!-- end of {name} -->)",
         lambda m: f"{m[1]}{content}{m[2]}",
         (ROOT / page).read_text(),
         flags=re.DOTALL,

@@ -139,6 +139,13 @@ def test_one_version():
     assert re.search(r'^dynamic = \["version"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     released = re.findall(r"^## \[([^]]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert released[0] in {wmkp.__version__, "Unreleased"} and wmkp.__version__ in released
+    assert f"\nversion: {wmkp.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_ci_runs_on_the_oldest_and_the_newest_python():
+    said = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
+    assert f'requires-python = ">={said[0]}"' in (ROOT / "pyproject.toml").read_text()
+    assert f'python: ["{said[0]}", "{said[-1]}"]' in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The notebooks as they are kept: executed, small, with parameters, and each with its badge in the README.
+"""The notebooks as they are kept: executed, small, with parameters, and each in the README.
 
 That they run is tested by ``python notebooks/run.py --smoke``.
 """
@@ -7,10 +7,11 @@ import ast
 import importlib.util
 import json
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
+
+from benchmarks import address
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -38,11 +39,12 @@ def test_installs_wmkp_first_and_only_where_it_is_missing(path):
     """Beside the NumPy that is there: a session that has loaded it cannot use another, whose modules it would mix in."""
     first = cells(path, "code")[0][1]
     assert re.search(
-        r'find_spec\("wmkp"\) is None:\n    kept = .*f"numpy=={d.version}".*\n'
-        r'    %pip install -q "wmkp\[experiments\] @ git\+https://github.com/OWNER/REPO" \{kept\}',
-        first,
+        r'find_spec\("wmkp"\) is None:\n    kept = .*f"numpy=={d.version}".*\n    %pip install -q ".*" \{kept\}', first
     )
     assert "import jax" not in first and "import wmkp" not in first
+    assert first == address.first_cell(first)
+    there = address.first_cell(first, "a/b")
+    assert "git+https://github.com/a/b" in there and address.first_cell(there, None) == address.first_cell(first, None)
 
 
 @each
@@ -64,22 +66,18 @@ def test_links_lead_somewhere(path):
             assert (path.parent / target).exists(), target
 
 
-def test_readme_has_each_with_its_badge():
-    """In order, under its own title; and all badges lead to one repository."""
-    titles = [cells(path, "markdown")[0][1].splitlines()[0] for path in NOTEBOOKS]
-    expected = [
-        (title.split(". ", 1)[1], path.name, str(n))
-        for n, (title, path) in enumerate(zip(titles, NOTEBOOKS, strict=True), 1)
-    ]
-    assert [title.split(".")[0] for title in titles] == [f"# {n}" for _, _, n in expected]
-    row = r"^\| \[(.+?)\]\(notebooks/(\S+)\) \| .+ \| \[!\[Open in Colab\]\[colab\]\]\[notebook (\d)\] \|$"
-    assert re.findall(row, README, re.MULTILINE) == expected
-    link = (
-        r"^\[notebook (\d)\]: https://colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/main/notebooks/(\S+)$"
-    )
-    links = re.findall(link, README, re.MULTILINE)
-    assert [(name, n) for n, _, name in links] == [(name, n) for _, name, n in expected]
-    repositories = {repository for _, repository, _ in links}
-    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
-    assert len(repositories) == 1
-    assert urls.get("Repository") in {None, f"https://github.com/{repositories.pop()}"}
+def test_readme_has_each_in_order():
+    assert [cells(path, "markdown")[0][1].split(".")[0] for path in NOTEBOOKS] == [f"# {n}" for n in range(1, 7)]
+    assert f"<!-- notebooks -->\n{address.table()}<!-- end of notebooks -->" in README
+    assert address.table("a/b").count("](https://colab.research.google.com/github/a/b/blob/main/notebooks/") == 6
+
+
+def test_no_link_leads_to_an_address_that_does_not_exist():
+    """All that names the repository is what the one constant makes of it."""
+    for name, made in (("pyproject.toml", address.urls()), ("CITATION.cff", address.citation())):
+        assert re.search(rf"# <!-- (\w+) -->\n{re.escape(made)}# <!-- end of \1 -->", (ROOT / name).read_text())
+    if address.ADDRESS is None:
+        pages = [ROOT / "README.md", *NOTEBOOKS, *(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]
+        assert not [
+            page for page in pages if re.search(r"OWNER/REPO|colab\.research|github\.com/.*/wmkp", page.read_text())
+        ]

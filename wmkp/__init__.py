@@ -25,7 +25,7 @@ from wmkp.rules import (
 )
 from wmkp.training import Steps, TrainState, make_steps
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Mirror",
