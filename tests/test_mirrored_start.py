@@ -205,3 +205,87 @@ def test_resnet_18_is_mirrored_in_one_step():
     scale = wmkp.mirror_gain(rule)
     for w, signal in zip(jax.tree.leaves(params["Conv_1"]), jax.tree.leaves(signals["Conv_1"]), strict=True):
         np.testing.assert_allclose(signal / scale, w, rtol=0, atol=1e-4 * float(jnp.max(jnp.abs(w))))
+
+
+# --- mirrored Kolen-Pollack -------------------------------------------------------------------------------------------
+
+WIDTHS = 96, 160
+
+
+def wide():
+    rng = np.random.default_rng(2)
+    params = {"first": rng.normal(size=(6, 96)), "w": rng.normal(size=WIDTHS) / np.sqrt(96)}
+    return jax.tree.map(np.float32, params)
+
+
+def wide_loss(params, model_state, batch, key):
+    return jnp.mean((jnp.tanh(batch @ params["first"]) @ params["w"]) ** 2), (None, {})
+
+
+def degrees(b, params):
+    return float(wmkp.matrix_angles(params, {"first": None, "w": b})["w"])
+
+
+def test_mirrored_kolen_pollack_is_backprop_from_the_first_step():
+    """At its defaults: one mirror step of orthogonal noise before training, exact, and every one after it as well."""
+    x = np.random.default_rng(3).normal(size=(5, 8, 6)).astype(np.float32)
+    losses = {}
+    for name, rule in {"mkp": wmkp.mirrored_kolen_pollack(), "bp": wmkp.backprop()}.items():
+        steps = wmkp.make_steps(wide_loss, rule, OPTIMIZERS["sgd"], wide(), x[0])
+        state, losses[name] = steps.init(KEY, wide()), []
+        for batch in x:
+            state, metrics = steps.engaged_step(state, batch)
+            losses[name].append(float(metrics["loss"]))
+            if name == "mkp":
+                state, _ = steps.mirror_step(state)
+                assert degrees(state.feedback["w"], state.params) < LARGEST_ANGLE
+    np.testing.assert_allclose(losses["mkp"], losses["bp"], rtol=1e-5)
+    assert int(state.mirrored) == 0
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher", "antithetic"])
+def test_mirrored_kolen_pollack_averages_over_all_mirror_steps(noise):
+    """Whatever W did meanwhile, t mirror steps of N samples are one of t N: tan(angle) = sqrt(fan_in / (t N))."""
+    rule = wmkp.mirrored_kolen_pollack(noise, num_samples=400, start=3)
+    x = np.random.default_rng(4).normal(size=(8, 6)).astype(np.float32)
+    tx = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.5, momentum=0.9))
+    steps = wmkp.make_steps(wide_loss, rule, tx, wide(), x)
+    state = steps.init(KEY, wide())
+    pairs = 2 if noise == "antithetic" else 1
+    law = lambda count: np.degrees(np.arctan(np.sqrt(96 * pairs / (400 * count))))
+    assert int(state.mirrored) == 3
+    assert degrees(state.feedback["w"], state.params) == pytest.approx(law(3), rel=0.05)
+    assert wmkp.mirror_angle(400, 96, rule) == pytest.approx(law(3), rel=1e-6)
+    for _ in range(9):
+        for _ in range(4):
+            state, _ = steps.engaged_step(state, x)
+        state, _ = steps.mirror_step(state)
+    assert np.linalg.norm(state.params["w"] - wide()["w"]) > 0.1 * np.linalg.norm(wide()["w"]), "W must have moved"
+    assert int(state.mirrored) == 12
+    assert degrees(state.feedback["w"], state.params) == pytest.approx(law(12), rel=0.12)
+
+
+def test_mirrored_kolen_pollack_under_vmap_and_in_a_checkpoint():
+    """The count of mirror steps is part of the state: seeds have one each, and a state goes on where it was left."""
+    rule = wmkp.mirrored_kolen_pollack("gaussian", num_samples=64, start=2)
+    x = np.random.default_rng(5).normal(size=(8, 6)).astype(np.float32)
+    steps = wmkp.make_steps(wide_loss, rule, optax.sgd(0.1), wide(), x)
+    run = lambda key: steps.mirror_step(steps.engaged_step(steps.init(key, wide()), x)[0])[0]
+    keys = jax.random.split(KEY, 2)
+    both, alone = jax.jit(jax.vmap(run))(keys), run(keys[1])
+    assert both.mirrored.tolist() == [3, 3]
+    np.testing.assert_allclose(both.feedback["w"][1], alone.feedback["w"], atol=1e-5)
+    again = jax.tree.map(jnp.copy, alone)
+    ours, theirs = steps.mirror_step(alone)[0], steps.mirror_step(again)[0]
+    assert np.array_equal(ours.feedback["w"], theirs.feedback["w"]) and int(ours.mirrored) == 4
+
+
+def test_mirrored_kolen_pollack_defaults():
+    gaussian = wmkp.mirrored_kolen_pollack("gaussian")
+    assert gaussian.mirror.start == 20 and gaussian.learns
+    assert wmkp.mirror_angle(8 * 500, 500, gaussian) == pytest.approx(4.5, abs=0.1)
+    with pytest.raises(ValueError, match="start must be an integer of at least 1"):
+        wmkp.mirrored_kolen_pollack(start=0)
+    assert wmkp.mirrored_kolen_pollack(start=0, rate=0.1).mirror.rate == 0.1
+    with pytest.raises(ValueError, match=r"calibrated_mirror\(rule, rate=1 / t\)"):
+        wmkp.updates.calibrated_mirror(gaussian)

@@ -140,7 +140,7 @@ WRONG = {
         for name, values in {
             "noise": (None, "pink", 1, ["gaussian"]), "noise_std": (0, -1, NAN, INF, "1", None, 1e200),
             "num_samples": (0, -3, 1.5, "10", NAN, True), "activation": ("relu", 1), "bias": (None, "none", False),
-            "target_angle": (0, 90, -5, NAN, "6", None, 1e-200), "rate": (0, -0.1, 1.5, NAN, "a", None),
+            "target_angle": (0, 90, -5, NAN, "6", 1e-200), "rate": (0, -0.1, 1.5, NAN, "a"),
         }.items()
         for bad in values
     },

@@ -195,6 +195,21 @@ class Kunin(Equations):
         return self.change(W, B, x) if self.on == "noise" else 0.0
 
 
+class MKP(Equations):
+    """KP's changes in engaged mode; the t-th mirror step moves B a share 1/t of the way to its estimate of W^T."""
+
+    def __init__(self, start):
+        self.count = {1: start, 2: start}  # by the projection's place
+
+    def signal(self, B, x, delta, e):
+        return x @ delta.T
+
+    def mirror(self, W, b, B, x):
+        i = SIZES.index(B.shape[0])
+        self.count[i] += 1
+        return (x @ (W @ x).T / x.shape[1] - B) / self.count[i]
+
+
 class WM(Equations):
     """Eq. 6-8 with decay: B gains a share ``rate`` of x phi(W x + b)^T / gain - B, gain = sigma^2 E[phi']."""
 
@@ -329,6 +344,7 @@ CASES = {
         wmkp.activity_mirror(whiten=True, rate=0.2),
         Kunin(0.2, amplitude=1, decay=1, on="activity", whiten=True),
     ),
+    "MKP": (wmkp.mirrored_kolen_pollack("gaussian", **NOISY, start=2), MKP(2)),
     "WM": (wmkp.weight_mirror(**NOISY, rate=0.3), WM(0.3)),
     "WM, other noise": (wmkp.weight_mirror("uniform", 1.5, **NOISY), WM(0.1, 1.5**2)),
     "WM, orthogonal": (wmkp.weight_mirror("orthogonal", **NOISY, rate=0.5), WM(0.5)),
@@ -423,7 +439,7 @@ def test_every_factory_has_a_case():
         "backprop", "feedback_alignment", "sign_symmetry", "sign_symmetry_fixed", "sign_symmetry_batch",
         "kolen_pollack", "kolen_pollack_transported", "product_feedback_alignment", "direct_feedback_alignment",
         "direct_kolen_pollack", "alignment", "symmetric_alignment", "activation_alignment", "activity_mirror",
-        "activity_mirror_whitened", "weight_mirror",
+        "activity_mirror_whitened", "weight_mirror", "mirrored_kolen_pollack",
     }  # fmt: skip
     import wmkp.rules as module
 
@@ -557,8 +573,9 @@ def test_published_coefficients_are_the_defaults():
     mirror = wmkp.weight_mirror().mirror
     assert (mirror.noise, mirror.noise_std, mirror.target_angle, mirror.rate) == ("gaussian", 1.0, 6.0, 0.1)
     start = wmkp.kolen_pollack(start="mirror")
-    for fan_in in (1, 96, 4608, 100_000):  # one mirror step is exact
-        assert wmkp.samples_for_angle(start.mirror.target_angle, fan_in, start) == fan_in
+    for rule in (start, wmkp.mirrored_kolen_pollack()):  # one mirror step is exact
+        assert (rule.mirror.noise, rule.mirror.num_samples, rule.mirror.start) == ("orthogonal", None, 1)
+        assert [wmkp.mirror_angle(n, n, rule) for n in (1, 96, 4608, 100_000)] == [0.0] * 4
 
 
 def test_what_is_transported_is_said():

@@ -130,8 +130,10 @@ def test_mirror_step_changes_b_alone_and_only_where_the_rule_mirrors(name):
     state = steps.init(KEY, network())
     before = jax.tree.map(jnp.copy, state)
     state, metrics = steps.mirror_step(state)
+    assert int(state.mirrored) == 1
+    own = {"feedback": None, "mirrored": None, "key": None}
     assert metrics == {}
-    chex.assert_trees_all_equal(state._replace(feedback=None, key=None), before._replace(feedback=None, key=None))
+    chex.assert_trees_all_equal(state._replace(**own), before._replace(**own))
     assert not np.array_equal(jax.random.key_data(state.key), jax.random.key_data(before.key))
     if name != "wm":
         chex.assert_trees_all_equal(state.feedback, before.feedback)

@@ -17,7 +17,7 @@ from wmkp.program import compat
 from wmkp.program.interpreter import collect
 from wmkp.program.products import Product
 from wmkp.program.projections import Analysis, WeightTransportError, analyse, is_array
-from wmkp.rules import Mirror, Rule, RuleOrRules, check_rule, resolve
+from wmkp.rules import SAMPLES, Mirror, Rule, RuleOrRules, check_rule, resolve
 
 Activation = Callable[[jax.Array], jax.Array] | None
 
@@ -98,7 +98,8 @@ def mirror_angle(num_samples: int, fan_in: int, rule: Rule) -> float:
     ``sqrt((fan_in - n) / n)`` for a linear response, zero at every multiple of fan_in. For ReLU without pairs,
     orthogonal noise does somewhat better than this law. Antithetic pairs leave phi's odd part alone
     (ReLU's is linear: relu(z) - relu(-z) = z), at two samples a direction. A leaky average of rate a divides tan^2 by
-    (2 - a) / a. It assumes a bias blocked.
+    (2 - a) / a. A mean over all mirror steps (``rate=None``) has no end: for it the angle is that after the steps before
+    training, ``rule.mirror.start`` of them. The law assumes that no bias is kept.
 
     Args:
       num_samples: N, the samples a mirror step draws.
@@ -118,13 +119,19 @@ def _tangent_squared(num_samples: int, fan_in: int, mirror: Mirror) -> float:
     paired = "antithetic" in mirror.noise
     directions = num_samples / 2 if paired else num_samples
     one = _one_estimate(directions, fan_in, _excess(mirror), "orthogonal" in mirror.noise)
-    return one * mirror.rate / (2 - mirror.rate)
+    return one * _share(mirror)
+
+
+def _share(mirror: Mirror) -> float:
+    """What averaging leaves of an estimate's variance."""
+    return 1 / mirror.start if mirror.rate is None else mirror.rate / (2 - mirror.rate)
 
 
 def _excess(mirror: Mirror) -> float:
     """How much more than a linear response's the variance of the signal is."""
     _, whole, odd = _response(mirror.activation, mirror.noise_std)
-    return max((odd if "antithetic" in mirror.noise else whole) - 1, 0.0)
+    excess = (odd if "antithetic" in mirror.noise else whole) - 1
+    return excess if excess > 1e-9 else 0.0  # ReLU's pairs are linear, but for rounding
 
 
 def _one_estimate(directions: float, fan_in: int, excess: float, orthogonal: bool) -> float:
@@ -155,7 +162,7 @@ def samples_for_angle(angle: float, fan_in: int, rule: Rule) -> int:
 
 def _samples(angle: float, fan_in: int, mirror: Mirror) -> int:
     pairs = 2 if "antithetic" in mirror.noise else 1
-    tangent = math.tan(math.radians(angle)) ** 2 * (2 - mirror.rate) / mirror.rate
+    tangent = math.tan(math.radians(angle)) ** 2 / _share(mirror)
     excess = _excess(mirror)
     if "orthogonal" not in mirror.noise:
         return pairs * max(1, math.ceil((excess + 1) * fan_in / tangent - 1e-9))
@@ -163,14 +170,26 @@ def _samples(angle: float, fan_in: int, mirror: Mirror) -> int:
     directions = max(1, math.ceil((excess + 1) * fan_in / (tangent + 1) - 1e-9))
     if directions > fan_in:
         directions = math.ceil(excess * fan_in / tangent - 1e-9)
-        while _one_estimate(directions, fan_in, excess, True) > tangent + 1e-12 * (2 - mirror.rate) / mirror.rate:
+        while _one_estimate(directions, fan_in, excess, True) > tangent + 1e-12 / _share(mirror):
             directions += 1
     return pairs * directions
 
 
 def _drawn(mirror: Mirror, fan_in: int) -> int:
     """The samples that a mirror step draws for a projection."""
-    return int(mirror.num_samples or _samples(mirror.target_angle, fan_in, mirror))
+    if mirror.num_samples is not None:
+        return int(mirror.num_samples)
+    if mirror.target_angle is not None:
+        return _samples(mirror.target_angle, fan_in, mirror)
+    return SAMPLES[mirror.noise] * fan_in * (2 if "antithetic" in mirror.noise else 1)
+
+
+def mirror_rate(mirror: Mirror, fan_in: int, count: jax.Array) -> jax.Array | float:
+    """The share of B that the mirror step number ``count`` (from 1) replaces."""
+    if mirror.rate is not None:
+        return mirror.rate
+    exact = mirror.bias == "blocked" and not _tangent_squared(_drawn(mirror, fan_in), fan_in, mirror)
+    return 1.0 if exact else 1 / count
 
 
 def draw_noise(key: jax.Array, mirror: Mirror, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
@@ -490,9 +509,9 @@ def targets(rules: dict[str, Rule], analysis: Analysis) -> dict[Product, Mirror]
             # Twice fan_in orthogonal samples, in pairs, are exact: what a projection of any size may need.
             exact = 2 * fan_in**2 if "orthogonal" in mirror.noise else 0
             if samples * fan_in > max(MOST, exact):
-                asked = f"target_angle={mirror.target_angle:g}"
-                if mirror.num_samples is not None:
-                    asked = f"num_samples={samples}"
+                asked = f"num_samples={samples}"
+                if mirror.num_samples is None and mirror.target_angle is not None:
+                    asked = f"target_angle={mirror.target_angle:g}"
                 raise ValueError(
                     f"{asked} takes {samples * fan_in:.2g} numbers of noise at params[{path!r}] ({samples:,} samples of "
                     f"{fan_in}), where 2^32 is the most; ask for a larger target_angle or fewer num_samples, or for "

@@ -1,5 +1,6 @@
 """The learning rules: each a NamedTuple of pure functions, one factory a rule, and the choice of a rule per path."""
 
+import dataclasses
 import math
 import numbers
 import re
@@ -23,23 +24,27 @@ class Mirror(NamedTuple):
       noise: one of ``NOISES``.
       noise_std: sigma, the standard deviation of each presynaptic value.
       num_samples: how many samples a mirror step draws for a projection, or None: what ``target_angle`` asks for.
-      target_angle: degrees; the angle between B and W^T that the leaky average settles at, if W stands still.
-      rate: a, the share of B that one mirror step replaces (of B's difference from the estimate of W^T).
+      target_angle: degrees; the angle between B and W^T that mirroring settles at while W stands still. None: what
+        ``SAMPLES`` samples for each input leave.
+      rate: a, the share of B that one mirror step replaces by the estimate of W^T. None: 1/t at the t-th mirror step,
+        so that B is the mean of all estimates (an estimate that the law calls exact replaces all of B).
       activation: phi, or None for a linear response.
       bias: "blocked" (none reaches the mirror) or "kept" (the layer's own).
-      alignment: local losses to go down instead of the leaky average of x y^T, or None.
+      alignment: local losses to go down instead of the average of x y^T, or None.
       each_step: whether ``mirror_step`` learns, or only the mirror period before training.
+      start: how many mirror steps ``steps.init`` takes before training.
     """
 
     noise: str = "gaussian"
     noise_std: float = 1.0
     num_samples: int | None = None
-    target_angle: float = 6.0
-    rate: float = 0.1
+    target_angle: float | None = None
+    rate: float | None = 0.1
     activation: Callable[[jax.Array], jax.Array] | None = None
     bias: str = "blocked"
     alignment: Alignment | None = None
     each_step: bool = True
+    start: int = 0
 
 
 class Rule(NamedTuple):
@@ -74,13 +79,27 @@ class Rule(NamedTuple):
 RuleOrRules = Rule | Mapping[str, Rule]
 
 
-def _random_feedback(scale: float) -> Callable[[jax.Array, Projection, jax.Array], jax.Array]:
-    def init(key: jax.Array, projection: Projection, w: jax.Array) -> jax.Array:
-        b = (jax.random.normal(key, w.shape) * _std(scale, projection.fan_in, projection.path, w)).astype(w.dtype)
+@dataclasses.dataclass(frozen=True)
+class _RandomFeedback:
+    """A Gaussian B of standard deviation ``scale / sqrt(fan_in)``."""
+
+    scale: float
+
+    def __call__(self, key: jax.Array, projection: Projection, w: jax.Array) -> jax.Array:
+        std = _std(self.scale, projection.fan_in, projection.path, w)
+        b = (jax.random.normal(key, w.shape) * std).astype(w.dtype)
         _check_unrelated(b, w, projection.path)
         return b
 
-    return init
+
+def _fixed(w: jax.Array, b: Any) -> Any:
+    """B carries the error, and does not learn in engaged mode."""
+    return jax.lax.stop_gradient(b)
+
+
+def _learned(w: jax.Array, b: Any) -> Any:
+    """B carries the error, and learns from its signal."""
+    return b
 
 
 def _check_unrelated(b: jax.Array, w: jax.Array, path: str) -> None:
@@ -132,7 +151,7 @@ def feedback_alignment(scale: float = 1.0) -> Rule:
       ValueError: ``scale`` is not a positive number.
     """
     _check_scale(scale)
-    return Rule("feedback_alignment", _random_feedback(scale), lambda w, b: jax.lax.stop_gradient(b))
+    return Rule("feedback_alignment", _RandomFeedback(scale), _fixed)
 
 
 def sign_symmetry(magnitude: str = "uniform", scale: float = 1.0) -> Rule:
@@ -155,20 +174,32 @@ def sign_symmetry(magnitude: str = "uniform", scale: float = 1.0) -> Rule:
     names = {"uniform": "sign_symmetry", "fixed": "sign_symmetry_fixed", "batch": "sign_symmetry_batch"}
     checks.one_of("magnitude", magnitude, tuple(names))
 
-    def init(key: jax.Array, projection: Projection, w: jax.Array) -> jax.Array:
-        size = jnp.ones(w.shape) if magnitude == "uniform" else jnp.abs(jax.random.normal(key, w.shape))
-        return (jnp.where(w < 0, -1, 1) * size * _std(scale, projection.fan_in, projection.path, w)).astype(w.dtype)
+    init = _SignedMagnitudes(magnitude, scale)
+    return Rule(names[magnitude], init, _signed, redrawn=magnitude == "batch", transports="signs")
 
-    def backward(w: jax.Array, b: jax.Array) -> jax.Array:
-        return jax.lax.stop_gradient(jnp.abs(b) * jnp.sign(w))
 
-    return Rule(names[magnitude], init, backward, redrawn=magnitude == "batch", transports="signs")
+@dataclasses.dataclass(frozen=True)
+class _SignedMagnitudes:
+    """Magnitudes, constant or Gaussian, with W's signs."""
+
+    magnitude: str
+    scale: float
+
+    def __call__(self, key: jax.Array, projection: Projection, w: jax.Array) -> jax.Array:
+        size = jnp.ones(w.shape) if self.magnitude == "uniform" else jnp.abs(jax.random.normal(key, w.shape))
+        std = _std(self.scale, projection.fan_in, projection.path, w)
+        return (jnp.where(w < 0, -1, 1) * size * std).astype(w.dtype)
+
+
+def _signed(w: jax.Array, b: jax.Array) -> jax.Array:
+    """B's magnitudes with W's signs of the moment."""
+    return jax.lax.stop_gradient(jnp.abs(b) * jnp.sign(w))
 
 
 def _exact_start(start: str) -> Mirror | None:
     """The mirror of a start: exact in one step, for the B that will only have to stay there."""
     checks.one_of("start", start, ("random", "mirror"))
-    return Mirror("orthogonal", target_angle=1e-3, rate=1.0, each_step=False) if start == "mirror" else None
+    return Mirror("orthogonal", rate=1.0, each_step=False, start=1) if start == "mirror" else None
 
 
 def kolen_pollack(scale: float = 1.0, *, start: str = "random") -> Rule:
@@ -194,7 +225,50 @@ def kolen_pollack(scale: float = 1.0, *, start: str = "random") -> Rule:
       ValueError: an argument is out of its range.
     """
     _check_scale(scale)
-    return Rule("kolen_pollack", _random_feedback(scale), lambda w, b: b, learns=True, mirror=_exact_start(start))
+    return Rule("kolen_pollack", _RandomFeedback(scale), _learned, learns=True, mirror=_exact_start(start))
+
+
+def mirrored_kolen_pollack(
+    noise: str = "orthogonal",
+    noise_std: float = 1.0,
+    num_samples: int | None = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+    bias: str = "blocked",
+    *,
+    target_angle: float | None = None,
+    rate: float | None = None,
+    start: int | None = None,
+    scale: float = 1.0,
+) -> Rule:
+    """Mirrored Kolen-Pollack (MKP): B starts from a weight mirror, takes W's own changes, and is mirrored now and then.
+
+    Engaged mode changes B as ``kolen_pollack`` does: ``dB = -eta y_l delta_{l+1}^T - lambda B``. These changes are W's,
+    so that B does not lag behind W, and W - B^T stands still but for decay. Mirror mode, as in ``weight_mirror``, takes
+    that difference away: before training, and then as rarely as one likes (``steps.mirror_step``). Since the difference
+    stands still, B is the mean over all mirror steps, and the angle to W^T goes to zero with their number on any noise.
+    Nothing is transported. Train B by ``wmkp.updates.kolen_pollack`` with the optimizer that trains W.
+
+    By default one mirror step of fan_in orthogonal samples is exact, and learning follows backprop to rounding. Noise of
+    other kinds starts from 20 mirror steps, which leave 4.5 degrees.
+
+    Args:
+      noise, noise_std, num_samples, activation, bias: as in ``weight_mirror``.
+      target_angle: degrees between B and W^T that the mirror steps before training leave. None: fan_in samples a mirror
+        step for orthogonal noise (twice that in pairs), 8 fan_in for other noise.
+      rate: the share of B that a mirror step replaces. None: 1/t at the t-th mirror step, the mean over all.
+      start: mirror steps before training. None: 1 of orthogonal noise, 20 of other noise.
+      scale: B starts Gaussian with standard deviation ``scale / sqrt(fan_in)``.
+
+    Raises:
+      ValueError: an argument is out of its range; the message names it.
+    """
+    _check_scale(scale)
+    checks.one_of("noise", noise, NOISES)
+    if start is None:
+        start = 1 if "orthogonal" in noise else 20
+    mirror = Mirror(noise, noise_std, num_samples, target_angle, rate, activation, bias, start=start)
+    _check_mirror(mirror)
+    return Rule("mirrored_kolen_pollack", _RandomFeedback(scale), _learned, learns=True, mirror=mirror)
 
 
 def kolen_pollack_transported(scale: float = 1.0) -> Rule:
@@ -240,6 +314,28 @@ class ProductFeedback:
         return cls(*children, *static)
 
 
+@dataclasses.dataclass(frozen=True)
+class _RandomProduct:
+    """R and B, whose product has entries of standard deviation ``scale / sqrt(fan_in)``."""
+
+    expansion: float
+    scale: float
+
+    def __call__(self, key: jax.Array, projection: Projection, w: jax.Array) -> ProductFeedback:
+        axes = projection.matrix_axes(w.shape)
+        groups, fan_in, fan_out = (math.prod(w.shape[a] for a in role) for role in axes)
+        hidden = max(1, round(self.expansion * fan_in))
+        r_key, b_key = jax.random.split(key)
+        r = jax.random.normal(r_key, (groups, fan_in, hidden)) / math.sqrt(hidden)
+        b = jax.random.normal(b_key, (groups, hidden, fan_out)) * _std(self.scale, fan_in, projection.path, w)
+        return ProductFeedback(r.astype(w.dtype), b.astype(w.dtype), w.shape, (*axes[0], *axes[1], *axes[2]))
+
+
+def _product(w: jax.Array, b: ProductFeedback) -> jax.Array:
+    """R B carries the error; R is fixed."""
+    return ProductFeedback(jax.lax.stop_gradient(b.r), b.b, b.shape, b.order).effective()
+
+
 def product_feedback_alignment(expansion: float = 4.0, scale: float = 1.0) -> Rule:
     """Product feedback alignment (PFA; Li et al. 2024): the error goes back through two populations, R B; B learns.
 
@@ -260,27 +356,19 @@ def product_feedback_alignment(expansion: float = 4.0, scale: float = 1.0) -> Ru
     _check_scale(scale)
     checks.number("expansion", expansion, "be a positive number, at most 1000", lambda x: 0 < x <= 1000)
 
-    def init(key: jax.Array, projection: Projection, w: jax.Array) -> ProductFeedback:
-        axes = projection.matrix_axes(w.shape)
-        groups, fan_in, fan_out = (math.prod(w.shape[a] for a in role) for role in axes)
-        hidden = max(1, round(expansion * fan_in))
-        r_key, b_key = jax.random.split(key)
-        r = jax.random.normal(r_key, (groups, fan_in, hidden)) / math.sqrt(hidden)
-        b = jax.random.normal(b_key, (groups, hidden, fan_out)) * _std(scale, fan_in, projection.path, w)
-        return ProductFeedback(r.astype(w.dtype), b.astype(w.dtype), w.shape, (*axes[0], *axes[1], *axes[2]))
-
-    def backward(w: jax.Array, b: ProductFeedback) -> jax.Array:
-        return ProductFeedback(jax.lax.stop_gradient(b.r), b.b, b.shape, b.order).effective()
-
-    return Rule("product_feedback_alignment", init, backward, learns=True)
+    return Rule("product_feedback_alignment", _RandomProduct(expansion, scale), _product, learns=True)
 
 
-def _direct_feedback(scale: float) -> Callable[[jax.Array, Projection, jax.Array], Direct]:
-    def init(key: jax.Array, projection: Projection, w: jax.Array) -> Direct:
+@dataclasses.dataclass(frozen=True)
+class _RandomDirect:
+    """A Gaussian B from the network's outputs, of standard deviation ``scale / sqrt(outputs)``."""
+
+    scale: float
+
+    def __call__(self, key: jax.Array, projection: Projection, w: jax.Array) -> Direct:
         shape = projection.direct_shape()
-        return Direct((jax.random.normal(key, shape) * _std(scale, shape[-1], projection.path, w)).astype(w.dtype))
-
-    return init
+        std = _std(self.scale, shape[-1], projection.path, w)
+        return Direct((jax.random.normal(key, shape) * std).astype(w.dtype))
 
 
 def direct_feedback_alignment(scale: float = 1.0) -> Rule:
@@ -299,12 +387,7 @@ def direct_feedback_alignment(scale: float = 1.0) -> Rule:
         parameter whose inputs are of different sizes.
     """
     _check_scale(scale)
-    return Rule(
-        "direct_feedback_alignment",
-        _direct_feedback(scale),
-        lambda w, b: jax.lax.stop_gradient(b),
-        direct=True,
-    )
+    return Rule("direct_feedback_alignment", _RandomDirect(scale), _fixed, direct=True)
 
 
 def direct_kolen_pollack(scale: float = 1.0) -> Rule:
@@ -320,7 +403,7 @@ def direct_kolen_pollack(scale: float = 1.0) -> Rule:
       ValueError: as ``direct_feedback_alignment``.
     """
     _check_scale(scale)
-    return Rule("direct_kolen_pollack", _direct_feedback(scale), lambda w, b: b, learns=True, direct=True)
+    return Rule("direct_kolen_pollack", _RandomDirect(scale), _learned, learns=True, direct=True)
 
 
 def alignment(
@@ -374,19 +457,19 @@ def alignment(
     checks.one_of("normalize", normalize, ("none", "mean", "total"))
     checks.one_of("on", on, ("noise", "activity"))
     checks.flag("whiten", whiten)
-    mirror = Mirror(noise, noise_std, num_samples, rate=min(rate, 1.0), alignment=losses)
+    mirror = Mirror(noise, noise_std, num_samples, 6.0, min(rate, 1.0), alignment=losses)
     _check_mirror(mirror)
     if whiten and normalize != "none":
         raise ValueError(
             f'whiten divides by the covariance already; normalize must be "none" beside it, got {normalize!r}'
         )
-    init = _random_feedback(scale)
+    init = _RandomFeedback(scale)
     transports = "weights" if self_alignment else "nothing"
     if on == "activity":
-        return Rule(name, init, lambda w, b: b, local=losses, transports=transports)
+        return Rule(name, init, _learned, local=losses, transports=transports)
     if whiten or normalize != "none":
         raise ValueError('whiten and normalize have a meaning on="activity" alone: noise is white, its variance known')
-    return Rule(name, init, lambda w, b: jax.lax.stop_gradient(b), mirror=mirror, transports=transports)
+    return Rule(name, init, _fixed, mirror=mirror, transports=transports)
 
 
 def information_alignment(
@@ -507,10 +590,12 @@ def weight_mirror(
     _check_scale(scale)
     mirror = Mirror(noise, noise_std, num_samples, target_angle, rate, activation, bias)
     _check_mirror(mirror)
-    return Rule("weight_mirror", _random_feedback(scale), lambda w, b: jax.lax.stop_gradient(b), mirror=mirror)
+    return Rule("weight_mirror", _RandomFeedback(scale), _fixed, mirror=mirror)
 
 
 NOISES = ("gaussian", "uniform", "rademacher", "orthogonal", "antithetic", "orthogonal+antithetic")
+# Samples a mirror step draws for each input where neither num_samples nor target_angle says (of pairs, so many pairs).
+SAMPLES = {noise: 1 if "orthogonal" in noise else 8 for noise in NOISES}
 
 
 def _check_mirror(mirror: Mirror) -> None:
@@ -520,9 +605,18 @@ def _check_mirror(mirror: Mirror) -> None:
     if mirror.num_samples is not None:
         must = "be an integer of at least 1, and below 2^31"
         checks.number("num_samples", mirror.num_samples, must, lambda x: 1 <= x < 2**31, numbers.Integral)
-    between = "lie between 0 and 90 degrees (from 1e-6 on)"
-    checks.number("target_angle", mirror.target_angle, between, lambda x: 1e-6 <= x < 90)
-    checks.number("rate", mirror.rate, "lie in (0, 1]", lambda x: 0 < x <= 1)
+    between = "lie between 0 and 90 degrees (from 1e-6 on), or be None"
+    if mirror.target_angle is not None:
+        checks.number("target_angle", mirror.target_angle, between, lambda x: 1e-6 <= x < 90)
+    if mirror.rate is not None:
+        checks.number("rate", mirror.rate, "lie in (0, 1]", lambda x: 0 < x <= 1)
+    elif mirror.alignment is not None:
+        raise ValueError("rule.mirror.rate is None, and an alignment has no mean over mirror steps; give a rate")
+    least = 0 if mirror.rate is not None else 1
+    must = f"be an integer of at least {least}, and below 2^31"
+    if least:
+        must += " (rate=None is the mean over all mirror steps, the first of them before training)"
+    checks.number("start", mirror.start, must, lambda x: least <= x < 2**31, numbers.Integral)
     checks.flag("rule.mirror.each_step", mirror.each_step)
     if not isinstance(mirror.alignment, Alignment | None):
         raise TypeError(f"rule.mirror.alignment must be an Alignment, or None; got {checks.shown(mirror.alignment)}")

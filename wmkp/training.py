@@ -14,7 +14,7 @@ from wmkp import checks, mirror, updates
 from wmkp.engaged import check_loss, feedback_leaves, initial_feedback, value_and_grad
 from wmkp.program import compat
 from wmkp.program.projections import Analysis, analyse, check_traceable, named_leaves
-from wmkp.rules import ProductFeedback, RuleOrRules, resolve
+from wmkp.rules import Mirror, ProductFeedback, Rule, RuleOrRules, resolve
 
 
 class TrainState(NamedTuple):
@@ -27,6 +27,7 @@ class TrainState(NamedTuple):
       model_state: what the model keeps besides (BatchNorm's statistics), or None.
       opt_state: the optimizer's state for params.
       feedback_opt_state: its state for those B that learn in engaged mode.
+      mirrored: how many mirror steps were taken, those before training among them, int32.
       key: the random key, split at every step.
     """
 
@@ -36,6 +37,7 @@ class TrainState(NamedTuple):
     model_state: Any
     opt_state: Any
     feedback_opt_state: Any
+    mirrored: jax.Array
     key: jax.Array
 
 
@@ -65,8 +67,8 @@ class Steps(NamedTuple):
     Attributes:
       init: ``(key, params, model_state=None, mirror_steps=None) -> TrainState``; ``mirror_steps`` mirror before
         training, with W standing still, so that B is the plain mean of that many estimates ("in utero"); with a
-        ``mirror_optimizer``, or by an alignment loss, so many of its own steps. By default one where any rule starts from
-        a mirror, none elsewhere.
+        ``mirror_optimizer``, or by an alignment loss, so many of its own steps. By default the most that any rule's
+        ``mirror.start`` asks for, and only for those rules that ask for some.
       engaged_step: ``(state, batch) -> (state, metrics)``, jitted, the state donated.
       mirror_step: ``state -> (state, metrics)``, jitted, the state donated; changes B alone, and only where the rule
         mirrors at each step. There is nothing to report: ``metrics`` is empty.
@@ -151,6 +153,7 @@ def make_steps(
     rules = resolve(rule, analysis)
     mirror.targets(rules, analysis)
     mirrors = {path: r.mirror for path, r in rules.items() if r.mirror is not None}
+    projections = analysis.projections()
     feedback_optimizer = updates.kolen_pollack(optimizer)
     clip = None if clip_norm is None else updates.clip_together(clip_norm)
     engaged_gradient = value_and_grad(loss_fn, rule, has_aux=True)
@@ -165,7 +168,9 @@ def make_steps(
         """While a step is traced: the state is one of these steps'."""
         if not isinstance(state, TrainState):
             raise TypeError(f"state must be a TrainState, as steps.init returns it; got {type(state).__name__}")
-        checks.alike("state.step", state.step, jax.ShapeDtypeStruct((), jnp.int32), "the one that steps.init makes")
+        for name in ("step", "mirrored"):
+            number = jax.ShapeDtypeStruct((), jnp.int32)
+            checks.alike(f"state.{name}", getattr(state, name), number, "the one that steps.init makes")
         check_as_given("state.params", state.params)
         feedback_leaves(state.params, state.feedback)
         check_as_given("state.model_state", state.model_state)
@@ -178,6 +183,10 @@ def make_steps(
         """Feedback with None in place of what W's optimizer does not train."""
         leaves = zip(analysis.paths, tree.flatten_up_to(feedback), strict=True)
         return tree.unflatten([_trained(b) if path in rules and rules[path].learns else None for path, b in leaves])
+
+    def only(which: Callable[[Mirror], bool]) -> dict[str, Rule]:
+        """The rules, without a mirror mode but for those whose mirror is ``which``."""
+        return {p: r if r.mirror and which(r.mirror) else r._replace(mirror=None) for p, r in rules.items()}
 
     def redrawn(key: jax.Array, params: Any, feedback: Any) -> Any:
         """Feedback with a new B under those rules that draw one for each batch."""
@@ -246,13 +255,15 @@ def make_steps(
         if jax.tree.leaves(mine):
             change, feedback_opt_state = feedback_optimizer.update(learning(step_signal), feedback_opt_state, mine)
             feedback = _overlay(tree, feedback, optax.apply_updates(mine, change))
-        state = TrainState(state.step + 1, params, feedback, model_state, opt_state, feedback_opt_state, key)
+        state = TrainState(
+            state.step + 1, params, feedback, model_state, opt_state, feedback_opt_state, state.mirrored, key
+        )
         return place(state), metrics
 
-    def mirror_feedback(key: jax.Array, params: Any, feedback: Any, count: jax.Array | None) -> Any:
-        """B after one mirror step; ``count`` numbers the steps of a mirror period from 1."""
-        chosen = {p: r if r.mirror and (r.mirror.each_step or count is not None) else r._replace(mirror=None)
-                  for p, r in rules.items()}  # fmt: skip
+    def mirror_feedback(
+        key: jax.Array, chosen: dict[str, Rule], params: Any, feedback: Any, count: jax.Array, before: bool
+    ) -> Any:
+        """B after the mirror step number ``count`` (from 1) of these rules; ``before`` training it is a plain mean."""
         leaves = tree.flatten_up_to(feedback)
         signals = mean(
             mirror.signals(own_key(key), chosen, analysis, jax.tree.leaves(own(params)), own(leaves), spread)
@@ -268,7 +279,8 @@ def make_steps(
                     leaves[i] = leaves[i] + change
                     continue
                 # updates.calibrated_mirror, so written that a first step of rate 1 leaves nothing of B, nor of its rounding.
-                rate = mirrors[path].rate if count is None else 1 / count
+                number = count.astype(jnp.promote_types(signal.dtype, jnp.float32))
+                rate = 1 / number if before else mirror.mirror_rate(mirrors[path], projections[path].fan_in, number)
                 estimate = signal / mirror.mirror_gain(rules[path])
                 leaves[i] = ((1 - rate) * leaves[i] + rate * estimate).astype(signal.dtype)
         return tree.unflatten(leaves)
@@ -276,12 +288,16 @@ def make_steps(
     def mirror_step(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
         check_state(state)
         key, noise_key = jax.random.split(state.key)
-        feedback = mirror_feedback(noise_key, state.params, state.feedback, None)
-        return place(state._replace(feedback=feedback, key=key)), {}
+        count = state.mirrored + 1
+        chosen = only(lambda mirror: mirror.each_step)
+        feedback = mirror_feedback(noise_key, chosen, state.params, state.feedback, count, False)
+        return place(state._replace(feedback=feedback, mirrored=count, key=key)), {}
 
     def init(key: jax.Array, params: Any, model_state: Any = None, mirror_steps: int | None = None) -> TrainState:
+        chosen = rules
         if mirror_steps is None:
-            mirror_steps = int(any(not mirror.each_step for mirror in mirrors.values()))
+            chosen = only(lambda mirror: mirror.start > 0)
+            mirror_steps = max((mirror.start for mirror in mirrors.values()), default=0)
         checks.key(key)
         check_as_given("params", params)
         named_leaves(params)
@@ -304,7 +320,9 @@ def make_steps(
                 lambda params, feedback: jax.lax.fori_loop(
                     0,
                     mirror_steps,
-                    lambda i, b: mirror_feedback(jax.random.fold_in(noise_key, i), params, b, i + 1.0),
+                    lambda i, b: mirror_feedback(
+                        jax.random.fold_in(noise_key, i), chosen, params, b, jnp.asarray(i + 1), True
+                    ),
                     feedback,
                 )
             )(params, feedback)
@@ -315,6 +333,7 @@ def make_steps(
             model_state=model_state,
             opt_state=optimizer.init(params),
             feedback_opt_state=feedback_optimizer.init(learning(feedback)),
+            mirrored=jnp.asarray(mirror_steps, jnp.int32),
             key=key,
         )
         return state if mesh is None else jax.jit(place)(state)

@@ -280,14 +280,21 @@ def calibrated_mirror(rule: Rule, rate: Any = None) -> optax.GradientTransformat
 
     Args:
       rule: a rule with a mirror mode.
-      rate: a, by default the rule's own; a leaky average of this rate over mirror steps.
+      rate: a, by default the rule's own; a leaky average of this rate over mirror steps. For the t-th estimate of a mean
+        over all (``rule.mirror.rate`` is None), give ``1 / t``.
 
     Raises:
-      ValueError, TypeError: the rule has no mirror mode; ``rate`` is negative, 2 or more, or no number.
+      ValueError, TypeError: the rule has no mirror mode; ``rate`` is negative, 2 or more, or no number; or neither the
+        rule nor you give a rate.
     """
     gain = mirror_gain(rule)
     if rate is not None:
         checks.scalar("rate", rate)
         checks.stable("rate", rate)
     rate = rule.mirror.rate if rate is None and rule.mirror is not None else rate
+    if rate is None:
+        raise ValueError(
+            f"{rule.name} averages over all of its mirror steps, and so has a rate for each: give "
+            "calibrated_mirror(rule, rate=1 / t) for the t-th"
+        )
     return weight_mirror(rate / gain, gain)

@@ -16,6 +16,7 @@ RULES = {
     "ss": "sign symmetry",
     "kp": "Kolen-Pollack",
     "kpm": "Kolen-Pollack, mirrored start",
+    "mkp": "mirrored Kolen-Pollack",
     "wm": "weight mirror",
     "wmo": "weight mirror, orthogonal noise",
     "frsf": "sign symmetry, fixed magnitudes",
@@ -53,7 +54,7 @@ class Compare:
     """The directory that comparison.png and comparison.csv are written to."""
     rules: tuple[str, ...] = ("bp", "fa", "ss", "kp", "kpm", "wm")
     """The rules to train: bp (backprop), fa (feedback alignment), ss (sign symmetry), kp (Kolen-Pollack), kpm (the same
-    from a mirrored start), wm (weight mirror), and wmo, frsf, brsf, kpt, pfa, dfa, dkp, ia, sa, aa, am, amw; or all."""
+    from a mirrored start), mkp (mirrored Kolen-Pollack), wm (weight mirror), and wmo, frsf, brsf, kpt, pfa, dfa, dkp, ia, sa, aa, am, amw; or all."""
     hidden: tuple[int, ...] = (128,) * 12
     """The width of each hidden layer of the network, a tanh perceptron."""
     epochs: Annotated[
