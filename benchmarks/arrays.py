@@ -25,10 +25,10 @@ def load(name: str, data_dir: Path | None, random_examples: int = 4096) -> tuple
         with np.load(stored) as arrays:
             train, test = ((arrays[f"{s}_image"], arrays[f"{s}_label"]) for s in ("train", "test"))
     else:
-        from wmkp.experiments import data  # needs what the command line needs
+        from wmkp.experiments.data import datasets  # needs what the command line needs
 
         versions = sorted((data_dir / name).glob("*")) if name == "tiny_imagenet100" else []
-        dataset = data.load(str(versions[-1]) if versions else name, data_dir)
+        dataset = datasets.load(str(versions[-1]) if versions else name, data_dir)
         train, test = ((split["image"], split["label"]) for split in (dataset.train, dataset.test))
     mean = train[0][::10].mean((0, 1, 2), dtype=np.float64).astype(np.float32)
     std = train[0][::10].std((0, 1, 2), dtype=np.float64).astype(np.float32)

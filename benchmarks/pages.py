@@ -12,6 +12,12 @@ from benchmarks import address, engaged, figures, mirror_cost
 
 ROOT = Path(__file__).parent.parent
 
+# The marked places of a page that measurements fill, each by the function of its name.
+PLACES = {
+    "docs/performance.md": ("cost", "memory", "scaling", "mirror", "transforms", "peers"),
+    "README.md": ("resnet20", "training"),
+}
+
 
 def pages(comparison: Path | None = None, every_rule: Path | None = None) -> None:
     """Fills the pages' marked places and puts the address in: measurements always, a comparison's tables where it is given.
@@ -20,12 +26,9 @@ def pages(comparison: Path | None = None, every_rule: Path | None = None) -> Non
       comparison: what ``wmkp compare`` wrote.
       every_rule: what ``wmkp compare --rules all --out comparison-all`` wrote.
     """
-    fill("README.md", "cost", cost())
-    fill("README.md", "mirror", mirror())
-    fill("README.md", "resnet20", resnet20())
-    fill("README.md", "training", training())
-    fill("README.md", "scaling", scaling())
-    fill("README.md", "peers", peers())
+    for page, names in PLACES.items():
+        for name in names:
+            fill(page, name, globals()[name]())
     fill("README.md", "notebooks", address.table())
     fill("pyproject.toml", "urls", address.urls())
     fill("CITATION.cff", "address", address.citation())
@@ -37,57 +40,91 @@ def pages(comparison: Path | None = None, every_rule: Path | None = None) -> Non
         fill("docs/rules.md", "rules", (every_rule / "comparison.md").read_text())
 
 
-def cost() -> str:
-    """Each rule's engaged step over backprop's, a column for each model of ``results/engaged.json``, and its memory."""
-    rows = {row.name: row for row in benchmarks.read(benchmarks.RESULTS / "engaged.json")}
-    of = lambda name, row: rows.get(f"{name}: {row}", benchmarks.Row(""))
-    heads = [f"{name}, {of(name, 'KP over BP, time').note.split(';')[0]}" for name in engaged.SIZES]
-    lines = [["", *heads], ["---"] * (1 + len(heads))]
-    for rule, under in (("KP", "BP"), ("FA, WM", "BP"), ("KP", "BP by patches"), ("FA, WM", "BP by patches")):
-        values = [of(name, f"{rule} over {under}, time").value for name in engaged.SIZES]
-        lines.append([f"{rule} over {under}", *("" if x is None else f"{x:.2f}" for x in values)])
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("|  |", "| |").replace("|  |", "| |")
-    memory = {name: row.value for name, row in rows.items() if "peak bytes" in name and row.value}
-    most, worst = max((x, name.split(", peak")[0]) for name, x in memory.items())
+def table(head: list[str], rows: list[list[str]], numbers: int) -> str:
+    """A table in Markdown whose last ``numbers`` columns stand to the right."""
+    rule = ["---"] * (len(head) - numbers) + ["---:"] * numbers
     return (
-        f"{table}\nBelow 1 is where wmkp takes a convolution's weight gradient by patches on CPUs, which XLA's own backward pass does "
-        "not; BP by patches is backprop with the same gradients (an engaged step with W in place of B). Peak memory is backprop's with "
-        f"B and its optimizer's state, and up to {100 * (most - 1):.1f} % more ({worst}).\n"
+        "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *rows))
+        .replace("|  |", "| |")
+        .replace("|  |", "| |")
     )
+
+
+def results(name: str) -> dict[str, benchmarks.Row]:
+    """The rows of one file of ``results``, by name."""
+    return {row.name: row for row in benchmarks.read(benchmarks.RESULTS / f"{name}.json")}
+
+
+def cost() -> str:
+    """Each rule's engaged step over backprop's, a row for each model of ``results/engaged.json``."""
+    rows, lines = results("engaged"), []
+    columns = [(rule, under) for under in ("BP", "BP by patches") for rule in ("KP", "FA, WM")]
+    for name in engaged.SIZES:
+        found = [rows.get(f"{name}: {rule} over {under}, time") for rule, under in columns]
+        values = ["" if row is None or row.value is None else f"{row.value:.2f}" for row in found]
+        lines.append([name, rows[f"{name}: KP over BP, time"].note.split(";")[0], *values])
+    return table(["model", "", *(f"{rule} / {under}" for rule, under in columns)], lines, len(columns))
+
+
+def memory() -> str:
+    """The peak memory of an engaged step over that of backprop with B, by ``results/engaged.json``."""
+    rows, lines = results("engaged"), []
+    for name in engaged.SIZES:
+        found = [rows.get(f"{name}: {rule}, peak bytes over BP's and B's") for rule in ("KP", "FA, WM")]
+        lines.append([name, *("" if row is None or row.value is None else f"{row.value:.3f}" for row in found)])
+    return table(["model", "KP", "FA, WM"], lines, 2)
+
+
+def scaling() -> str:
+    """A Kolen-Pollack step over backprop's in dense layers, by ``results/scaling.json``."""
+    lines = []
+    for name, row in results("scaling").items():
+        if found := re.fullmatch(r"KP over BP, dense layers, (\w+ \d+)", name):
+            lines.append([found[1], row.note.split("; ")[1], f"{row.value:.2f}"])
+    return table(["dense layers", "", "KP / BP"], lines, 1)
 
 
 def mirror() -> str:
-    """What mirroring costs at 224 and batch 256, by ``results/mirror_cost.json``."""
-    rows = {row.name: row for row in benchmarks.read(benchmarks.RESULTS / "mirror_cost.json")}
-    held = []
+    """What mirroring costs at 224 pixels and batch 256, and the angles it holds, by ``results/mirror_cost.json``."""
+    rows, lines = results("mirror_cost"), []
     for name in ("ResNet-18", "ResNet-50"):
-        cost = rows[f"{name} at 224, batch 256: mirror over engaged, operations"]
-        time = rows[f"{name} at 224, batch 256: mirror over engaged, time"]
+        spent = [rows[f"{name} at 224, batch 256: mirror over engaged, {what}"] for what in ("operations", "time")]
         angle = next(r for key, r in rows.items() if re.match(f"{name}: .*: worst angle at an engaged step", key))
-        steps = "each engaged step" if cost.detail["every"] == 1 else f"every {cost.detail['every']} engaged steps"
+        every = spent[0].detail["every"]
+        shares = [f"{100 * (row.value or 0):.1f} %" for row in spent]
         before = angle.note.rsplit("before mirroring ", 1)[1]
-        held.append(
-            f"{name} with a mirror step after {steps}: {angle.value:.1f} degrees at most where an error meets B, {before} just before "
-            f"the next mirror step, and at 224 and batch 256 {100 * (cost.value or 0):.1f} % more operations by matrix products, "
-            f"{100 * (time.value or 0):.1f} % more time by transforms"
+        lines.append(
+            [name, "every step" if every == 1 else f"every {every} steps", *shares, f"{angle.value:.1f}°", f"{before}°"]
         )
-    shares = {name: rows[f"{name}, orthogonal: mirror step over its products"].value or 0 for name in mirror_cost.RUNS}
-    listed = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
-    return (
-        f"What mirroring costs, and the angles that it holds, in the first {angle.note.split(',')[0]} images of 64x64 (the learning "
-        f"rate rising, orthogonal noise at rate 1): {'; '.join(held)}. With that noise a mirror step "
-        "takes transforms in place of its two matrix products (fast ones from 256 inputs on), and this share of their time: "
-        f"{listed} "
-        "([mirror_cost](benchmarks/results/mirror_cost.json)).\n"
-    )
+    head = [
+        "model",
+        "mirror step",
+        "extra operations",
+        "extra time",
+        "worst angle, engaged",
+        "worst angle, before mirroring",
+    ]
+    return table(head, lines, 4)
+
+
+def transforms() -> str:
+    """A mirror step's time over that of its two matrix products, by ``results/mirror_cost.json``."""
+    rows, lines = results("mirror_cost"), []
+    for name in mirror_cost.RUNS:
+        found = [
+            rows[f"{name}, {noise}: mirror step over its products"]
+            for noise in ("orthogonal", "rademacher", "gaussian")
+        ]
+        lines.append([name, *(f"{row.value:.2f}" for row in found)])
+    return table(["model", "orthogonal noise", "random signs", "Gaussian"], lines, 3)
 
 
 def peers() -> str:
     """How fast peers are beside wmkp, by ``results/peers.json``."""
-    rows = [row for row in benchmarks.read(benchmarks.RESULTS / "peers.json") if row.value is not None]
-    rows = [row for row in rows if "alone" not in row.name]  # those say how near each is to its limit
-    lines = [["time", "ratio"], ["---", "---:"], *([row.name, f"{row.value:.2f}"] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    rows = [row for row in results("peers").values() if row.value is not None]
+    return table(
+        ["time", "ratio"], [[row.name, f"{row.value:.2f}"] for row in rows if "alone, by PyTorch" not in row.name], 1
+    )
 
 
 def resnet20() -> str:
@@ -121,17 +158,6 @@ def training() -> str:
             cells.append("" if row is None else f"{row[name]:{form}}{angle}")
         lines.append(cells)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("|  |", "| |")
-
-
-def scaling() -> str:
-    """What B's optimizer takes in dense layers, by ``results/scaling.json``."""
-    rows = {row.name: row.value for row in benchmarks.read(benchmarks.RESULTS / "scaling.json")}
-    small, large, wide = (rows[f"KP over BP, dense layers, {at}"] for at in ("batch 16", "batch 256", "width 1024"))
-    return (
-        "Under KP the optimizer has B to move beside W, and copies no B where backprop's step copies W (on CPUs): dense "
-        f"layers of 512 units take {small:.2f} at batch 16 and {large:.2f} at 256, of 1,024 units {wide:.2f} at 128 "
-        "([scaling](benchmarks/results/scaling.json)).\n"
-    )
 
 
 def fill(page: str, name: str, content: str) -> None:

@@ -1,6 +1,7 @@
 """wmkp beside its peers, in turns: the paper's equations in NumPy, PyTorch's backprop and BioTorch's rules.
 
-Every figure is a peer's time over wmkp's: above one, wmkp is faster.
+Every figure is a peer's time over wmkp's: above one, wmkp is faster. None has a target, since XLA's kernels set wmkp's time on a
+CPU. The target is what wmkp adds to them: an epoch over the two large products that it cannot do without, by the same kernels.
 """
 
 import contextlib
@@ -63,7 +64,7 @@ def wmkp_epoch(images: np.ndarray, targets: np.ndarray) -> Callable[[], Any]:
 
 def reproduced_epoch(images: np.ndarray, labels: np.ndarray) -> Callable[[], Any]:
     """The same epoch as ``wmkp reproduce akrout-mnist`` trains it: weights of pixels that a batch does not light rest."""
-    from wmkp.experiments import published  # which needs tyro and Pillow
+    from wmkp.experiments.commands import published  # which needs tyro and Pillow
     from wmkp.experiments.data.datasets import Dataset
 
     train = {"image": np.rint(255 * images).astype(np.uint8), "label": labels.astype(np.int32)}
@@ -149,7 +150,7 @@ def mnist_epoch(settings: Settings) -> Iterator[Row]:
     name = "MNIST epoch, 784-500-10, KP:"
     epoch = 1e3 * float(np.median(taken["wmkp"]))
     yield benchmarks.ratio(
-        f"{name} the paper's NumPy over wmkp", taken, "NumPy", "wmkp", f"wmkp {epoch:.0f} ms", at_least=5,
+        f"{name} the paper's NumPy over wmkp", taken, "NumPy", "wmkp", f"wmkp {epoch:.0f} ms",
         detail={"numpy": kernel},
     )  # fmt: skip
     if "wmkp reproduce" in taken:
@@ -159,14 +160,14 @@ def mnist_epoch(settings: Settings) -> Iterator[Row]:
                 row = f"{name} {whose} over wmkp reproduce"
                 yield benchmarks.ratio(row, taken, peer, "wmkp reproduce", about)
     if "PyTorch" in taken:
-        yield benchmarks.ratio(f"{name} PyTorch's backprop over wmkp", taken, "PyTorch", "wmkp", at_least=2)
+        yield benchmarks.ratio(f"{name} PyTorch's backprop over wmkp", taken, "PyTorch", "wmkp")
         about = "two float32 products a step and nothing else"
         for peer, whose in (("NumPy", "the paper's NumPy"), ("PyTorch", "PyTorch's backprop")):
             row = f"{name} {whose} over its products alone, by PyTorch"
             yield benchmarks.ratio(row, taken, peer, "PyTorch's products", about)
     else:
-        yield Row(f"{name} PyTorch's backprop over wmkp", at_least=2, note="PyTorch is not installed")
-    yield benchmarks.ratio(f"{name} wmkp over its products alone, by XLA", taken, "wmkp", "XLA's products")
+        yield Row(f"{name} PyTorch's backprop over wmkp", note="PyTorch is not installed")
+    yield benchmarks.ratio(f"{name} wmkp over its products alone, by XLA", taken, "wmkp", "XLA's products", at_most=1.1)
 
 
 # --- steps of larger models -------------------------------------------------------------------------------------------
@@ -216,6 +217,6 @@ def step(name: str, settings: Settings) -> Iterator[Row]:
     for mode in BIOTORCH:
         row = f"{name}: BioTorch's {mode} over wmkp's, a step"
         if mode in taken:
-            yield benchmarks.ratio(row, taken, f"BioTorch {mode}", mode, f"batch {len(x)}", at_least=1)
+            yield benchmarks.ratio(row, taken, f"BioTorch {mode}", mode, f"batch {len(x)}")
         else:
-            yield Row(row, at_least=1, note="BioTorch is not installed")
+            yield Row(row, note="BioTorch is not installed")

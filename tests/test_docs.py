@@ -72,12 +72,10 @@ def test_code_runs(page, quick_compile):
 # --- what the pages say of the code -----------------------------------------------------------------------------------
 
 
-def test_the_readmes_figures_are_those_of_the_results():
+@pytest.mark.parametrize(("page", "name"), [(page, name) for page, names in pages.PLACES.items() for name in names])
+def test_the_pages_figures_are_those_of_the_results(page, name):
     """``python -m benchmarks.pages`` wrote them."""
-    text = (ROOT / "README.md").read_text()
-    for name in ("cost", "mirror", "resnet20", "training", "scaling", "peers"):
-        content = getattr(pages, name)()
-        assert f"<!-- {name} -->\n{content}<!-- end of {name} -->" in text
+    assert f"<!-- {name} -->\n{getattr(pages, name)()}<!-- end of {name} -->" in (ROOT / page).read_text()
 
 
 def test_every_public_name_has_its_entry():
