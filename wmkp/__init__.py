@@ -25,15 +25,18 @@ from wmkp.rules import (
     weight_mirror,
 )
 from wmkp.training import Steps, TrainState, make_steps
+from wmkp.transport import Moved, Transport, transport
 
 __version__ = "0.2.0"
 
 __all__ = [
     "Mirror",
+    "Moved",
     "Projection",
     "Rule",
     "Steps",
     "TrainState",
+    "Transport",
     "WeightTransportError",
     "activation_alignment",
     "activity_mirror",
@@ -60,6 +63,7 @@ __all__ = [
     "samples_for_angle",
     "sign_symmetry",
     "symmetric_alignment",
+    "transport",
     "updates",
     "value_and_grad",
     "weight_mirror",

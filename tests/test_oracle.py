@@ -1,0 +1,249 @@
+"""Does the backward pass read W? Measured by ``wmkp.transport``, which asks nothing of the analysis and can convict it."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+import wmkp
+from wmkp.transport import Kind, Transport, measure, reading
+
+FA = wmkp.feedback_alignment()
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def draw(**shapes):
+    return {name: normal(i + 1, *shape) / 2 for i, (name, shape) in enumerate(shapes.items())}
+
+
+def plain(fun, params, *args):
+    """``transport`` for a function whose backward pass is its own: whatever W it reads."""
+    return measure(lambda params, feedback, *args: fun(params, *args), wmkp_names(params), params, None, args)
+
+
+def wmkp_names(params):
+    return [
+        jax.tree_util.keystr(k, simple=True, separator="/") for k, _ in jax.tree_util.tree_flatten_with_path(params)[0]
+    ]
+
+
+def read(found: Transport):
+    return {path for path, moved in found.items() if moved.moved}
+
+
+def engaged(fun, params, *args, rule=FA):
+    feedback = wmkp.init_feedback(jax.random.key(0), rule, fun, params, *args)
+    return wmkp.transport(fun, rule, params, feedback, *args)
+
+
+# --- it convicts ------------------------------------------------------------------------------------------------------
+
+X = normal(0, 2, 5)
+
+
+def hidden(p):
+    return jnp.tanh(X @ p["V"])
+
+
+def behind_a_barrier(p, x):
+    h, w = lax.optimization_barrier((jnp.tanh(x @ p["V"]), p["W"]))
+    return jnp.sum(jnp.sin(h @ w))
+
+
+def behind_a_barrier_with_more(p, x):
+    b, w, h = lax.optimization_barrier((p["b"], p["W"], jnp.tanh(x @ p["V"])))
+    return jnp.sum(jnp.sin(h @ w + b))
+
+
+def edge_scales(p, x):
+    curves = jnp.sin(jnp.repeat(jnp.tanh(x @ p["V"]), 4, 1) * np.arange(1.0, 25))
+    return jnp.sum(jnp.sin((p["W"].reshape(1, 24) * curves).reshape(-1, 6, 4).sum(1)))
+
+
+def in_a_shard_map(p, x):
+    mesh = jax.make_mesh((1,), ("d",))
+    h = jnp.broadcast_to(jnp.tanh(x @ p["V"])[:, :, None], (2, 6, 4))
+    mapped = jax.shard_map(lambda a, w: a * w, mesh=mesh, in_specs=(P(), P()), out_specs=P())
+    return jnp.sum(jnp.sin(mapped(h, p["W"]).sum(1)))
+
+
+def by_taps(p, x):
+    h = jnp.tanh(x @ p["V"])
+    return jnp.sum(jnp.sin(sum(jnp.roll(h, i, 1)[:, :4] * p["W"][i] for i in range(6))))
+
+
+def attended(p, x):
+    return jnp.sum(jnp.sin((jnp.tanh(x @ p["V"]).reshape(2, 6, 1) * p["W"]).sum(-1)))
+
+
+def scanned(p, x):
+    step = lambda h, _: (jnp.tanh(h @ p["S"]), None)
+    return jnp.sum(lax.scan(step, jnp.tanh(x @ p["V"]), None, 3)[0] @ p["W"])
+
+
+def chosen(p, x):
+    h = jnp.tanh(x @ p["V"])
+    return jnp.sum(lax.cond(x[0, 0] > 0, lambda: jnp.sin(h @ p["W"]), lambda: jnp.cos(h @ p["W"])))
+
+
+def recomputed(p, x):
+    return jnp.sum(jax.checkpoint(lambda h, w: jnp.sin(h @ w))(jnp.tanh(x @ p["V"]), p["W"]))
+
+
+@jax.custom_vjp
+def of_its_own(h, w):
+    return jnp.sin(h @ w)
+
+
+of_its_own.defvjp(lambda h, w: (jnp.sin(h @ w), (h, w)), lambda kept, e: (e @ kept[1].T, kept[0].T @ e))
+
+
+@jax.custom_vjp
+def passing(h, w):
+    """Forward, it does not even look at W."""
+    return h
+
+
+passing.defvjp(lambda h, w: (h, w), lambda w, e: (e @ (w @ w.T), jnp.zeros_like(w)))
+
+PARAMS = draw(V=(5, 6), W=(6, 4))
+LEAKS = {
+    behind_a_barrier: PARAMS,
+    behind_a_barrier_with_more: PARAMS | {"b": jnp.ones(4)},
+    edge_scales: PARAMS,
+    in_a_shard_map: PARAMS,
+    by_taps: PARAMS,
+    attended: draw(V=(5, 6), W=(6, 4)),
+    scanned: draw(V=(5, 6), S=(6, 6), W=(6, 4)),
+    chosen: PARAMS,
+    recomputed: PARAMS,
+    lambda p, x: jnp.sum(of_its_own(jnp.tanh(x @ p["V"]), p["W"])): PARAMS,
+    lambda p, x: jnp.sum(passing(jnp.tanh(x @ p["V"]), p["W"]) ** 2): PARAMS,
+    lambda p, x: jnp.sum(jax.jit(lambda h, w: h @ w)(jnp.tanh(x @ p["V"]), p["W"].astype(jnp.bfloat16))): PARAMS,
+    lambda p, x: jnp.sum(jnp.sin(jnp.tanh(x @ p["V"]) @ (p["A"] @ p["B"]))): draw(V=(5, 6), A=(6, 2), B=(2, 4)),
+    lambda p, x: jnp.sum(jnp.tanh(x @ p["W"]) @ p["W"].T): draw(W=(5, 6)),  # W's own gradient, and no other's
+    lambda p, x: jnp.sum(jnp.tanh(x @ p["V"]) @ p["E"][x.argmax()]): draw(V=(5, 6), E=(12, 6, 4)),
+}
+
+
+@pytest.mark.parametrize(("fun", "params"), LEAKS.items(), ids=lambda f: getattr(f, "__name__", ""))
+def test_a_backward_pass_that_reads_w_is_convicted(fun, params):
+    found = plain(fun, params, X)
+    assert read(found) == set(params) - {"V", "b"} | ({"W"} & set(params))
+
+
+def test_it_measures_the_gradient_itself():
+    """With W' = W the gradients are those of the function that is measured."""
+    params = draw(V=(5, 6), g=(6,), b=(6,), W=(6, 6), U=(6, 6), out=(6, 3))
+
+    def fun(p, x):
+        h = jnp.tanh(x @ p["V"]) * p["g"] + p["b"]
+        step = lambda h, _: (jnp.tanh(h @ (p["W"] @ p["U"])) * p["g"], h.sum())
+        h, sums = lax.scan(step, h, None, 3)
+        return jnp.sum(jnp.sin(h @ p["out"] @ p["out"].T)) + sums.mean()
+
+    leaves, tree = jax.tree.flatten(params)
+    closed = jax.make_jaxpr(lambda leaves, x: fun(jax.tree.unflatten(tree, leaves), x))(leaves, X)
+    expected = jax.tree.leaves(jax.grad(fun)(params, X))
+    for k, w in enumerate(leaves):
+        found = reading(closed, [Kind(param=True)] * len(leaves) + [Kind(data=True)], k)(leaves, [X], w)
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+# --- it acquits -------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(7, 8)(ids)
+        x = x + self.param("positions", nn.initializers.normal(), (4, 8))
+        x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x))
+        x = x + nn.Dense(8)(nn.gelu(nn.Dense(12)(nn.LayerNorm()(x))))
+        return nn.Dense(7)(x).mean()
+
+
+class Recurrent(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.RNN(nn.LSTMCell(5))(x)).sum()
+
+
+class Convolutions(nnx.Module):
+    def __init__(self, rngs):
+        self.one, self.norm = nnx.Conv(1, 4, (3, 3), rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+        self.two, self.out = nnx.Conv(4, 4, (3, 3), feature_group_count=2, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.two(nnx.relu(self.norm(self.one(x)))))
+        return self.out(x.mean((1, 2))).sum()
+
+
+def linen(module, *args):
+    params = module.init(jax.random.key(0), *args)["params"]
+    return lambda p, *args: module.apply({"params": p}, *args), params, args
+
+
+def convolutions():
+    graph, params, rest = nnx.split(Convolutions(nnx.Rngs(0)), nnx.Param, ...)
+    return lambda p, x: nnx.merge(graph, p, rest, copy=True)(x), nnx.to_pure_dict(params), (normal(0, 2, 5, 5, 1),)
+
+
+MODELS = {
+    "Transformer": functools.partial(linen, Block(), jnp.array([[1, 2, 3, 1], [0, 5, 3, 6]])),
+    "LSTM": functools.partial(linen, Recurrent(), normal(0, 2, 3, 4)),
+    "convolutions": convolutions,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_of_models_only_gains_are_read(name):
+    fun, params, args = MODELS[name]()
+    found = engaged(fun, params, *args)
+    assert all(path.endswith("scale") for path in read(found)), found
+    matrices = {path for path, p in wmkp.projections(fun, params, *args).items() if p.feedback}
+    assert matrices <= read(wmkp.transport(fun, wmkp.backprop(), params, None, *args))
+
+
+def net(p, x):
+    h = jnp.tanh(x @ p["V"]) * p["g"] + p["b"]
+    return jnp.sum(jnp.tanh(h @ p["W"]) @ p["out"])
+
+
+NET = draw(V=(5, 6), g=(6,), b=(6,), W=(6, 4), out=(4, 3))
+RULES = {
+    "FA": (wmkp.feedback_alignment(), set()),
+    "KP": (wmkp.kolen_pollack(), set()),
+    "WM": (wmkp.weight_mirror(), set()),
+    "PFA": (wmkp.product_feedback_alignment(), set()),
+    "DFA": (wmkp.direct_feedback_alignment(), set()),
+    "DKP": (wmkp.direct_kolen_pollack(), set()),
+    "SAL": (wmkp.symmetric_alignment(), set()),
+    "SS": (wmkp.sign_symmetry(), {"W", "out"}),
+    "BP": (wmkp.backprop(), {"W", "out"}),
+    "BP for one": ({"W": wmkp.backprop(), ".*": FA}, {"W"}),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_what_each_rule_reads(name):
+    rule, matrices = RULES[name]
+    found = engaged(net, NET, X, rule=rule)
+    assert read(found) == {"g", *matrices}
+    assert found["g"].meaning == "read, a gain" and found["b"].meaning == "not read"
+
+
+def test_it_prints_as_a_table():
+    lines = str(engaged(net, NET, X)).splitlines()
+    assert lines[0].split() == ["parameter", "shape", "moved", "gradient", "the", "backward", "pass"]
+    assert len(lines) == 1 + len(NET) and lines[1].split() == ["V", "5x6", "0", "not", "read"]
