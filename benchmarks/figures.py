@@ -16,7 +16,7 @@ from typing import Any
 import tyro
 
 import benchmarks
-from wmkp.experiments.commands import published, reproduce
+from wmkp.experiments.commands import published, reproduce, verdicts
 from wmkp.experiments.commands.recipes import RECIPES
 from wmkp.experiments.runs import logs
 
@@ -195,7 +195,7 @@ def section(figure: str) -> str:
             table[0].append(f"{name.replace('_', ' ')}, difference by quarters")
             for row, line in zip(table[1:], summary, strict=True):
                 found = [(line[key := f"{name}_quarter_{i}"], line[f"{key}_error"]) for i in (1, 2, 3, 4)]
-                row.append(reproduce.quartered([x for x in found if not math.isnan(x[0])], digits))
+                row.append(verdicts.quartered([x for x in found if not math.isnan(x[0])], digits))
         caption += " By quarters of the epochs: ours less the published, the mean over every tenth epoch and its standard error."
     table.insert(1, ["---", "---", *["---:"] * (len(table[0]) - 2)])
     parts = [

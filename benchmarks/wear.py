@@ -24,8 +24,7 @@ import jax
 import numpy as np
 
 from benchmarks import save
-from wmkp.experiments.commands import train
-from wmkp.experiments.runs import checkpoints, logs
+from wmkp.experiments.runs import build, checkpoints, logs, settings
 
 STEPS, KILLS, AT_START = 2000, 30, 8
 SEED = 0
@@ -150,9 +149,9 @@ def killed(rule: str, out: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 def arrays(out: pathlib.Path) -> list[np.ndarray]:
     """All that the last checkpoint has of training's state."""
-    config = train.read_config(out)
+    config = settings.read(out)
     manager = checkpoints.open_manager(out / "checkpoints", config.keep, read_only=True)
-    state, progress = checkpoints.restore(manager, train.like(config, train.build(config)))
+    state, progress = checkpoints.restore(manager, build.like(config, build.build(config)))
     manager.close()
     assert progress["step"] == STEPS
     return [np.asarray(x) for x in jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))]

@@ -163,7 +163,7 @@ def test_commands_are_understood(monkeypatch, arguments):
     from wmkp.experiments.commands import cli
 
     called = []
-    ends = ((cli.compare, "compare"), (cli.train, "train"), (cli.train, "evaluate"), (cli.data, "prepare"))
+    ends = ((cli.compare, "compare"), (cli.train, "train"), (cli.evaluate, "evaluate"), (cli.data, "prepare"))
     for module, name in (*ends, (cli.reproduce, "reproduce")):
         monkeypatch.setattr(module, name, lambda *args: called.append(args))
     monkeypatch.setattr(cli.figures, "runs", lambda runs: called.append(runs))

@@ -20,7 +20,7 @@ from test_data import make
 
 import wmkp
 from wmkp.experiments import config
-from wmkp.experiments.commands import cli, published, recipes, reproduce, train
+from wmkp.experiments.commands import cli, published, recipes, reproduce, train, verdicts
 from wmkp.experiments.config import InputError, Reproduce
 from wmkp.experiments.data import datasets as data
 from wmkp.experiments.runs import figures, outputs
@@ -317,13 +317,13 @@ def test_differences_are_taken_by_quarters_where_both_were_evaluated():
     column = "test_accuracy_percent"
     curve = lambda values: [{"epoch": float(e), column: y} for e, y in values.items()]
     ours, theirs = curve({0: 1.0, 1: 3.0, 3: 5.0, 5: 7.0}), curve(dict.fromkeys(range(6), 1.0))
-    assert reproduce.quartered(reproduce._quarters(ours, theirs, column), 1) == "+1.0 ± 1.0, +4.0, +6.0"
+    assert verdicts.quartered(verdicts.quarters(ours, theirs, column), 1) == "+1.0 ± 1.0, +4.0, +6.0"
     epochs = [*range(20), *range(29, 160, 10)]
     ours = curve({e: e + (500.0 if e < 9 or 9 < e < 19 else 0.0) for e in epochs})
-    found = reproduce._quarters(ours, curve(dict.fromkeys(range(160), 0.0)), column)
+    found = verdicts.quarters(ours, curve(dict.fromkeys(range(160), 0.0)), column)
     assert [mean for mean, _ in found] == [24, 64, 104, 144]
     assert [error for _, error in found] == pytest.approx([np.std([9, 19, 29, 39], ddof=1) / 2] * 4)
-    assert reproduce.quartered([], 2) == "-"
+    assert verdicts.quartered([], 2) == "-"
 
 
 def test_steps_are_for_throughput(tmp_path):

@@ -24,13 +24,15 @@ import pytest
 from flax import serialization
 from jax.sharding import Mesh
 
-from wmkp.experiments.commands import cli, recipes, tasks, train
+from wmkp.experiments import devices
+from wmkp.experiments.commands import cli, evaluate, recipes, train
 from wmkp.experiments.config import InputError, Train
 from wmkp.experiments.data import feeds
 from wmkp.experiments.data.datasets import Dataset
+from wmkp.experiments.devices import make_mesh
+from wmkp.experiments.models import tasks
 from wmkp.experiments.models.mlp import MLP
-from wmkp.experiments.runs import checkpoints, logs, outputs
-from wmkp.experiments.runs.devices import make_mesh
+from wmkp.experiments.runs import build, checkpoints, logs, outputs, settings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),  # of TensorBoard's writer and Orbax
@@ -65,7 +67,7 @@ def run(out, **changes):
 def end_state(config):
     """The last checkpoint's arrays, by path."""
     manager = checkpoints.open_manager(config.out / "checkpoints", config.keep, read_only=True)
-    return by_path(checkpoints.restore(manager, train.like(config, train.build(config)))[0])
+    return by_path(checkpoints.restore(manager, build.like(config, build.build(config)))[0])
 
 
 def by_path(state):
@@ -84,7 +86,7 @@ def one_device():
     """Runs over one device, which compile the soonest; test_mesh.py and test_processes.py have many."""
     with pytest.MonkeyPatch.context() as patch:
         first = np.array(jax.devices()[:1])
-        patch.setattr(train.devices, "make_mesh", lambda batch_size: Mesh(first, ("data",)))
+        patch.setattr(devices, "make_mesh", lambda batch_size: Mesh(first, ("data",)))
         yield
 
 
@@ -110,11 +112,17 @@ def test_what_a_run_leaves(finished):
     steps = logs.read(finished.out / "train.csv")
     assert [row["step"] for row in steps] == [*range(10, 111, 10), 111]
     assert steps[-1]["train_loss"] < steps[0]["train_loss"] and steps[-1]["skipped"] == 0
-    assert train.read_config(finished.out) == finished
+    assert settings.read(finished.out) == finished
     kept = sorted(int(path.name) for path in (finished.out / "checkpoints").iterdir())
     assert kept == [105, 111], "two are kept, the newest"
     (events,) = (finished.out / "tensorboard").iterdir()
-    for name in (b"train/train_loss", b"test/matrix_angle_deg/output/kernel", b"test/norm_ratio/output/kernel"):
+    for name in (
+        b"loss/train",
+        b"loss/test",
+        b"matrix_angle/output/kernel",
+        b"delta_angle/mean",
+        b"norm_ratio/output/kernel",
+    ):
         assert name in events.read_bytes()
 
 
@@ -162,10 +170,10 @@ def test_resuming_what_is_finished_or_never_began(finished, tmp_path, capsys):
 
 
 def test_examples_per_second_are_those_of_compiled_steps(tmp_path, monkeypatch):
-    clock, build = [0.0], train.build
+    clock, whole = [0.0], build.build
 
     def timed(config):
-        built = build(config)
+        built = whole(config)
 
         def advance(*args):
             clock[0] += 1.0 if clock[0] else 100.0  # the first call compiles
@@ -199,7 +207,7 @@ def test_eval_export_and_plot(finished, tmp_path, capsys, monkeypatch):
 
 
 def test_files_that_cannot_be_written_are_named_before_the_work(finished, tmp_path, monkeypatch, capsys):
-    for module, work in ((train, "build"), (cli.figures, "runs")):
+    for module, work in ((evaluate, "build"), (cli.figures, "runs")):
         monkeypatch.setattr(module, work, lambda *args: pytest.fail("it was worked before the file was tried"))
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "pipe")  # as a device is, /dev/full for one
@@ -217,14 +225,14 @@ def test_files_that_cannot_be_written_are_named_before_the_work(finished, tmp_pa
 def test_a_run_that_is_not_there_leaves_no_directory_behind(finished, tmp_path):
     for run, step in ((tmp_path / "none", None), (finished.out, 3)):
         with pytest.raises(InputError, match="is not a run|has no checkpoint of step 3"):
-            train.evaluate(run, step, export=tmp_path / "exports" / "model.msgpack")
+            evaluate.evaluate(run, step, export=tmp_path / "exports" / "model.msgpack")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_that_is_not_there_is_named_before_the_work(finished, monkeypatch):
-    monkeypatch.setattr(train, "build", lambda config: pytest.fail("it was built before the step was looked for"))
+    monkeypatch.setattr(evaluate, "build", lambda config: pytest.fail("it was built before the step was looked for"))
     with pytest.raises(InputError, match="has no checkpoint of step 3"):
-        train.evaluate(finished.out, 3)
+        evaluate.evaluate(finished.out, 3)
 
 
 def test_files_are_written_where_a_link_leads(tmp_path):
@@ -273,7 +281,7 @@ def test_nan_can_be_skipped(tmp_path, capsys):
 
 def test_a_skipped_step_changes_nothing(tmp_path):
     """One bad batch among good ones: weights after it are those from before it."""
-    run = train.build(dataclasses.replace(SMALL, rule="kp", on_nan="skip", accumulate=1, clip_norm=None, augment=False))
+    run = build.build(dataclasses.replace(SMALL, rule="kp", on_nan="skip", accumulate=1, clip_norm=None, augment=False))
     state, tally = run.init(), feeds.put_everywhere(run.tally, run.mesh)
     good = next(run.feed.batches(0))
     bad = {**good, "image": good["image"].at[0, 0, 0, 0].set(jnp.nan)}
@@ -319,7 +327,7 @@ def test_a_checkpoint_of_another_model_or_rule_is_refused_by_path(finished):
 
     def restore(**changes):
         config = dataclasses.replace(finished, **changes)
-        checkpoints.restore(manager, train.like(config, train.build(config)))
+        checkpoints.restore(manager, build.like(config, build.build(config)))
 
     with pytest.raises(InputError, match=r"params/hidden_0/kernel is float32 \(64, 16\), where float32 \(64, 12\)"):
         restore(hidden=(12, 16))
@@ -342,7 +350,7 @@ def test_damaged_checkpoint_is_named_and_the_older_one_still_good(finished, tmp_
     cli.main()
     assert "step 105: test loss" in capsys.readouterr().out
     with pytest.raises(InputError, match="has no checkpoint of step 3, only of 105, 111"):
-        train.evaluate(config.out, 3)
+        evaluate.evaluate(config.out, 3)
     _remove(newest.parent)
     train.train(config)
     assert_same_bits(end_state(config), end_state(finished))
@@ -373,7 +381,7 @@ def damages(content, trap, flips, seed):
 def test_any_file_of_a_checkpoint_may_be_damaged(finished, tmp_path, capsys):
     """One line that names the step and says what is left, or the very bits that were saved; and no code is run."""
     shutil.copytree(finished.out / "checkpoints", tmp_path / "checkpoints")
-    like = train.like(finished, train.build(finished))
+    like = build.like(finished, build.build(finished))
     expected, good_progress = restore_from(tmp_path, like)
     refused = 0
     files = sorted(path for path in (tmp_path / "checkpoints" / "111").rglob("*") if path.is_file())
@@ -407,8 +415,8 @@ def restore_from(out, like):
 @pytest.mark.parametrize("where", ["params", "feedback", "opt_state", "key", "progress"])
 def test_one_wrong_bit_is_noticed(where, finished, tmp_path, monkeypatch):
     """Whatever the storage layer lets pass: each part of a checkpoint is in its SHA-256."""
-    built = train.build(finished)
-    like, state, progress = train.like(finished, built), built.init(), {"step": 0, "loss": 0.1}
+    built = build.build(finished)
+    like, state, progress = build.like(finished, built), built.init(), {"step": 0, "loss": 0.1}
     if where == "progress":
         other = state, {**progress, "loss": 0.10000000000000002}
     elif where == "key":
@@ -433,9 +441,9 @@ def test_damaged_configs_and_logs(finished, tmp_path):
     config = dataclasses.replace(finished, out=tmp_path, resume=True)
 
     def claim():
-        with train.claim(config):
-            found = train.read_config(tmp_path)
-            return {k: v for k, v in vars(found).items() if k not in train.FREE}
+        with settings.claim(config):
+            found = settings.read(tmp_path)
+            return {k: v for k, v in vars(found).items() if k not in settings.FREE}
 
     def opened(name):
         logs.Log(tmp_path / name, 111).close()
@@ -466,7 +474,7 @@ def test_damaged_configs_and_logs(finished, tmp_path):
 def test_loading_a_run_unpickles_nothing(finished):
     seen, watching = [], True
     sys.addaudithook(lambda event, args: seen.append(args) if watching and event == "pickle.find_class" else None)
-    end_state(train.read_config(finished.out))
+    end_state(settings.read(finished.out))
     logs.read(finished.out / "test.csv")
     assert not seen
     pickle.loads(pickle.dumps(Path))
@@ -477,13 +485,13 @@ def test_loading_a_run_unpickles_nothing(finished):
 def test_what_a_killed_write_left_is_cleared_away(tmp_path):
     left = tmp_path / ".config.json.1.partial"
     left.write_text("{")
-    with train.claim(dataclasses.replace(SMALL, out=tmp_path)):
+    with settings.claim(dataclasses.replace(SMALL, out=tmp_path)):
         assert not left.exists()
 
 
 def test_disk_full_while_saving_keeps_the_older_checkpoint(tmp_path):
     config = dataclasses.replace(SMALL, out=tmp_path, hidden=(256, 256))
-    built = train.build(config)
+    built = build.build(config)
     state = built.init()
     manager = checkpoints.open_manager(tmp_path / "checkpoints", 2)
     checkpoints.save(manager, state, {"step": 0})
@@ -501,7 +509,7 @@ def test_disk_full_while_saving_keeps_the_older_checkpoint(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     again = checkpoints.open_manager(tmp_path / "checkpoints", 2)
-    restored, progress = checkpoints.restore(again, train.like(config, built))
+    restored, progress = checkpoints.restore(again, build.like(config, built))
     assert progress == {"step": 0}
     jax.tree.map(np.testing.assert_array_equal, restored.params, expected)
 
@@ -517,7 +525,7 @@ def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(finished, tmp_
     ):
         train.train(dataclasses.replace(finished, resume=True, rule="kp", learning_rate=0.2))
     with (
-        train.claim(dataclasses.replace(SMALL, out=tmp_path)),
+        settings.claim(dataclasses.replace(SMALL, out=tmp_path)),
         pytest.raises(InputError, match="another run is at work"),
     ):
         run(tmp_path)
@@ -547,7 +555,7 @@ def test_what_is_in_the_way_is_named(name, make, tmp_path):
 def test_damaged_config(content, message, tmp_path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(InputError, match=message):
-        train.read_config(tmp_path)
+        settings.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -670,9 +678,9 @@ def test_short_kolen_pollack_runs_are_warned_of(capsys):
     steps = lambda **changes: dataclasses.replace(
         SMALL, rule="kp", steps=2, accumulate=1, schedule="constant", **changes
     )
-    train._warn(steps(), train.build(steps()))
+    train._warn_of_kp(steps(), build.build(steps()))
     assert "cannot align in this run: 100 %" in capsys.readouterr().err
-    train._warn(steps(weight_decay=9.0), train.build(steps(weight_decay=9.0)))
+    train._warn_of_kp(steps(weight_decay=9.0), build.build(steps(weight_decay=9.0)))
     assert not capsys.readouterr().err
 
 
@@ -796,17 +804,18 @@ def test_loss_by_definition():
     assert float(loss) == pytest.approx(-(targets * logs_[:3]).sum(-1).mean(), rel=1e-4)
     wrong = logits[:3].argmax(-1) != counted["label"]
     assert float(metrics["error"]) == pytest.approx(100 * wrong.mean())
-    total, errors, count = task.score(params, model_state, batch)
+    total, errors, labels = task.score(params, model_state, batch)
     assert float(total) == pytest.approx(-logs_[range(3), counted["label"]].sum(), rel=1e-4)
-    assert (int(errors), int(count)) == (wrong.sum(), 3)
+    assert int(errors) == wrong.sum()
+    np.testing.assert_array_equal(labels, np.bincount([3, 1, 4], minlength=10))
 
 
 def test_every_recipe_is_sound():
     for name, config in recipes.RECIPES.items():
         config.check()
         assert name.endswith(f"-{config.rule}") and config.out == Path("runs") / name
-        json.dumps(train._to_json(config))
-        assert "mirror_steps" in train._to_json(config)
+        json.dumps(settings.to_json(config))
+        assert "mirror_steps" in settings.to_json(config)
 
 
 def test_text_and_bf16():

@@ -41,7 +41,7 @@ with _interruptible():
         import jax
         import tyro
 
-        from wmkp.experiments.commands import compare, recipes, reproduce, train
+        from wmkp.experiments.commands import compare, evaluate, recipes, reproduce, train
         from wmkp.experiments.config import Compare, DataDir, InputError, Reproduce, Train, first_line
         from wmkp.experiments.data import datasets as data
         from wmkp.experiments.runs import figures, outputs
@@ -90,7 +90,7 @@ def run_eval(
         data_dir: where TFDS has its datasets, if not where the run had them.
         export: a file to write the model's variables to, as plain Flax ones, for flax.serialization.msgpack_restore.
     """
-    train.evaluate(run, step, data_dir, export)
+    evaluate.evaluate(run, step, data_dir, export)
 
 
 @app.command(name="plot")

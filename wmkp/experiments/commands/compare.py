@@ -21,10 +21,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import wmkp
-from wmkp.experiments.commands.tasks import make_rule
 from wmkp.experiments.config import RULES, Compare, InputError, refusals
 from wmkp.experiments.data import datasets as data
 from wmkp.experiments.models.mlp import MLP
+from wmkp.experiments.models.tasks import make_rule
 from wmkp.experiments.runs import figures, outputs
 
 LAST_EPOCHS = 5  # that the table's test error is taken over, or half of a shorter run

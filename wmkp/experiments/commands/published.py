@@ -262,19 +262,15 @@ def run(
     rows: list[Epoch] = []
     made = {"variant": variant._asdict(), "seed": seed}
     with contextlib.ExitStack() as stack:
-        manager = None if directory is None else checkpoints.open_manager(directory, keep=1)
-        if manager is not None:
-            stack.callback(manager.close)
-            if manager.latest_step() is not None:
-                state, kept = checkpoints.restore(manager, state)
-                there: dict[str, Any] = {**kept["variant"], "seed": kept["seed"]}
-                here: dict[str, Any] = {**variant._asdict(), "seed": seed}
-                if changed := [
-                    f"{key} was {there.get(key)} and is {x}" for key, x in here.items() if there.get(key) != x
-                ]:
-                    said = "; ".join(changed)
-                    raise InputError(f"{directory} was started with other settings: {said}; give another --out")
-                rows = [Epoch(*row) for row in kept["rows"] if row[0] < epochs]
+        manager = None if directory is None else stack.enter_context(checkpoints.opened(directory, keep=1))
+        if manager is not None and manager.latest_step() is not None:
+            state, kept = checkpoints.restore(manager, state)
+            there: dict[str, Any] = {**kept["variant"], "seed": kept["seed"]}
+            here: dict[str, Any] = {**variant._asdict(), "seed": seed}
+            if changed := [f"{key} was {there.get(key)} and is {x}" for key, x in here.items() if there.get(key) != x]:
+                said = "; ".join(changed)
+                raise InputError(f"{directory} was started with other settings: {said}; give another --out")
+            rows = [Epoch(*row) for row in kept["rows"] if row[0] < epochs]
         for epoch in range(int(state.step) // (len(dataset.train["label"]) // BATCH), epochs):
             state, loss = jax.block_until_ready(run_epoch(state, train, epoch))
             last = epoch == epochs - 1

@@ -16,6 +16,7 @@ from wmkp.experiments.data import images, records
 
 Examples = dict[str, Any]  # "image": (examples, height, width, channels) and "label": (examples,) int32, or "tokens"
 
+IGNORED = -1  # the label of what does not count: padding, and examples that could not be read
 RESIDENT_BYTES = 2 * 10**9  # a larger dataset is streamed
 
 

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from wmkp.experiments.commands.tasks import IGNORED
 from wmkp.experiments.config import InputError, Train
 from wmkp.experiments.data import datasets as data
 from wmkp.experiments.data import records, streaming
-from wmkp.experiments.runs.devices import put_batch, put_everywhere
+from wmkp.experiments.data.datasets import IGNORED
+from wmkp.experiments.devices import put_batch, put_everywhere
 from wmkp.training import batch_sharding
 
 PROBE = 64  # training examples that delta angles are measured on, or somewhat more

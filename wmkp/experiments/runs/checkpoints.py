@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
 import wmkp
@@ -26,12 +27,35 @@ SHOWN = 8  # of the differences between a checkpoint and what was expected
 _TURN = threading.Lock()
 
 
+@epath.register_path_cls
+class _Literal(type(epath.Path("/"))):  # type: ignore[misc]
+    """A path whose own characters are no pattern: etils takes all of ``r[1]/*`` for one, and Orbax then merges nothing."""
+
+    def glob(self, pattern: str) -> Iterator["_Literal"]:
+        for found in Path(self).glob(pattern):
+            yield type(self)(found)
+
+
+@contextlib.contextmanager
+def opened(directory: Path, keep: int) -> Iterator[ocp.CheckpointManager]:
+    """``open_manager``'s, closed at the end: an error on its way is not replaced by one of closing."""
+    manager = open_manager(directory, keep)
+    try:
+        yield manager
+        finish(manager)
+    finally:
+        with contextlib.suppress(Exception):
+            manager.close()
+
+
 def open_manager(directory: Path, keep: int, read_only: bool = False) -> ocp.CheckpointManager:
     """Orbax's manager of the checkpoints in a directory, which it makes; leftovers of a killed save are cleared away.
 
     Raises:
       InputError: the directory cannot be made, or not be written to.
     """
+    if "\\" in str(directory.absolute()):  # TensorStore takes it for a slash, and writes elsewhere
+        raise InputError(f"checkpoints cannot be kept in {directory}: its path has a backslash; give another --out")
     if not read_only:
         outputs.make_directory(directory)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says much, and errors are raised besides
@@ -42,7 +66,7 @@ def open_manager(directory: Path, keep: int, read_only: bool = False) -> ocp.Che
         read_only=read_only,
     )
     handlers = {"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
-    return ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers)
+    return ocp.CheckpointManager(_Literal(directory.absolute()), options=options, item_handlers=handlers)
 
 
 def save(manager: ocp.CheckpointManager, state: wmkp.TrainState, progress: dict[str, Any]) -> None:
@@ -71,11 +95,32 @@ def finish(manager: ocp.CheckpointManager) -> None:
         raise _failed(manager, error) from error
 
 
+def verify(manager: ocp.CheckpointManager, like: Any) -> None:
+    """Reads the latest checkpoint back, into memory of the host alone. Waits for it first.
+
+    Args:
+      like: as ``restore``.
+
+    Raises:
+      InputError: as ``save``; or what is on disk is not what was saved.
+    """
+    finish(manager)
+    step = choose(manager)
+
+    def on_host(x: Any) -> Any:
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        return np.broadcast_to(np.zeros((), x.dtype), x.shape)  # no memory yet
+
+    with _readable(f"{manager.directory}/{step}", manager, step):
+        _read(manager, step, jax.tree.map(on_host, like))
+
+
 def save_in_turn(manager: ocp.CheckpointManager, state: wmkp.TrainState, progress: dict[str, Any]) -> None:
-    """Saves, and waits until it is on disk: for a process whose threads have a manager each. Raises as ``save``."""
+    """Saves, and waits until it can be read back: for a process whose threads have a manager each. Raises as ``verify``."""
     with _TURN:
         save(manager, state, progress)
-        finish(manager)
+        verify(manager, state)
 
 
 def _failed(manager: ocp.CheckpointManager, error: Exception) -> InputError:
@@ -126,12 +171,17 @@ def restore(manager: ocp.CheckpointManager, like: Any, step: int | None = None) 
         raise InputError(f"{name} is of another model or rule: {'; '.join(differences[:SHOWN])}{more}")
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
     with _readable(name, manager, step):
-        restored = manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore())
-        )
-        state, progress = restored["state"], dict(restored["progress"])
-        if progress.pop("sha256") != _digest(state, progress):
-            raise ValueError("its SHA-256 is not that of what was saved")
+        return _read(manager, step, target)
+
+
+def _read(manager: ocp.CheckpointManager, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
+    """A checkpoint's state, in arrays as ``target`` has them, and progress. Raises ValueError if they are not what was saved."""
+    restored = manager.restore(
+        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore())
+    )
+    state, progress = restored["state"], dict(restored["progress"])
+    if progress.pop("sha256") != _digest(state, progress):
+        raise ValueError("its SHA-256 is not that of what was saved")
     return state, progress
 
 
@@ -157,7 +207,7 @@ def _digest(state: Any, progress: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(progress, sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         x = _data(leaf)
-        if not (x.is_fully_addressable or x.is_fully_replicated):
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
             x = multihost_utils.process_allgather(x, tiled=True)
         digest.update(f"{checks.path_name(path)} {_describe(x)}".encode())
         digest.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)

@@ -1,31 +1,34 @@
 """A run's numbers: CSV files that a resumed run goes on with, and TensorBoard scalars."""
 
+import contextlib
 import csv
 import io
 import itertools
 import math
 import os
+import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from wmkp.experiments.config import InputError, first_line
-from wmkp.experiments.runs.outputs import write_atomically
+from wmkp.experiments.runs.outputs import make_directory, write_atomically
 
 
 class Log:
-    """One CSV file, a row at a time, first of all its step; the same numbers to TensorBoard where there is a writer.
+    """One CSV file, a row at a time, first of all its step; the same numbers to TensorBoard where there is a ``board``.
 
     The columns are those of the first row. Values that are not finite are left empty.
     """
 
-    def __init__(self, path: Path, step: int, writer: Any = None, prefix: str = ""):
+    def __init__(self, path: Path, step: int, board: "Board | None" = None):
         """Opens the file, its rows after ``step`` taken away: they come anew.
 
         Raises:
-          InputError: the file is damaged.
+          InputError: the file is damaged, or cannot be written.
         """
-        self._path, self._writer, self._prefix = path, writer, prefix
+        self._path, self._board = path, board
         rows = read(path) if path.exists() else []
         steps = [row.get("step", math.nan) for row in rows]
         for number, (before, after) in enumerate(itertools.pairwise([0, *steps]), 2):
@@ -34,24 +37,85 @@ class Log:
         rows = [row for row in rows if row["step"] <= step]
         write_atomically({path: _to_text(rows).encode()})
         self._columns = list(rows[0]) if rows else []
-        self._file = path.open("a", newline="")
+        self._file = path.open(
+            "ab", buffering=0
+        )  # with a buffer, what a full disk did not take is tried again at closing
 
     def write(self, row: dict[str, float]) -> None:
-        """Adds a row, on disk when this returns. Raises InputError if it has other columns than those before it."""
+        """Adds a row, on disk when this returns.
+
+        Raises:
+          InputError: it has other columns than those before it, or cannot be written.
+        """
         if self._columns and self._columns != list(row):
             raise _damaged(self._path, "its columns are not this run's")
-        self._file.write(_to_text([row], header=not self._columns))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        text = _to_text([row], header=not self._columns).encode()
+        try:
+            while text:
+                text = text[self._file.write(text) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise InputError(f"cannot write to {self._path}: {error.strerror}") from None
         self._columns = list(row)
-        if self._writer is not None:
-            for name, value in row.items():
-                if name != "step" and math.isfinite(value):
-                    self._writer.add_scalar(f"{self._prefix}/{name}", value, int(row["step"]))
-            self._writer.flush()
+        if self._board is not None:
+            self._board.write(row)
 
     def close(self) -> None:
         self._file.close()
+
+
+class Board:
+    """TensorBoard's scalars of a run. Its file is begun with the first of them, so that none is empty."""
+
+    def __init__(self, directory: Path, step: int):
+        """What an earlier run wrote in ``directory`` after ``step`` is taken back. Raises InputError."""
+        make_directory(directory)
+        self._directory, self._step = directory, step
+        self._writer: Any = None
+
+    def write(self, row: dict[str, float]) -> None:
+        """Adds a row of a CSV file, on disk when this returns. Raises InputError."""
+        from tensorboardX.summary import scalar
+
+        values = {tag(name): value for name, value in row.items() if name != "step" and math.isfinite(value)}
+        try:
+            self._open()
+            for name, value in values.items():
+                self._event(step=int(row["step"]), summary=scalar(name, value))
+            self._writer.flush()
+        except OSError as error:
+            raise InputError(f"cannot write to {self._directory}: {error.strerror}") from None
+
+    def _open(self) -> None:
+        if self._writer is not None:
+            return
+        # Not SummaryWriter, whose thread dies of a full disk and prints its traceback.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.summary import custom_scalars
+
+        self._writer = EventsWriter(str(self._directory / "events"), f".{self._step}")
+        self._event(step=self._step + 1, session_log=SessionLog(status=SessionLog.START))
+        both = {name: ["Multiline", [f"{name}/train", f"{name}/test"]] for name in ("loss", "error_percent")}
+        self._event(summary=custom_scalars({"train and test": both}))
+
+    def _event(self, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._writer.write_event(Event(wall_time=time.time(), **content))
+
+    def close(self) -> None:
+        """Every row is on disk already: what fails now loses nothing."""
+        with contextlib.suppress(OSError):
+            if self._writer is not None:
+                self._writer.close()
+
+
+def tag(column: str) -> str:
+    """What TensorBoard calls a column: what belongs in one chart, or beside each other, shares the part before the slash."""
+    if split := re.fullmatch("(train|test)_(.*)", column):
+        return f"{split[2]}/{split[1]}"
+    return re.sub(r"(\w+_angle)_(mean|worst)$", r"\1/\2", column.replace("_deg", "", 1))
 
 
 def read(path: Path, columns: Sequence[str] = ()) -> list[dict[str, float]]:
@@ -90,13 +154,3 @@ def _to_text(rows: list[dict[str, float]], header: bool = True) -> str:
     for row in rows:
         writer.writerow({name: f"{value:.9g}" if math.isfinite(value) else "" for name, value in row.items()})
     return text.getvalue()
-
-
-def tensorboard_writer(directory: Path, step: int) -> Any:
-    """TensorBoard's writer; what an earlier run wrote there after ``step`` is taken back. Raises InputError."""
-    from tensorboardX import SummaryWriter
-
-    try:
-        return SummaryWriter(str(directory), purge_step=step + 1)
-    except OSError as error:
-        raise InputError(f"cannot write to {directory}: {error.strerror}") from None

@@ -55,7 +55,7 @@ def claim(path: Path) -> Iterator[None]:
             left.unlink()
         try:
             yield
-        except InputError:
+        except (InputError, OSError):
             if made and [file.name for file in path.iterdir()] == [".lock"]:
                 with contextlib.suppress(OSError):
                     (path / ".lock").unlink()

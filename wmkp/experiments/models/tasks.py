@@ -12,13 +12,13 @@ from flax import linen as nn
 
 import wmkp
 from wmkp.experiments.config import InputError, Train
+from wmkp.experiments.data.datasets import IGNORED
 from wmkp.experiments.models.lenet import LeNet
 from wmkp.experiments.models.mlp import MLP
 from wmkp.experiments.models.resnet import ResNet, ResNet18, ResNet20, ResNet50, ResNet56
 from wmkp.experiments.models.transformer import Decoder, ViT
 
 RESNETS = {"resnet18": ResNet18, "resnet20": ResNet20, "resnet50": ResNet50, "resnet56": ResNet56}
-IGNORED = -1  # the label of what does not count: padding, and examples that could not be read
 
 
 class Task(NamedTuple):
@@ -27,8 +27,8 @@ class Task(NamedTuple):
     Attributes:
       init: ``(key, batch) -> (params, model_state)``, model_state a dict of Flax's other collections.
       loss_fn: as ``wmkp.make_steps`` takes it; its metrics have "error", percent of wrong answers.
-      score: ``(params, model_state, batch) -> (loss, wrong, count)``, sums over a batch in evaluation, without label
-        smoothing; what is labelled ``IGNORED`` is left out.
+      score: ``(params, model_state, batch) -> (loss, wrong, labels)``, sums over a batch in evaluation, without label
+        smoothing, and how often each label is there; what is labelled ``IGNORED`` is left out.
     """
 
     init: Callable[[jax.Array, Any], tuple[Any, Any]]
@@ -82,7 +82,8 @@ def make_task(config: Train, shape: tuple[int, ...], num_classes: int, mean: Any
         counts = labels != IGNORED
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
         wrong = (logits.argmax(-1) != labels) & counts
-        return jnp.where(counts, losses, 0).sum(), wrong.sum(), counts.sum()
+        often = jnp.zeros(num_classes, jnp.int32).at[jnp.maximum(labels, 0)].add(counts)
+        return jnp.where(counts, losses, 0).sum(), wrong.sum(), often
 
     return Task(init, loss_fn, score)
 

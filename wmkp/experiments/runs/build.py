@@ -1,0 +1,212 @@
+"""All that a config makes: the model, its steps, its data and its measures, ready to train."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+import wmkp
+from wmkp import checks
+from wmkp.experiments import devices
+from wmkp.experiments.config import InputError, Train, refusals
+from wmkp.experiments.data import feeds
+from wmkp.experiments.models import tasks
+from wmkp.program.projections import named_leaves
+from wmkp.training import state_sharding
+
+
+class Tally(NamedTuple):
+    """What is summed on the devices from one line of train.csv to the next.
+
+    Attributes:
+      loss, error: sums over steps; count: how many, float32.
+      skipped: steps of the whole run that were left out because they were not finite, int32.
+      halted: whether training stands still because a step was not finite.
+      finite: of that step (or the last one left out), what was: as ``wmkp.make_steps`` has it.
+    """
+
+    loss: Any
+    error: Any
+    count: Any
+    skipped: Any
+    halted: Any
+    finite: Any
+
+
+class Score(NamedTuple):
+    """The test set's loss, its error in percent, and the error in percent of one answer, the commonest, to everything."""
+
+    loss: float
+    error: float
+    chance: float
+
+    def shown(self) -> str:
+        """The error as it is printed: marked if nothing was learned."""
+        mark = f" (no better than one answer to everything, {self.chance:.2f} %)" if self.error >= self.chance else ""
+        return f"{self.error:.2f} %{mark}"
+
+
+class Run(NamedTuple):
+    """All that a config makes, ready to train.
+
+    Attributes:
+      rule: the learning rule.
+      steps: from ``wmkp.make_steps``.
+      init: ``() -> TrainState``, at the beginning.
+      advance: ``(state, tally, batch) -> (state, tally)``, an engaged step, jitted; both are donated.
+      measure: ``(state, batch) -> {name: number}``: angles in degrees, and |B| over |W|, of each projection.
+      evaluate: ``state -> Score``, on the test set.
+      tally: an empty one.
+      total: engaged steps in the run.
+      schedule: the learning rate at each update.
+      mesh: the devices.
+      feed: the dataset.
+    """
+
+    rule: wmkp.Rule
+    steps: wmkp.Steps
+    init: Callable[[], wmkp.TrainState]
+    advance: Callable[[wmkp.TrainState, Tally, Any], tuple[wmkp.TrainState, Tally]]
+    measure: Callable[[wmkp.TrainState, Any], dict[str, jax.Array]]
+    evaluate: Callable[[wmkp.TrainState], Score]
+    tally: Tally
+    total: int
+    schedule: Callable[[Any], Any]
+    mesh: Mesh
+    feed: feeds.Feed
+
+
+def build(config: Train) -> Run:
+    """Everything that a run is made of, nothing of it trained yet.
+
+    Raises:
+      InputError: the config, its dataset or its devices do not go together.
+    """
+    config.check()
+    mesh = devices.make_mesh(config.batch_size)
+    feed = feeds.open_feed(config, mesh)
+    task = tasks.make_task(config, feed.shape, feed.num_classes, feed.mean, feed.std)
+    mirror: dict[str, Any] = {"target_angle": config.mirror_angle, "rate": config.mirror_rate}
+    if config.mirror_samples is not None:
+        mirror["num_samples"] = config.mirror_samples
+    rule = tasks.make_rule(config.rule, **mirror)
+    total = config.steps or max(1, round(config.epochs * feed.epoch_steps))
+    if total < config.accumulate:
+        raise InputError(f"--accumulate {config.accumulate} is more than the run's {total} steps: W would never change")
+    schedule = tasks.make_schedule(config, max(1, feed.epoch_steps // config.accumulate), total // config.accumulate)
+
+    params_key, state_key = jax.random.split(jax.random.key(config.seed))
+    params, model_state = task.init(params_key, feed.probe)
+    with refusals(f"--rule {config.rule} cannot train --model {config.model}"):
+        steps = wmkp.make_steps(
+            task.loss_fn,
+            rule,
+            tasks.make_optimizer(config, schedule),
+            params,
+            feed.probe,
+            model_state=model_state,
+            mesh=mesh,
+            fsdp=config.fsdp,
+            clip_norm=config.clip_norm,
+            check_finite=True,
+        )
+    mirrors = rule.mirror is not None and rule.mirror.each_step
+    zero, none = np.float32(0), np.int32(0)
+    finite = {name: np.bool_(True) for name in ("loss", *named_leaves(params))}
+    return Run(
+        rule,
+        steps,
+        partial(steps.init, state_key, params, model_state, config.mirror_steps if mirrors else None),
+        _advance(steps, config.on_nan),
+        _measure(rule, task),
+        _evaluate(task, feed, mesh),
+        Tally(zero, zero, zero, none, np.bool_(False), finite),
+        total,
+        schedule,
+        mesh,
+        feed,
+    )
+
+
+def like(config: Train, run: Run) -> Any:
+    """The shapes and places of a run's state, without making it."""
+    shapes = jax.eval_shape(run.init)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        state_sharding(shapes, run.mesh, config.fsdp),
+    )
+
+
+def _advance(steps: wmkp.Steps, on_nan: str) -> Callable[..., tuple[wmkp.TrainState, Tally]]:
+    """An engaged step that is not taken, and stops or is skipped, where a number is not finite."""
+
+    def advance(state: wmkp.TrainState, tally: Tally, batch: Any) -> tuple[wmkp.TrainState, Tally]:
+        after, metrics = steps.engaged_step(state, batch)
+        finite: Any = metrics["finite"]
+        good = jnp.stack(list(finite.values())).all()
+        taken = good & ~tally.halted
+        kept = jax.tree.map(partial(jnp.where, taken), after, state)
+        if on_nan == "skip":  # the next step is another, with other random numbers
+            kept = kept._replace(step=after.step, key=after.key)
+        failed = ~good & ~tally.halted
+        tally = Tally(
+            loss=tally.loss + jnp.where(taken, metrics["loss"], 0),
+            error=tally.error + jnp.where(taken, metrics["error"], 0),
+            count=tally.count + taken,
+            skipped=tally.skipped + failed,
+            halted=tally.halted | (failed & (on_nan == "stop")),
+            finite=jax.tree.map(partial(jnp.where, failed), finite, tally.finite),
+        )
+        return kept, tally
+
+    return jax.jit(advance, donate_argnums=(0, 1))
+
+
+def _measure(rule: wmkp.Rule, task: tasks.Task) -> Callable[..., dict[str, jax.Array]]:
+    @jax.jit
+    def measure(state: wmkp.TrainState, batch: Any) -> dict[str, jax.Array]:
+        if rule.backward is None:
+            return {}
+        matrix = wmkp.matrix_angles(state.params, state.feedback, rule)
+        delta = wmkp.delta_angles(
+            task.loss_fn,
+            rule,
+            state.params,
+            state.feedback,
+            state.model_state,
+            batch,
+            jax.random.key(0),
+            has_aux=True,
+        )
+        found = {f"matrix_angle_deg/{path}": x for path, x in matrix.items()}
+        found |= {f"delta_angle_deg/{path}": x for path, x in delta.items()}
+        weights = named_leaves(state.params)
+        for path, b in jax.tree_util.tree_leaves_with_path(state.feedback):
+            name = checks.path_name(path)
+            if name in matrix:
+                found[f"norm_ratio/{name}"] = jnp.linalg.norm(b) / jnp.linalg.norm(weights[name])
+        return found
+
+    return measure
+
+
+def _evaluate(task: tasks.Task, feed: feeds.Feed, mesh: Mesh) -> Callable[[wmkp.TrainState], Score]:
+    @partial(jax.jit, donate_argnums=0)
+    def add_score(sums: Any, params: Any, model_state: Any, batch: Any) -> Any:
+        return jax.tree.map(jnp.add, sums, task.score(params, model_state, batch))
+
+    def evaluate(state: wmkp.TrainState) -> Score:
+        empty = np.float32(0), np.int32(0), np.zeros(feed.num_classes, np.int32)
+        sums = devices.put_everywhere(empty, mesh)
+        for batch in feed.tests():
+            sums = add_score(sums, state.params, state.model_state, batch)
+        loss, wrong, labels = jax.device_get(sums)
+        count = labels.sum()
+        return Score(float(loss / count), float(100 * wrong / count), float(100 * (1 - labels.max() / count)))
+
+    return evaluate
