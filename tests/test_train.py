@@ -166,6 +166,7 @@ def test_resuming_what_is_finished_or_never_began(finished, tmp_path, capsys):
     assert "Resumed at step 111 of 111" in capsys.readouterr().out
     assert_same_bits(end_state(finished), before)
     run(tmp_path / "new", resume=True, steps=2)
+    assert "has no checkpoint: training starts from the beginning" in capsys.readouterr().out
     assert (tmp_path / "new" / "checkpoints" / "2").exists()
 
 

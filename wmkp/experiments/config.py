@@ -33,6 +33,9 @@ RULES = {
 }
 
 
+MOST_LAYERS = 256  # more take hours to compile
+
+
 class InputError(ValueError):
     """What a person asked for cannot be done; the message says why, in one line."""
 
@@ -86,10 +89,7 @@ class Compare:
                 raise InputError(f"unknown rule {rule!r}; choose from {', '.join(RULES)}, separated by spaces, or all")
         if not self.rules or len(set(self.rules)) < len(self.rules):
             raise InputError("--rules must name at least one rule, and none twice")
-        if not self.hidden:
-            raise InputError("--hidden must name the width of at least one layer")
-        if min(self.hidden) < 1:
-            raise InputError(f"--hidden must be at least 1; got {min(self.hidden)}")
+        _check_hidden(self.hidden)
         _check(
             self,
             epochs=(lambda x: x is None or 1 <= x <= 1e6, "at least 1, and at most 1e6"),
@@ -225,8 +225,7 @@ class Train:
         """Raises InputError if a value makes no sense."""
         if self.rule not in RULES:
             raise InputError(f"unknown rule {self.rule!r}; choose from {', '.join(RULES)}")
-        if not self.hidden or min(self.hidden) < 1:
-            raise InputError("--hidden must name the width, at least 1, of at least one layer")
+        _check_hidden(self.hidden)
         if not all(0 < epoch < 1e6 for epoch in self.drop_epochs) or list(self.drop_epochs) != sorted(
             set(self.drop_epochs)
         ):
@@ -259,16 +258,19 @@ class Reproduce:
     """A published figure, run anew. Shortened with --epochs or --steps it says how far it got, not what was published."""
 
     figure: tyro.conf.Positional[
-        Literal[
-            "akrout-mnist",
-            "akrout-cifar10",
-            "akrout-orders",
-            "akrout-mended",
-            "akrout-jpeg",
-            "akrout-resnet20",
-            "akrout-tiny",
-            "akrout-imagenet",
-            "biotorch-lenet",
+        Annotated[
+            Literal[
+                "akrout-mnist",
+                "akrout-cifar10",
+                "akrout-orders",
+                "akrout-mended",
+                "akrout-jpeg",
+                "akrout-resnet20",
+                "akrout-tiny",
+                "akrout-imagenet",
+                "biotorch-lenet",
+            ],
+            tyro.conf.arg(metavar="FIGURE"),
         ]
     ]
     """akrout-mnist and akrout-cifar10: the curves published with the paper's NumPy code. akrout-orders: how far their first
@@ -345,6 +347,15 @@ _SIZE = (lambda x: x >= 1, "at least 1")
 _OPTIONAL_SIZE = (lambda x: x is None or x >= 1, "at least 1")
 _ANGLE = (lambda x: 1e-6 <= x < 90, "between 0 and 90 degrees (from 1e-6 on)")
 _SEED = (lambda x: 0 <= x < 2**32, "at least 0 and below 2^32")
+
+
+def _check_hidden(hidden: tuple[int, ...]) -> None:
+    if not 1 <= len(hidden) <= MOST_LAYERS:
+        raise InputError(
+            f"--hidden must name the widths of at least 1 layer and at most {MOST_LAYERS}; got {len(hidden)}"
+        )
+    if min(hidden) < 1:
+        raise InputError(f"--hidden must be at least 1; got {min(hidden)}")
 
 
 def _check_machines(config: Train | Reproduce) -> None:

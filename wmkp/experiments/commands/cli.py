@@ -17,6 +17,15 @@ def _end_interrupted() -> NoReturn:
     os._exit(130)
 
 
+def _end_missing(error: ImportError) -> NoReturn:
+    """Ends the process for want of a package, whenever it was looked for."""
+    print(
+        f'wmkp: {error.name or error} is missing; the command needs its extra: pip install "wmkp[experiments]"',
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
+
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
     """Within it Ctrl-C ends the process, wherever it strikes."""
@@ -41,12 +50,13 @@ with _interruptible():
         import jax
         import tyro
 
-        from wmkp.experiments.commands import compare, evaluate, recipes, reproduce, train
+        import wmkp
+        from wmkp.experiments.commands import compare, evaluate, help, recipes, reproduce, train
         from wmkp.experiments.config import Compare, DataDir, InputError, Reproduce, Train, first_line
         from wmkp.experiments.data import datasets as data
         from wmkp.experiments.runs import figures, outputs
-    except ModuleNotFoundError as error:
-        sys.exit(f'wmkp: {error.name} is missing; the command needs its extra: pip install "wmkp[experiments]"')
+    except ImportError as error:
+        _end_missing(error)
 
 app = tyro.extras.SubcommandApp()
 
@@ -77,7 +87,7 @@ def run_train(config: tyro.conf.OmitArgPrefixes[Recipe]) -> None:
 
 @app.command(name="eval")
 def run_eval(
-    run: tyro.conf.Positional[Path],
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]],
     step: Annotated[int | None, tyro.conf.arg(constructor=int, help_behavior_hint="(default: the latest)")] = None,
     data_dir: DataDir = None,
     export: Annotated[Path | None, tyro.conf.arg(constructor=Path, help_behavior_hint="(default: none)")] = None,
@@ -85,21 +95,26 @@ def run_eval(
     """Test error and angles of a run's checkpoint.
 
     Args:
-        run: the run's directory.
-        step: of the checkpoint.
-        data_dir: where TFDS has its datasets, if not where the run had them.
-        export: a file to write the model's variables to, as plain Flax ones, for flax.serialization.msgpack_restore.
+        run: The run's directory.
+        step: Step of the checkpoint.
+        data_dir: Where TFDS has its datasets, if not where the run had them.
+        export: A file to write the model's variables to, as plain Flax ones, for flax.serialization.msgpack_restore.
     """
     evaluate.evaluate(run, step, data_dir, export)
 
 
 @app.command(name="plot")
-def run_plot(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("runs.png")) -> None:
+def run_plot(
+    runs: tyro.conf.Positional[
+        Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")]
+    ],
+    out: Path = Path("runs.png"),
+) -> None:
     """Test error and angles of runs over their epochs, in one picture.
 
     Args:
-        runs: the runs' directories.
-        out: the PNG file.
+        runs: The runs' directories.
+        out: The PNG file.
     """
     outputs.check_file(out)
     outputs.write_atomically({out: figures.runs(runs)})
@@ -113,27 +128,67 @@ def run_reproduce(config: tyro.conf.OmitArgPrefixes[Reproduce]) -> None:
 
 
 @app.command(name="data")
-def run_data(name: tyro.conf.Positional[str], data_dir: DataDir = None) -> None:
+def run_data(
+    name: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="NAME")]], data_dir: DataDir = None
+) -> None:
     """Download a TFDS dataset and prepare it for training.
 
     Args:
-        name: as TFDS spells it, such as cifar10.
-        data_dir: where to put it.
+        name: As TFDS spells it, such as cifar10.
+        data_dir: Where to put it.
     """
     data.prepare(name, data_dir)
 
 
+COMMANDS: dict[str, Any] = {
+    "compare": Compare,
+    "train": Train,
+    "eval": run_eval,
+    "plot": run_plot,
+    "reproduce": Reproduce,
+    "data": run_data,
+}
+
+
+def _run(words: list[str]) -> None:
+    """Does what is typed after ``wmkp``."""
+    if any(re.fullmatch("(--[^=]*=)?", word) for word in words):  # an empty path would be this directory
+        raise InputError(f"an argument is empty: {shlex.join(words)}; give it a value, or leave it out")
+    if words == ["--version"]:
+        print(f"wmkp {wmkp.__version__}")
+        return
+    if words in (["train", "-h"], ["train", "--help"]):
+        help.print_recipes()
+        return
+    help.check(words, COMMANDS)
+    app.cli(
+        prog="wmkp",
+        description="Neural networks trained without weight transport. wmkp --version says which version this is.",
+        sort_subcommands=False,
+    )
+
+
 def main() -> None:
-    """Runs the command line."""
+    """Runs the command line. What the world outside does not have or allow is one line, and exit code 2."""
     try:
-        if any(re.fullmatch("(--[^=]*=)?", given) for given in sys.argv[1:]):  # an empty path would be this directory
-            raise InputError(f"an argument is empty: {shlex.join(sys.argv[1:])}; give it a value, or leave it out")
         with _interruptible():
-            app.cli(
-                prog="wmkp", description="Neural networks trained without weight transport.", sort_subcommands=False
-            )
+            try:
+                _run(sys.argv[1:])
+            finally:
+                sys.stdout.flush()  # here, where it can be seen that nobody reads on
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+        sys.exit(141)  # as a shell shows SIGPIPE
     except InputError as error:
         print(f"wmkp: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ImportError as error:
+        _end_missing(error)
+    except OSError as error:
+        where = error.filename2 or error.filename
+        said = f"cannot use {where}: {error.strerror}" if where else error.strerror or first_line(error)
+        print(f"wmkp: {said}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower():

@@ -44,6 +44,7 @@ _LENET = Train(
     weight_decay=1e-3,
     schedule="step",
     drop_epochs=(50, 75),
+    clip_norm=1.0,  # unclipped, FA and DFA run away at this learning rate
     mirror_every=4,
 )
 

@@ -4,10 +4,13 @@ import logging
 import math
 import os
 import shlex
+import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -17,6 +20,7 @@ from wmkp.experiments.data import images, records
 Examples = dict[str, Any]  # "image": (examples, height, width, channels) and "label": (examples,) int32, or "tokens"
 
 IGNORED = -1  # the label of what does not count: padding, and examples that could not be read
+ANSWER_SECONDS = 6.0  # that a host has to answer in before a download is begun
 RESIDENT_BYTES = 2 * 10**9  # a larger dataset is streamed
 
 
@@ -179,10 +183,13 @@ def prepare(name: str, data_dir: Path | None) -> Path:
 
     if name in ("digits", "characters"):
         raise InputError(f"{name} needs no preparation: it is there wherever wmkp[experiments] is installed")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    for talks in ("absl", "urllib3"):
+        logging.getLogger(talks).setLevel(logging.ERROR)
     where = data_dir or Path(tfds.core.constants.DATA_DIR)
     try:
         made = tfds.builder(name, data_dir=where, file_format="array_record")
+        if not made.data_path.exists() and not any((where / "downloads").glob("*.INFO")):  # nor downloaded already
+            _check_reachable(name, made.url_infos)
         made.download_and_prepare()
     except tfds.core.DatasetNotFoundError:
         raise InputError(f"unknown dataset {name!r}: TFDS does not know it") from None
@@ -191,12 +198,38 @@ def prepare(name: str, data_dir: Path | None) -> Path:
         raise InputError(
             f"TFDS needs {package} to prepare {name!r}, though not to read it: pip install {package}"
         ) from None
+    except InputError:
+        raise
     except OSError as error:  # all that requests raises is one
         raise InputError(f"cannot download {name!r} to {where}: {first_line(error)}") from None
     except Exception as error:  # of a dozen kinds; that it must be downloaded by hand is an AssertionError
         raise InputError(f"cannot prepare {name!r} in {where}: {' '.join(str(error).split())}") from None
     print(f"{name} is in {made.data_dir}")
     return Path(made.data_dir)
+
+
+def _check_reachable(name: str, urls: Iterable[str]) -> None:
+    """Raises InputError if the host that a dataset is downloaded from does not answer: TFDS itself tries for minutes."""
+    import requests
+
+    url = next((url for url in urls if url.startswith("http")), None)
+    if url is None:
+        return
+    failed: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
+            requests.head(url, timeout=ANSWER_SECONDS).close()
+            failed.append(None)
+        except requests.RequestException as error:
+            failed.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)  # a name can take longer to resolve than requests will wait
+    asking.start()
+    asking.join(ANSWER_SECONDS + 1)
+    if failed != [None]:
+        host = urlsplit(url).hostname
+        raise InputError(f"cannot download {name!r}: {host} does not answer; is there a network?")
 
 
 def _directory(name: str) -> Path | None:

@@ -54,8 +54,6 @@ def open_manager(directory: Path, keep: int, read_only: bool = False) -> ocp.Che
     Raises:
       InputError: the directory cannot be made, or not be written to.
     """
-    if "\\" in str(directory.absolute()):  # TensorStore takes it for a slash, and writes elsewhere
-        raise InputError(f"checkpoints cannot be kept in {directory}: its path has a backslash; give another --out")
     if not read_only:
         outputs.make_directory(directory)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says much, and errors are raised besides

@@ -40,6 +40,8 @@ def claim(path: Path) -> Iterator[None]:
 
     One that was made for a command that is then refused is taken away again.
     """
+    if "\\" in str(path.absolute()):  # TensorStore takes it for a slash, and writes checkpoints elsewhere
+        raise InputError(f"cannot write to {path}: its path has a backslash; give another --out")
     made = not path.exists()
     make_directory(path)
     with contextlib.ExitStack() as stack:

@@ -1,0 +1,88 @@
+"""Help that helps: the recipes on one screen, and for a word that does not exist the nearest that does."""
+
+import dataclasses
+import difflib
+import inspect
+import itertools
+import textwrap
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from wmkp.experiments.commands.recipes import DESCRIPTIONS, RECIPES
+from wmkp.experiments.config import RULES, InputError, flag
+
+
+def print_recipes() -> None:
+    """What ``wmkp train --help`` prints."""
+    rules: dict[str, list[str]] = {}
+    for recipe in RECIPES:
+        base, rule = recipe.rsplit("-", 1)
+        rules.setdefault(base, []).append(rule)
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("base", no_wrap=True)
+    table.add_column("rules", no_wrap=True)
+    table.add_column("what it is")
+    for base, names in rules.items():
+        table.add_row(base, " ".join(names), DESCRIPTIONS[f"{base}-{names[0]}"].split("; ", 1)[1])
+    console = Console()
+    with console.capture() as drawn:
+        console.print(table)
+    used = ", ".join(f"{rule} {RULES[rule]}" for rule in dict.fromkeys(itertools.chain(*rules.values())))
+    print(
+        "usage: wmkp train RECIPE [OPTIONS]\n\nTrains a network under a learning rule, by a recipe: a base and a rule, joined\n"
+        "by a dash, such as mlp-digits-kp. Settings: wmkp train RECIPE --help."
+    )
+    print("\n".join(line.rstrip() for line in drawn.get().splitlines()))
+    print(textwrap.fill(f"{used}. Any other rule: --rule NAME.", 79))
+
+
+def check(words: list[str], commands: Mapping[str, Any]) -> None:
+    """Raises InputError, naming the nearest, if a command, recipe or option does not exist.
+
+    Args:
+      words: what is typed after ``wmkp``.
+      commands: what takes a command's options: a dataclass, by its fields, or a function, by its parameters.
+    """
+    if not words or words[0].startswith("-"):
+        return
+    command, *rest = words
+    if command not in commands:
+        raise _unknown("command", command, commands, f"commands: {', '.join(commands)}; see wmkp --help")
+    about = f"wmkp {command}"
+    if command == "train":
+        if not rest or rest[0].startswith("-"):
+            raise InputError("the recipe comes first: wmkp train RECIPE; wmkp train --help lists them")
+        if rest[0] not in RECIPES:
+            raise _unknown("recipe", rest[0], RECIPES, "wmkp train --help lists them all")
+        about = f"wmkp train {rest[0]}"
+    known = _options(commands[command])
+    for word in rest:
+        name = word.partition("=")[0].replace("_", "-")
+        if name.startswith("--") and name not in (*known, *(f"--no-{x[2:]}" for x in known)):
+            raise _unknown("option", name, known, f"{about} --help lists them all")
+
+
+def _options(takes: Any) -> list[str]:
+    names = (
+        [f.name for f in dataclasses.fields(takes)]
+        if dataclasses.is_dataclass(takes)
+        else inspect.signature(takes).parameters
+    )
+    return [*map(flag, names), "--help"]
+
+
+def _unknown(kind: str, word: str, known: Iterable[str], more: str) -> InputError:
+    near = nearest(word, known)
+    return InputError(f"there is no {kind} {word}" + (f"; did you mean {near}?" if near else "") + f"\n{more}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """What was meant: a word that begins so, whose initials these are (``--lr``), or that is spelled alike."""
+    known = list(known)
+    begin = [x for x in known if x.startswith(word)]
+    initials = [x for x in known if "".join(part[0] for part in x.strip("-").split("-")) == word.strip("-")]
+    return next(iter([*begin, *initials, *difflib.get_close_matches(word, known, 1)]), None)
