@@ -195,7 +195,7 @@ def test_flags_in_prose_exist():
     known = {
         config.flag(f.name) for c in (config.Train, config.Compare, config.Reproduce) for f in dataclasses.fields(c)
     }
-    known |= {"--help", "--export", "--step", "--no-", "--no-tensorboard"}
+    known |= {"--help", "--version", "--export", "--step", "--no-", "--no-tensorboard"}
     for page in PAGES:
         said = set(re.findall(r"`[^`\n]*?(--[a-z-]+)", page.read_text()))
         assert said <= known, page.name
