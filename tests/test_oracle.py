@@ -113,6 +113,23 @@ def passing(h, w):
 
 passing.defvjp(lambda h, w: (h, w), lambda w, e: (e @ (w @ w.T), jnp.zeros_like(w)))
 
+
+def joined_and_parted(p, x):
+    both = jnp.concatenate([jnp.tanh(x @ p["V"]), p["W"].T]) * 2
+    return jnp.sum(jnp.sin(both[:2] @ both[2:].T))
+
+
+def padded_and_parted(p, x):
+    both = jnp.pad(jnp.tanh(x @ p["V"]), ((0, 4), (0, 0))) + jnp.pad(p["W"].T, ((2, 0), (0, 0)))
+    return jnp.sum(jnp.sin(both[:2] @ both[2:].T))
+
+
+def stacked_and_multiplied(p, x):
+    h, w = (jnp.broadcast_to(a, (2, 6, 4)) for a in (jnp.tanh(x @ p["V"])[:, :, None], p["W"]))
+    both = jnp.stack([h, w])
+    return jnp.sum(jnp.sin((both[0] * both[1]).sum(1)))
+
+
 PARAMS = draw(V=(5, 6), W=(6, 4))
 LEAKS = {
     behind_a_barrier: PARAMS,
@@ -120,6 +137,9 @@ LEAKS = {
     edge_scales: PARAMS,
     in_a_shard_map: PARAMS,
     by_taps: PARAMS,
+    joined_and_parted: PARAMS,
+    padded_and_parted: PARAMS,
+    stacked_and_multiplied: PARAMS,
     attended: draw(V=(5, 6), W=(6, 4)),
     scanned: draw(V=(5, 6), S=(6, 6), W=(6, 4)),
     chosen: PARAMS,
@@ -208,6 +228,17 @@ def test_of_models_only_gains_are_read(name):
     fun, params, args = MODELS[name]()
     found = engaged(fun, params, *args)
     assert all(path.endswith("scale") for path in read(found)), found
+
+
+def class_token(p, x):
+    h = jnp.concatenate([jnp.broadcast_to(p["token"], (1, 6)), jnp.tanh(x @ p["V"])]) + p["places"]
+    h = h + jax.nn.softmax((h @ p["Q"]) @ (h @ p["K"]).T) @ h
+    return jnp.sum(jnp.sin(h[0] @ p["W"]))
+
+
+def test_a_token_that_is_joined_is_not_read():
+    params = draw(V=(5, 6), token=(6,), places=(3, 6), Q=(6, 6), K=(6, 6), W=(6, 4))
+    assert not read(engaged(class_token, params, X))
 
 
 def net(p, x):

@@ -8,10 +8,12 @@ parameter W at a time has a second array W' beside it:
 3. Where a value that is carried twice meets an activity, the result is that of W, and so is its derivative by W; its
    derivative by the activity is that of W'. This derivative is what sends an error through W.
 4. A call with a derivative of its own is one equation. All other inner programs are opened.
+5. Where such a value is joined with activities, its own elements are known: who takes them out again has the value back.
 
 With W' = W these are the gradients of the engaged function. Where they move with W', the backward pass reads W.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +34,15 @@ SEPARATE = frozenset({"optimization_barrier", "psum", "psum2", "psum_invariant",
 DECIDED = frozenset({"max", "min", "clamp"})
 # No error passes: what comes out is as data is.
 STOPPED = frozenset({"stop_gradient", "sign", "round", "floor", "ceil", "random_bits"})
+# They lay out, join and take apart; and they keep every element in its place.
+MOVING = frozenset(
+    "concatenate pad reshape transpose squeeze expand_dims broadcast_in_dim slice dynamic_slice dynamic_update_slice gather "
+    "scatter split unstack stack rev copy copy_p".split()
+)
+ELEMENTWISE = frozenset(
+    "add sub add_any mul div neg max min pow integer_pow square sqrt rsqrt exp log log1p expm1 tanh logistic sin cos abs erf "
+    "select_n convert_element_type reduce_precision".split()
+)
 OPENED = frozenset(compat.INLINED) | compat.REMAT
 
 
@@ -240,11 +251,15 @@ def scan_carries(eqn: Any, kinds: Sequence[Kind]) -> list[Kind]:
 
 
 class Value(NamedTuple):
-    """A value, the one that W' makes in its place (None where it is carried once), and what it is."""
+    """A value, the one that W' makes in its place (None where it is carried once), and what it is.
+
+    ``parts``: of what was joined of several: 1 where an element is W's alone, 2 where it is active, else 0.
+    """
 
     x: Any
     other: Any
     kind: Kind
+    parts: Any = None
 
     def second(self) -> Any:
         return self.x if self.other is None else self.other
@@ -271,20 +286,61 @@ def _equation(eqn: Any, parent: Any, values: list[Value]) -> list[Value]:
         return evaluate(inner, consts, values)
     bind = compat.binder(eqn, parent)
     kinds = outcome(eqn, [value.kind for value in values])
-    if not any(value.kind.twin for value in values):
-        return [Value(y, None, kind) for y, kind in zip(bind(*(v.x for v in values)), kinds, strict=True)]
+    parts = _parts(eqn, bind, values)
+    if parts is None:
+        values = [v if v.kind.twin else Value(v.x, None, v.kind) for v in values]
+    if not any(value.other is not None for value in values):
+        outs = bind(*(v.x for v in values))
+        return [
+            _result(y, None, kind, part) for y, kind, part in zip(outs, kinds, parts or [None] * len(outs), strict=True)
+        ]
     if name in {"scan", "cond", "shard_map"}:
         return {"scan": _scan, "cond": _cond, "shard_map": _shard_map}[name](eqn, values, kinds)
     stop = jax.lax.stop_gradient
     own = bind(*(v.x for v in values))  # with the derivatives of W
     others = bind(*(stop(v.second()) for v in values))
-    active = [v.other is None and operand(var, v.kind).activity for v, var in zip(values, eqn.invars, strict=True)]
+    active = [not v.kind.twin and operand(var, v.kind).activity for v, var in zip(values, eqn.invars, strict=True)]
     if any(active) and name not in DECIDED | SEPARATE:
-        toward = bind(*(v.x if a else stop(v.second()) for v, a in zip(values, active, strict=True)))
+        at_other = [v.x if v.other is None else grafted(stop(v.other), v.x, jnp.zeros_like(v.x)) for v in values]
+        toward = bind(*(x if a else stop(v.second()) for v, x, a in zip(values, at_other, active, strict=True)))
         local = bind(*(stop(v.x) if a else v.x for v, a in zip(values, active, strict=True)))
         own = [grafted(stop(y), a, b) if _smooth(y) else y for y, a, b in zip(own, toward, local, strict=True)]
-    results = zip(own, others, kinds, strict=True)
-    return [Value(y, stop(other) if kind.twin else None, kind) for y, other, kind in results]
+    results = zip(own, others, kinds, parts or [None] * len(own), strict=True)
+    return [_result(y, stop(other), kind, part) for y, other, kind, part in results]
+
+
+def _result(y: Any, other: Any, kind: Kind, parts: Any) -> Value:
+    if parts is not None and kind.activity:
+        if parts.max(initial=0) == 1:  # nothing but W's own elements
+            return Value(y, other, Kind(twin=True, param=kind.param), parts)
+        return Value(y, other if (parts == 1).any() else None, kind, parts if parts.min(initial=2) < 2 else None)
+    return Value(y, other if kind.twin else None, kind, parts if kind.twin else None)
+
+
+def _parts(eqn: Any, bind: Callable[..., list[Any]], values: Sequence[Value]) -> list[Any] | None:
+    """What each element of the results is, where W is joined with activities (``Value.parts``); None elsewhere."""
+    name = eqn.primitive.name
+    kinds = [operand(v, value.kind) for v, value in zip(eqn.invars, values, strict=True)]
+    classes = [1 if k.twin else 2 if k.activity else 0 for k in kinds]
+    floats = {c for c, v in zip(classes, eqn.invars, strict=True) if jnp.issubdtype(v.aval.dtype, jnp.inexact)}
+    known = any(v.parts is not None for v in values)
+    if not known and not (len(floats) > 1 if name in MOVING else {1, 2} <= floats):
+        return None
+    parts = [np.full(np.shape(v.x), c) if v.parts is None else v.parts for v, c in zip(values, classes, strict=True)]
+    if name in ELEMENTWISE:
+        shape = eqn.outvars[0].aval.shape
+        return [functools.reduce(np.maximum, (np.broadcast_to(p, shape) for p in parts))]
+    if name not in MOVING:
+        return None
+    counted = [not jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.invars]
+    if any(c and isinstance(v.x, jax.core.Tracer) for c, v in zip(counted, values, strict=True)):
+        return None  # places that are not known
+    with jax.ensure_compile_time_eval():
+        arrays = [
+            v.x if c else jnp.asarray(p, var.aval.dtype)
+            for v, c, p, var in zip(values, counted, parts, eqn.invars, strict=True)
+        ]
+        return [np.asarray(p).real.astype(int) for p in bind(*arrays)]
 
 
 def _smooth(y: Any) -> bool:
@@ -304,7 +360,7 @@ def _grafted_jvp(primals: Any, tangents: Any) -> Any:
 
 
 def _packed(values: Sequence[Value]) -> list[Any]:
-    return [x for v in values for x in ((v.x, v.other) if v.kind.twin else (v.x,))]
+    return [x for v in values for x in ((v.x, v.other) if v.kind.twin else (v.x,))]  # what was joined is an activity
 
 
 def _unpacked(arrays: Sequence[Any], kinds: Sequence[Kind]) -> list[Value]:
