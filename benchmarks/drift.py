@@ -105,7 +105,7 @@ def measure(args: Args, run: Run) -> dict[str, Any]:
     if run.again:  # the same mirror, as often as it is called
         rule = rule._replace(mirror=rule.mirror._replace(each_step=True))
     if not run.learns:
-        rule = rule._replace(name="fixed", learns=False)
+        rule = rule._replace(name="fixed", signal=None)
     params = initial(args, run.params)
     loss = lambda *a: loss_fn(jnp.dtype(run.compute), *a)
     steps = wmkp.make_steps(loss, rule, optimizer(run), params, draw(args, jax.random.key(0)))

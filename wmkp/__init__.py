@@ -1,27 +1,25 @@
 """wmkp: neural networks trained without weight transport, in JAX."""
 
 from wmkp import updates
+from wmkp.alignment import activation_alignment, activity_mirror, alignment, information_alignment, symmetric_alignment
 from wmkp.angles import delta_angles, input_covariances, matrix_angles
 from wmkp.engaged import engage, init_feedback, value_and_grad
 from wmkp.mirror import mirror_angle, mirror_gain, mirror_signals, samples_for_angle
+from wmkp.program.pathways import Synapses, hebbian
 from wmkp.program.projections import Projection, WeightTransportError, projections
 from wmkp.rules import (
+    Fixed,
     Mirror,
     Rule,
-    activation_alignment,
-    activity_mirror,
-    alignment,
     backprop,
     direct_feedback_alignment,
     direct_kolen_pollack,
     feedback_alignment,
-    information_alignment,
     kolen_pollack,
     kolen_pollack_transported,
     mirrored_kolen_pollack,
     product_feedback_alignment,
     sign_symmetry,
-    symmetric_alignment,
     weight_mirror,
 )
 from wmkp.training import Steps, TrainState, make_steps
@@ -30,11 +28,13 @@ from wmkp.transport import Moved, Transport, transport
 __version__ = "0.2.0"
 
 __all__ = [
+    "Fixed",
     "Mirror",
     "Moved",
     "Projection",
     "Rule",
     "Steps",
+    "Synapses",
     "TrainState",
     "Transport",
     "WeightTransportError",
@@ -47,6 +47,7 @@ __all__ = [
     "direct_kolen_pollack",
     "engage",
     "feedback_alignment",
+    "hebbian",
     "information_alignment",
     "init_feedback",
     "input_covariances",

@@ -1,16 +1,22 @@
-"""Local losses whose gradients train B: the alignment primitives of Kunin et al. (2020), on noise or on activity."""
+"""Local losses whose gradients train B: the alignment primitives of Kunin et al. (2020), on noise or on activity.
 
-from collections.abc import Callable
+Each is a signal, a function of what a projection's synapses see, and an optimizer of B's own: a use of what any rule may have.
+"""
+
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-Multiply = Callable[[Any, Any], Any]
+from wmkp import checks
+from wmkp.program.pathways import Synapses
+from wmkp.rules import Mirror, RandomFeedback, Rule, check_mirror, check_scale, fixed, learned
 
 
 class Alignment(NamedTuple):
-    """One coefficient for each primitive of R(B; W, x), with u = W x and v = B^T x, means over samples.
+    """The gradient of a loss R(B; W, x) as a signal, one coefficient for each primitive, with u = W x and v = B^T x.
 
     Attributes:
       decay: of ``1/2 |B|^2``, which gives ``dB`` proportional to ``-B``.
@@ -21,7 +27,6 @@ class Alignment(NamedTuple):
       whiten: whether amplitude's ``x u^T`` is freed of the input's covariance, ``E[x x^T]^-1 E[x u^T]``; not local.
       normalize: by what amplitude, sparse and null are divided: "none" (1), "mean" (x's mean square, the scale of
         ``E[x x^T]``) or "total" (fan_in times that, at least its largest eigenvalue).
-      rate: how far B goes down the gradient of R a step.
     """
 
     decay: float = 0.0
@@ -31,26 +36,52 @@ class Alignment(NamedTuple):
     self_alignment: float = 0.0
     whiten: bool = False
     normalize: str = "none"
-    rate: float = 0.1
+
+    def __call__(self, synapses: Synapses) -> jax.Array:
+        """R's gradient at B, in W's layout; R is a mean over samples, and over the uses of the parameter."""
+        x, samples = synapses.x, synapses.samples
+        if not self.whiten:
+            if self.normalize != "none":
+                power = jnp.mean(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) + 1e-12
+                samples = samples * power * (synapses.fan_in if self.normalize == "total" else 1)
+            return local_gradient(self, synapses, samples) / synapses.uses
+        product = synapses.product
+        assert product is not None
+        signal = local_gradient(Alignment(amplitude=self.amplitude), synapses, samples)
+        c = covariance(product, x)
+        mean = jnp.trace(c, axis1=-2, axis2=-1)[:, None, None] / c.shape[-1]
+        ridge = (_RIDGE * mean + 1e-30) * jnp.eye(c.shape[-1])[None]  # without activity no signal, rather than NaN
+        whitened = jnp.linalg.solve(c + ridge, product.to_matrices(signal).astype(c.dtype))
+        signal = product.from_matrices(whitened, signal.shape).astype(signal.dtype)
+        return (signal + local_gradient(self._replace(amplitude=0.0), synapses, samples)) / synapses.uses
 
 
-def local_gradient(
-    alignment: Alignment, multiply: Multiply, x: jax.Array, u: jax.Array, w: Any, b: jax.Array, samples: Any
-) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class _Descend:
+    """``update`` of a transformation that takes ``rate`` times the signal away, and keeps no state."""
+
+    rate: float
+
+    def __call__(self, signal: Any, state: Any, feedback: Any = None) -> tuple[Any, Any]:
+        return jax.tree.map(lambda s: -(self.rate * s).astype(s.dtype), signal), state
+
+
+def _no_state(feedback: Any) -> optax.EmptyState:
+    return optax.EmptyState()
+
+
+def local_gradient(alignment: Alignment, synapses: Synapses, samples: Any) -> jax.Array:
     """The gradient of R with respect to B, in W's layout (``whiten`` apart, which needs the covariance).
 
     Args:
       alignment: the coefficients.
-      multiply: the product, ``u = multiply(x, w)``.
-      x: the presynaptic activity.
-      u: the response to it.
-      w: the weight as the product sees it (read by ``self_alignment`` alone).
-      b: the feedback weight in the same layout.
+      synapses: x, u, B, and W for ``self_alignment``.
       samples: what sums over samples are divided by: their number, times a normalization if there is one.
     """
     # Each side is divided by the root: a quotient by all samples is less than float16 can hold.
-    x, u = ((a / samples**0.5).astype(a.dtype) for a in (x, u))
-    x, u, w = jax.lax.stop_gradient((x, u, w))
+    multiply = synapses.multiply
+    x, u = ((a / samples**0.5).astype(a.dtype) for a in (synapses.x, synapses.u))
+    x, u, w = jax.lax.stop_gradient((x, u, synapses.w))
 
     def loss(b: jax.Array) -> jax.Array:
         total = jnp.zeros((), b.dtype)
@@ -66,7 +97,7 @@ def local_gradient(
             total += alignment.null * _dot(back, back) / 2
         return total
 
-    return jax.grad(loss)(b)
+    return jax.grad(loss)(synapses.b)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -83,24 +114,146 @@ def covariance(product: Any, x: jax.Array) -> jax.Array:
 _RIDGE = 1e-4  # of the mean variance: directions that the activity hardly reaches are left out of the whitening
 
 
-def activity_gradient(alignment: Alignment, product: Any, uses: float) -> Callable[[Any, Any, Any, Any], Any]:
-    """``(x, u, w, b) -> `` the gradient of R on a product's own activity, in W's layout; R a mean over so many uses."""
+def alignment(
+    *,
+    amplitude: float = 0.0,
+    decay: float = 0.0,
+    null: float = 0.0,
+    sparse: float = 0.0,
+    self_alignment: float = 0.0,
+    on: str = "noise",
+    rate: float = 0.1,
+    noise: str = "gaussian",
+    noise_std: float = 1.0,
+    num_samples: int | None = None,
+    name: str = "alignment",
+    scale: float = 1.0,
+    whiten: bool = False,
+    normalize: str = "none",
+) -> Rule:
+    """Any sum of Kunin et al.'s (2020) primitives: B goes down the gradient of a local loss R(B; W, x).
 
-    def gradient(x: jax.Array, u: jax.Array, w: jax.Array, b: jax.Array) -> jax.Array:
-        samples = product.samples()
-        if not alignment.whiten:
-            if alignment.normalize != "none":
-                power = jnp.mean(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) + 1e-12
-                samples = samples * power * (product.fans()[0] if alignment.normalize == "total" else 1)
-            return local_gradient(alignment, product.multiply, x, u, w, b, samples) / uses
-        others = alignment._replace(amplitude=0.0)
-        alone = Alignment(amplitude=alignment.amplitude)
-        signal = local_gradient(alone, product.multiply, x, u, w, b, samples)
-        c = covariance(product, x)
-        mean = jnp.trace(c, axis1=-2, axis2=-1)[:, None, None] / c.shape[-1]
-        ridge = (_RIDGE * mean + 1e-30) * jnp.eye(c.shape[-1])[None]  # without activity no signal, rather than NaN
-        whitened = jnp.linalg.solve(c + ridge, product.to_matrices(signal).astype(c.dtype))
-        signal = product.from_matrices(whitened, b.shape).astype(b.dtype)
-        return (signal + local_gradient(others, product.multiply, x, u, w, b, samples)) / uses
+    With u = W x and v = B^T x, R is ``decay 1/2 |B|^2 - amplitude <v, u> + sparse 1/2 |v|^2 + null 1/2 |B u|^2 -
+    self_alignment <B, W^T>``, means over samples; so ``dB = rate (-decay B + amplitude x u^T - sparse x v^T - null (B
+    u) u^T + self_alignment W^T)``. W's own share of these losses is off. All but ``self_alignment`` (which transports
+    the weights) are local to the synapse. A weight mirror is ``alignment(amplitude=1, decay=1)``.
 
-    return gradient
+    Args:
+      amplitude, decay, null, sparse, self_alignment: the coefficients.
+      on: "noise" (mirror mode, by ``mirror_step``) or "activity" (engaged mode: x is the projection's own input).
+      rate: the step down R's gradient; with noise at unit variance, 1 is stable for decay alone.
+      noise, noise_std, num_samples: with ``on="noise"``, as in ``weight_mirror``.
+      name: as tables print it.
+      scale: B starts Gaussian with standard deviation ``scale / sqrt(fan_in)``.
+      whiten: on activity, amplitude's term is multiplied by ``E[x x^T]^-1`` (which no synapse could do alone).
+      normalize: on activity, what the terms that hold x are divided by: "none", "mean" (x's mean square) or "total"
+        (the mean of ``|x|^2``, under which a rate below 2 is stable for ``sparse``).
+
+    Raises:
+      ValueError: an argument is out of its range.
+    """
+    check_scale(scale)
+    losses = Alignment(decay, amplitude, sparse, null, self_alignment, whiten, normalize)
+    for coefficient in ("amplitude", "decay", "null", "sparse", "self_alignment"):
+        checks.coefficient(coefficient, getattr(losses, coefficient))
+    if not any(losses[:5]):
+        raise ValueError(
+            "the coefficients (amplitude, decay, null, sparse, self_alignment) are all zero; one must be positive"
+        )
+    checks.positive("rate", rate)
+    checks.stable("rate * decay", rate * decay)
+    checks.one_of("normalize", normalize, ("none", "mean", "total"))
+    checks.one_of("on", on, ("noise", "activity"))
+    checks.flag("whiten", whiten)
+    # A mirror's rate is at most 1: what is above that is in the losses.
+    on_noise = Alignment(*(max(rate, 1.0) * coefficient for coefficient in losses[:5]))
+    mirror = Mirror(noise, noise_std, num_samples, 6.0, min(rate, 1.0), signal=on_noise)
+    check_mirror(mirror)
+    if whiten and normalize != "none":
+        raise ValueError(
+            f'whiten divides by the covariance already; normalize must be "none" beside it, got {normalize!r}'
+        )
+    init = RandomFeedback(scale)
+    transports = "weights" if self_alignment else "nothing"
+    if on == "activity":
+        descend = optax.GradientTransformation(_no_state, _Descend(rate))
+        return Rule(name, init, learned, losses, descend, transports=transports)
+    if whiten or normalize != "none":
+        raise ValueError('whiten and normalize have a meaning on="activity" alone: noise is white, its variance known')
+    return Rule(name, init, fixed, mirror=mirror, transports=transports)
+
+
+def information_alignment(
+    amplitude: float = 1.0, null: float = 0.5, decay: float = 0.5, *, rate: float = 0.1, noise_std: float = 1.0
+) -> Rule:
+    """Information alignment (Kunin et al. 2020): amplitude + null + decay, on noise.
+
+    ``dB = rate (amplitude x u^T - null (B u) u^T - decay B)`` on noise. A weight mirror whose null term keeps B from
+    growing. Local; stabler than the weight mirror across architectures in that paper. B settles at ``amplitude W^T
+    (null W W^T + decay / sigma^2)^-1``, at no angle to W^T where W's rows are orthogonal and of one norm.
+
+    Args:
+      amplitude, null, decay: the coefficients (the paper's were found by search, one number each).
+      rate, noise_std: as in ``alignment``.
+
+    Raises:
+      ValueError: an argument is out of its range; the message names it.
+    """
+    return alignment(
+        amplitude=amplitude, null=null, decay=decay, rate=rate, noise_std=noise_std, name="information_alignment"
+    )
+
+
+def symmetric_alignment(self_alignment: float = 1.0, decay: float = 1.0, *, rate: float = 0.1) -> Rule:
+    """Symmetric alignment (Kunin et al. 2020): self + decay, B relaxes to ``self_alignment / decay`` W^T.
+
+    ``dB = rate (self_alignment W^T - decay B)``, at every engaged step. It transports the weights, and is no local
+    rule: the yardstick for those that are.
+
+    Args:
+      self_alignment, decay: the coefficients.
+      rate: as in ``alignment``.
+
+    Raises:
+      ValueError: an argument is out of its range; the message names it.
+    """
+    return alignment(self_alignment=self_alignment, decay=decay, rate=rate, on="activity", name="symmetric_alignment")
+
+
+def activation_alignment(amplitude: float = 1.0, sparse: float = 1.0, *, rate: float = 1.0) -> Rule:
+    """Activation alignment (Kunin et al. 2020): amplitude + sparse, on the network's own activity, in engaged mode.
+
+    ``dB = rate (amplitude x u^T - sparse x v^T)``, the delta rule by which B^T learns to answer x as W does; it settles
+    at ``amplitude / sparse`` times W^T wherever the activity reaches. Local, with no second mode. Both terms are
+    divided by the mean of ``|x|^2``, so that one rate is stable whatever the size of the activity.
+
+    Args:
+      amplitude, sparse: the coefficients.
+      rate: as in ``alignment``; stable below ``2 / sparse``.
+
+    Raises:
+      ValueError: an argument is out of its range; the message names it.
+    """
+    return alignment(
+        amplitude=amplitude, sparse=sparse, rate=rate, on="activity", normalize="total", name="activation_alignment"
+    )
+
+
+def activity_mirror(*, whiten: bool = False, rate: float = 0.1) -> Rule:
+    """A weight mirror on the network's own activity instead of noise (eq. 5 with x as it comes), in engaged mode.
+
+    ``dB = rate (x u^T / s - B)``, s the mean square of x, whose mean is ``E[x x^T] / s W^T - B``: the input's
+    covariance comes along, and with it an angle that no averaging removes. ``wmkp.input_covariances`` shows it. With
+    ``whiten`` it is divided out, which no synapse could do alone.
+
+    Args:
+      whiten: whether to multiply by ``E[x x^T]^-1`` of the batch.
+      rate: a, the share of the difference that a step takes away.
+
+    Raises:
+      ValueError: an argument is out of its range; the message names it.
+    """
+    return alignment(
+        amplitude=1.0, decay=1.0, rate=rate, on="activity", whiten=whiten, normalize="none" if whiten else "mean",
+        name="activity_mirror_whitened" if whiten else "activity_mirror",
+    )  # fmt: skip

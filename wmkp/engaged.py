@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from wmkp import checks
-from wmkp.alignment import activity_gradient
 from wmkp.program import compat, pathways
 from wmkp.program.interpreter import Direct, Handler, anchored, run
+from wmkp.program.pathways import hebbian
 from wmkp.program.products import Product
 from wmkp.program.projections import Analysis, Projection, analyse, explained, is_array, named_leaves
 from wmkp.rules import Rule, RuleOrRules, check_rule, resolve
@@ -155,6 +155,8 @@ def carried(rule: Rule, projection: Projection | None, path: str, w: Any, b: Any
             f"feedback[{path!r}] is {checks.shape(b)}, which is not a B of {rule.name} (what carries the error back "
             f"would be {why}); make feedback with init_feedback(key, rule, fun, params, ...) for this rule."
         )
+    if rule.signal is None:
+        carrier = jax.lax.stop_gradient(carrier)
     return carrier if rule.direct else compat.divided_as(carrier, jax.typeof(w))
 
 
@@ -171,60 +173,100 @@ def evaluate(
     args: Any,
     taps: dict[Product, Any],
     tapped: Callable[[Product, Any, Any, Any], Any] = _delta_tap,
+    entries: list[Any] | None = None,
+    key: Any = None,
 ) -> Any:
-    """``fun``'s value, the error going back through ``carriers``; taps come in by ``tapped(product, x, y, tap)``."""
+    """``fun``'s value, the error going back through ``carriers``; taps come in by ``tapped(product, x, y, tap)``.
+
+    ``entries`` are feedback's, for signals in their structure. Without a ``key`` there is no noise.
+    """
     direct = any(isinstance(carrier, Direct) for carrier in carriers)
     last = analysis.last() if direct else None
-    # How often an element of a parameter is used, on average: a local loss is a mean over uses, as mirror mode's signal is.
-    uses = {
-        path: sum(math.prod(p.lengths) * p.weight_aval.size / sum(leaves[i].size for i in p.params) for p in products)
-        for path, products in analysis.sites().items()
-        if path in rules and rules[path].local
-    }
+    circuits = _circuits(analysis, rules, leaves)
 
     def on_product(handler: Handler, product: Product, x: Any, w: Any, b: Any, tap: Any) -> Any:
-        path = analysis.paths[min(product.params)]
-        rule = rules.get(path)
-        if b is w:
+        leaf = min(product.params)
+        rule = rules.get(analysis.paths[leaf])
+        if b is None or (not product.needs_feedback and (b is w or isinstance(b, Direct))):
+            y = product.multiply(x, w) if b is w else pathways.without_feedback(product, x, w, analysis.paths[leaf])
+        elif b is w and (rule is None or _leaves_alone(rule)):
             y = product.multiply(x, w)
-        elif b is None or (isinstance(b, Direct) and not product.needs_feedback):
-            y = pathways.without_feedback(product, x, w, path)
-        elif isinstance(b, Direct):
-            y, handler.channel = pathways.directly(product, x, w, b.array, handler.channel)
         else:
-            local = None if rule is None else rule.local
-            gradient = None if local is None else activity_gradient(local, product, uses[path])
-            made = rule is not None and rule.transports == "signs"
-            y = pathways.through_feedback(product, x, w, b, gradient, made)
+            circuit = circuits[analysis.paths[leaf]]
+            handler.channel, own = pathways.next_key(handler.channel)
+            x, noise = pathways.noisy(x, 0.0 if rule is None else rule.noise, own)
+            if isinstance(b, Direct):
+                error = handler.channel.error
+                y, error = pathways.directly(product, x, w, b.array, error, circuit, noise, own)
+                handler.channel = handler.channel._replace(error=error)
+            else:
+                entry = None if entries is None or not circuit.own else entries[leaf]
+                y = pathways.through_feedback(product, x, w, b, circuit, _whole(entry, product), noise, own)
         if product is last:
-            y = pathways.emit_error(y, handler.channel)
+            y = pathways.emit_error(y, handler.channel.error)
         return y if tap is None else tapped(product, x, y, tap)
 
     data = [leaf for leaf in jax.tree.leaves(args) if is_array(leaf)]
     inputs = [*zip(leaves, carriers, strict=True), *((x, x) for x in data)]
-    channel = None
+    error = None
     if last is not None:
-        channel = compat.divided_as(jnp.zeros(last.output_aval.shape, last.output_aval.dtype), last.output_aval)
+        error = compat.divided_as(jnp.zeros(last.output_aval.shape, last.output_aval.dtype), last.output_aval)
+    if not any(rule.noise or rule.error or circuits[path].own for path, rule in rules.items()):
+        key = None
+    channel = None if error is None and key is None else pathways.Channel(error, key)
     anchor = anchored((inputs, analysis.plan.consts))
     outs = run(analysis.plan, inputs, Handler(on_product, taps, channel, anchor))
     return jax.tree.unflatten(analysis.out_tree, [value for value, _ in outs])
+
+
+def _circuits(analysis: Analysis, rules: dict[str, Rule], leaves: list[Any]) -> dict[str, pathways.Circuit]:
+    """How each projection is run by its rule."""
+    circuits = {}
+    for path, products in analysis.sites().items():
+        if rule := rules.get(path):
+            circuit = pathways.Circuit(
+                rule.signal, rule.error, rule.transports == "signs", rule.transports == "weights"
+            )
+            if circuit.own:  # how often an element of the parameter is used, on average
+                shares = (p.weight_aval.size / sum(leaves[i].size for i in p.params) for p in products)
+                uses = sum(math.prod(p.lengths) * share for p, share in zip(products, shares, strict=True))
+                circuit = circuit._replace(uses=uses)
+            circuits[path] = circuit
+    return circuits
+
+
+def _leaves_alone(rule: Rule) -> bool:
+    """Whether a function under the rule is the function itself: backprop, and nothing else."""
+    return rule.backward is None and rule.error is None and not rule.noise
+
+
+def _whole(entry: Any, product: Product) -> Any:
+    """A B that is no array, for a signal in its structure; ValueError where a use of the weight has a part of it alone."""
+    if entry is None or is_array(entry):
+        return None
+    if product.stack or len(product.params) > 1:
+        raise ValueError(
+            "a rule.signal of one's own and a B that is no array need one matrix used whole in one place, but a parameter here is "
+            "scanned over or joined to another; make B an array in W's layout, or give this parameter another rule"
+        )
+    return entry
 
 
 def engage(fun: Callable[..., Any], rule: RuleOrRules) -> Callable[..., Any]:
     """``fun`` in engaged mode: the same value, its backward pass through the feedback weights B (eq. 3-4).
 
     At each projection, forward ``y = W x``; backward ``dx = B delta`` and ``dW = delta x^T``. The cotangent of B is
-    ``x delta^T`` in W's layout (eq. 15) under a rule whose B learns in engaged mode (the circuit's own, even under
-    ``kolen_pollack_transported``), the gradient of R under one that has a local loss R on activity, zero under the others.
+    the rule's signal: ``x delta^T`` in W's layout (eq. 15) under Kolen-Pollack (the circuit's own, even under
+    ``kolen_pollack_transported``), zero under a rule whose B does not learn in engaged mode.
 
     Args:
       fun: any JAX function ``fun(params, *args)``.
       rule: a rule, or a mapping from path patterns to rules.
 
     Returns:
-      ``engaged(params, feedback, *args)``, which computes what ``fun(params, *args)`` does and can be differentiated
-      (in reverse mode, with respect to params and feedback), jitted, vmapped and scanned. Without an outer ``jax.jit``
-      it walks ``fun`` at every call.
+      ``engaged(params, feedback, *args, key=None)``, which computes what ``fun(params, *args)`` does and can be
+      differentiated (in reverse mode, with respect to params and feedback), jitted, vmapped and scanned. Without an outer
+      ``jax.jit`` it walks ``fun`` at every call. ``key`` is a random key, which a rule with noise must have.
 
       Its gradient G(W, B) can be differentiated again, in either mode (``jax.jvp(jax.grad(engaged), ...)``), as any
       function of W and B: with B held fixed the derivative dG/dW is no Hessian, nor symmetric, since G is the gradient of
@@ -240,17 +282,18 @@ def engage(fun: Callable[..., Any], rule: RuleOrRules) -> Callable[..., Any]:
     check_rule(rule)
 
     @functools.wraps(fun, assigned=("__name__", "__doc__"), updated=())
-    def engaged(params: Any, feedback: Any, *args: Any, **named: Any) -> Any:
+    def engaged(params: Any, feedback: Any, *args: Any, key: Any = None, **named: Any) -> Any:
         _check_call(params, feedback, args, named)
-        if isinstance(rule, Rule) and rule.backward is None:
+        if isinstance(rule, Rule) and _leaves_alone(rule):
             _check_no_feedback(params, feedback)
             return explained(fun)(params, *args)
         analysis = analyse(fun, params, *args)
         rules = resolve(rule, analysis)
-        leaves = jax.tree.leaves(params)
-        carriers = companions(analysis, rules, leaves, feedback_leaves(params, feedback))
+        _check_key(rules, key)
+        leaves, entries = jax.tree.leaves(params), feedback_leaves(params, feedback)
+        carriers = companions(analysis, rules, leaves, entries)
         try:
-            return evaluate(analysis, rules, leaves, carriers, args, {})
+            return evaluate(analysis, rules, leaves, carriers, args, {}, entries=entries, key=key)
         except TypeError as error:
             if "forward-mode" not in str(error):
                 raise
@@ -277,6 +320,15 @@ def _check_call(params: Any, feedback: Any, args: Any, named: dict[str, Any]) ->
         except (TypeError, ValueError):
             return
         raise ValueError("params and feedback are exchanged; an engaged function takes (params, feedback, *args)")
+
+
+def _check_key(rules: dict[str, Rule], key: Any) -> None:
+    if key is not None:
+        checks.key(key)
+    elif noisy := [rule for rule in rules.values() if rule.noise]:
+        raise ValueError(
+            f"rule {noisy[0].name} has noise in engaged mode: give key=jax.random.key(0), another at each call"
+        )
 
 
 def _check_no_feedback(params: Any, feedback: Any) -> None:
@@ -313,10 +365,11 @@ def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = F
       has_aux: whether ``fun`` returns auxiliary data beside the loss.
 
     Returns:
-      ``(params, feedback, *args) -> value, (grads, feedback_signal)``; ``value`` is ``(loss, aux)`` with ``has_aux``.
-      ``grads`` are in params' structure, shapes and dtypes. ``feedback_signal`` is in feedback's: what a gradient is to
-      W, to be descended on; ``x delta^T`` (eq. 15) for a rule whose B learns in engaged mode; the gradient of R for one
-      that has a local loss R on activity, by a step of ``rule.local.rate``; zeros for one whose B does not learn there.
+      ``(params, feedback, *args, key=None) -> value, (grads, feedback_signal)``; ``value`` is ``(loss, aux)`` with
+      ``has_aux``. ``grads`` are in params' structure, shapes and dtypes. ``feedback_signal`` is in feedback's: what a
+      gradient is to W, to be descended on by ``rule.optimizer`` (None: W's own): ``rule.signal``, which is ``x delta^T``
+      (eq. 15) under Kolen-Pollack; zeros for a rule whose B does not learn in engaged mode. ``key`` is a random key, for
+      rules whose noise, error or signal takes one: the same key gives the same result.
 
     Raises:
       TypeError: ``rule`` is no rule, ``fun`` no function.
@@ -327,9 +380,9 @@ def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = F
     check_rule(rule)
     checks.flag("has_aux", has_aux)
 
-    def value_and_gradients(params: Any, feedback: Any, *args: Any, **named: Any) -> Any:
+    def value_and_gradients(params: Any, feedback: Any, *args: Any, key: Any = None, **named: Any) -> Any:
         _check_call(params, feedback, args, named)
-        if isinstance(rule, Rule) and rule.backward is None:
+        if isinstance(rule, Rule) and _leaves_alone(rule):
             _check_no_feedback(params, feedback)
             loss_fn = check_loss(explained(fun), has_aux)
             value, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(params, *args)
@@ -338,15 +391,11 @@ def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = F
         rules = resolve(rule, analysis)
         leaves, tree = jax.tree.leaves(params), jax.tree.structure(params)
         entries = feedback_leaves(params, feedback)
+        _check_key(rules, key)
         # Where W does nothing but multiply activations, the cotangent of what stands in for it in the backward pass is
         # W's own gradient: it is not computed (nor stacked up by a scan) a second time.
         same = {
-            i
-            for i, (path, b) in enumerate(zip(analysis.paths, entries, strict=True))
-            if b is not None
-            and path in rules
-            and (rules[path].transported or i not in analysis.shared)
-            and not (rules[path].local or rules[path].direct)
+            i for i, b in enumerate(entries) if b is not None and _as_weight(rules.get(analysis.paths[i]), i, analysis)
         }
 
         def loss(ours: list[Any], theirs: list[Any]) -> Any:
@@ -355,16 +404,24 @@ def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = F
             itself = [path in rules and rules[path].backward is None for path in analysis.paths]
             ws = [own if backprop else w for backprop, w, own in zip(itself, leaves, ours, strict=True)]
             bs = [b if i in same else own for i, (b, own) in enumerate(zip(entries, theirs, strict=True))]
-            return evaluate(analysis, rules, ours, companions(analysis, rules, ws, bs), args, {})
+            return evaluate(analysis, rules, ours, companions(analysis, rules, ws, bs), args, {}, entries=bs, key=key)
 
         value, (grads, signal) = jax.value_and_grad(check_loss(loss, has_aux), argnums=(0, 1), has_aux=has_aux)(
             leaves, entries
         )
         for i in same:
-            backward = rules[analysis.paths[i]].backward
-            if backward is not None:
+            backward, learns = rules[analysis.paths[i]].backward, rules[analysis.paths[i]].signal is not None
+            if backward is not None and learns:
                 carrier, pull_back = jax.vjp(functools.partial(backward, leaves[i]), entries[i])
                 (signal[i],) = pull_back(compat.divided_as(grads[i], jax.typeof(carrier)))
         return value, (jax.tree.unflatten(tree, grads), jax.tree.unflatten(tree, signal))
 
     return value_and_gradients
+
+
+def _as_weight(rule: Rule | None, leaf: int, analysis: Analysis) -> bool:
+    """Whether B's signal is W's gradient (or nothing), and needs no derivative of its own."""
+    if rule is None or rule.signal is None:
+        return rule is not None
+    plain = rule.signal is hebbian and rule.error is None and not rule.direct
+    return plain and (rule.transports == "changes" or leaf not in analysis.shared)

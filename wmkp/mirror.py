@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from wmkp import checks
-from wmkp.alignment import local_gradient
 from wmkp.engaged import feedback_leaves
 from wmkp.program import compat
 from wmkp.program.interpreter import collect
+from wmkp.program.pathways import Signal, Synapses
 from wmkp.program.products import Product
 from wmkp.program.projections import Analysis, WeightTransportError, analyse, is_array
 from wmkp.rules import SAMPLES, Mirror, Rule, RuleOrRules, check_rule, resolve
@@ -353,7 +353,7 @@ def _transforms(mirror: Mirror, fan_in: int, shared: bool) -> bool:
     """Whether a projection's noise need not be written down: part of one Hartley matrix, of which at least half is drawn."""
     samples = _drawn(mirror, fan_in)
     paired = "antithetic" in mirror.noise
-    if "orthogonal" not in mirror.noise or mirror.alignment or shared or (paired and samples % 2):
+    if "orthogonal" not in mirror.noise or mirror.signal or shared or (paired and samples % 2):
         return False
     return fan_in <= 2 * (samples // 2 if paired else samples) <= 2 * fan_in
 
@@ -383,7 +383,7 @@ def _by_transforms(key: jax.Array, mirror: Mirror, w: jax.Array, bias: jax.Array
 def _at_once(mirror: Mirror, blocks: int, fan_in: int, shared: bool) -> int:
     """The most samples of a projection that are in memory at a time."""
     # (Devices that share the noise share all of it, or each part would cost them a sum; a loss is one of all samples.)
-    if shared or mirror.alignment:
+    if shared or mirror.signal:
         return _drawn(mirror, fan_in)
     return max(LEAST, AT_ONCE // (blocks * fan_in) // 2 * 2)
 
@@ -441,11 +441,13 @@ def _by_products(
             y = y + bias[:, None, :]
         if mirror.activation is not None:
             y = mirror.activation(y)
-        if mirror.alignment is not None:
-            assert b is not None
+        outer = lambda x, y: jnp.einsum("kni,kno->kio", x, y)
+        if mirror.signal is not None:
             multiply = lambda x, w: jnp.einsum("kni,kio->kno", x, w)
-            return -local_gradient(mirror.alignment, multiply, x, y, w, b, float(samples))
-        return jnp.einsum("kni,kno->kio", x, y)
+            return -mirror.signal(
+                Synapses(x, y, None, None, b, w, x, key, outer, multiply, float(samples), 1.0, fan_in, None)
+            )
+        return outer(x, y)
 
     more = (samples - 1) // at_once
     first = samples - more * at_once
@@ -453,7 +455,7 @@ def _by_products(
     if more:
         starts = first + at_once * jnp.arange(more, dtype=jnp.uint32)
         total, _ = jax.lax.scan(lambda total, start: (total + signal(start, at_once), None), total, starts)
-    return total if mirror.alignment else total / float(samples)  # which an int32 may not hold
+    return total if mirror.signal else total / float(samples)  # which an int32 may not hold
 
 
 def _bias_matrix(product: Product, bias: jax.Array, w: jax.Array) -> jax.Array:
@@ -521,6 +523,11 @@ def targets(rules: dict[str, Rule], analysis: Analysis) -> dict[Product, Mirror]
     return wanted
 
 
+def _without_weights(signal: Signal) -> Signal:
+    """The signal, W not shown to it."""
+    return lambda seen: signal(seen._replace(w=None))
+
+
 def signals(
     key: jax.Array,
     rules: dict[str, Rule],
@@ -541,7 +548,7 @@ def signals(
         return [compat.gathered(found[p][0]) for p in products], [compat.gathered(found[p][1]) for p in products]
 
     ws, pull_back, biases = jax.vjp(weights, leaves, has_aux=True)
-    losses = [wanted[p].alignment is not None for p in products]
+    losses = [wanted[p].signal is not None for p in products]
     if any(losses):  # these read B, laid out as its weight is
         entries = [w if b is None or not is_array(b) else b for w, b in zip(leaves, feedback, strict=True)]
         bs = weights(entries)[0]
@@ -550,6 +557,8 @@ def signals(
     room, done = TOGETHER, None
     for i, (product, w, bias) in enumerate(zip(products, ws, biases, strict=True)):
         mirror = wanted[product]
+        if mirror.signal is not None and rules[analysis.paths[min(product.params)]].transports != "weights":
+            mirror = mirror._replace(signal=_without_weights(mirror.signal))
         matrices = product.to_matrices(w.astype(jnp.promote_types(w.dtype, jnp.float32)))
         kept = _bias_matrix(product, bias, w) if mirror.bias == "kept" and bias is not None else None
         b = product.to_matrices(bs[i].astype(matrices.dtype)) if losses[i] else None
@@ -593,7 +602,7 @@ def mirror_signals(
       fun: the function that is trained, ``fun(params, *args)``.
       params: its parameters.
       *args: its further arguments, or ShapeDtypeStructs in their place (only shapes are read).
-      feedback: the feedback weights, for those rules whose signal depends on B (``alignment``): their signal is the
+      feedback: the feedback weights, for those rules whose signal depends on B (``Mirror.signal``): theirs is the
         whole change of B over its rate, decay and all.
 
     Returns:
@@ -614,12 +623,12 @@ def mirror_signals(
         raise ValueError("no rule here has a mirror mode; weight_mirror() has")
     leaves, tree = jax.tree.flatten(params)
     projections = analysis.projections()
-    if feedback is None and any(r.mirror and r.mirror.alignment for r in rules.values()):
+    if feedback is None and any(r.mirror and r.mirror.signal for r in rules.values()):
         raise ValueError("the signal of this rule depends on B: give mirror_signals feedback=")
     entries = [None] * len(leaves) if feedback is None else feedback_leaves(params, feedback)
     for path, b in zip(analysis.paths, entries, strict=True):
         mirror = rules[path].mirror if path in rules else None
-        if mirror and mirror.alignment and projections[path].feedback and not is_array(b):
+        if mirror and mirror.signal and projections[path].feedback and not is_array(b):
             raise ValueError(
                 f"feedback[{path!r}] is {checks.shape(b)}, but the signal of {rules[path].name} depends on B; make "
                 "feedback with init_feedback for this rule."

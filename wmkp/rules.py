@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from wmkp import checks
-from wmkp.alignment import Alignment
 from wmkp.program.interpreter import Direct
+from wmkp.program.pathways import Signal, hebbian
 from wmkp.program.projections import Analysis, Projection, WeightTransportError
 
 
@@ -30,7 +31,8 @@ class Mirror(NamedTuple):
         so that B is the mean of all estimates (an estimate that the law calls exact replaces all of B).
       activation: phi, or None for a linear response.
       bias: "blocked" (none reaches the mirror) or "kept" (the layer's own).
-      alignment: local losses to go down instead of the average of x y^T, or None.
+      signal: what B goes down, by ``rate``, instead of the average of x y^T, or None: a function of ``wmkp.Synapses``
+        on noise, as ``Rule.signal`` is on activity.
       each_step: whether ``mirror_step`` learns, or only the mirror period before training.
       start: how many mirror steps ``steps.init`` takes before training.
     """
@@ -42,7 +44,7 @@ class Mirror(NamedTuple):
     rate: float | None = 0.1
     activation: Callable[[jax.Array], jax.Array] | None = None
     bias: str = "blocked"
-    alignment: Alignment | None = None
+    signal: Signal | None = None
     each_step: bool = True
     start: int = 0
 
@@ -55,22 +57,28 @@ class Rule(NamedTuple):
       init: ``(key, projection, W) -> B``, in W's shape and dtype (or a pytree of its own, see ``backward``).
       backward: ``(W, B) -> array`` in W's layout: what the error goes back through; None for W itself (backprop). Where an
         engaged function is differentiated by hand, it must read W behind ``jax.lax.stop_gradient``.
-      learns: whether B learns in engaged mode from the signal y delta^T, by W's own optimizer.
+      signal: what B goes down in engaged mode: a function of ``wmkp.Synapses`` that returns an array in W's layout, from
+        which ``backward`` is differentiated back to B (or a pytree in B's own structure, if B is no array). It is summed
+        over uses, as W's gradient is. None: B does not learn there. ``wmkp.hebbian``: Kolen-Pollack's.
+      optimizer: what makes B's changes of the signal, an optax transformation; None for the optimizer that trains W.
+      error: ``(delta, key) -> array`` of delta's shape: what travels back in delta's place, through B alone; W's own
+        gradient keeps delta. None: delta itself. ``key`` is None where no key was given.
+      noise: standard deviation of Gaussian noise on the activity that the projection gets in engaged mode.
       mirror: how B learns in mirror mode; None where it does not.
-      local: the local loss by which B learns in engaged mode from the projection's own activity, or None.
-      transported: whether B's signal is W's whole gradient, carried over, instead of the circuit's own.
       redrawn: whether B is drawn anew at each engaged step.
-      transports: what of W reaches the backward pass or B: "weights", "signs", "changes" or "nothing".
       direct: whether B carries the error at the network's output straight to this projection's input.
+      transports: what of W reaches the backward pass or B: "weights", "signs", "changes" (B's signal is then W's whole
+        gradient, not that of this use alone) or "nothing".
     """
 
     name: str
     init: Callable[[jax.Array, Projection, jax.Array], Any] | None
     backward: Callable[[jax.Array, Any], Any] | None
-    learns: bool = False
+    signal: Signal | None = None
+    optimizer: optax.GradientTransformation | None = None
+    error: Callable[[Any, Any], Any] | None = None
+    noise: float = 0.0
     mirror: Mirror | None = None
-    local: Alignment | None = None
-    transported: bool = False
     redrawn: bool = False
     direct: bool = False
     transports: str = "nothing"
@@ -79,8 +87,36 @@ class Rule(NamedTuple):
 RuleOrRules = Rule | Mapping[str, Rule]
 
 
+@jax.tree_util.register_pytree_node_class
+class Fixed:
+    """A part of B that does not learn: optimizers do not see it, so that it neither moves nor decays.
+
+    For a B of several arrays: ``init`` returns ``{"Q": Q, "P": Fixed(P)}``, and ``backward`` reads ``B["P"].array``.
+
+    Attributes:
+      array: the array (or a pytree of arrays).
+    """
+
+    def __init__(self, array: Any):
+        self.array = array
+
+    def tree_flatten(self) -> tuple[tuple[Any], None]:
+        """For JAX."""
+        return (self.array,), None
+
+    @classmethod
+    def tree_unflatten(cls, static: None, children: Any) -> "Fixed":
+        """For JAX."""
+        return cls(*children)
+
+
+def learning_part(b: Any) -> Any:
+    """A B with None in place of its fixed parts."""
+    return jax.tree.map(lambda x: None if isinstance(x, Fixed) else x, b, is_leaf=lambda x: isinstance(x, Fixed))
+
+
 @dataclasses.dataclass(frozen=True)
-class _RandomFeedback:
+class RandomFeedback:
     """A Gaussian B of standard deviation ``scale / sqrt(fan_in)``."""
 
     scale: float
@@ -92,12 +128,12 @@ class _RandomFeedback:
         return b
 
 
-def _fixed(w: jax.Array, b: Any) -> Any:
+def fixed(w: jax.Array, b: Any) -> Any:
     """B carries the error, and does not learn in engaged mode."""
     return jax.lax.stop_gradient(b)
 
 
-def _learned(w: jax.Array, b: Any) -> Any:
+def learned(w: jax.Array, b: Any) -> Any:
     """B carries the error, and learns from its signal."""
     return b
 
@@ -116,7 +152,7 @@ def _check_unrelated(b: jax.Array, w: jax.Array, path: str) -> None:
         )
 
 
-def _check_scale(scale: float) -> None:
+def check_scale(scale: float) -> None:
     checks.positive("scale", scale, ", the standard deviation of B times sqrt(fan_in)")
 
 
@@ -150,8 +186,8 @@ def feedback_alignment(scale: float = 1.0) -> Rule:
     Raises:
       ValueError: ``scale`` is not a positive number.
     """
-    _check_scale(scale)
-    return Rule("feedback_alignment", _RandomFeedback(scale), _fixed)
+    check_scale(scale)
+    return Rule("feedback_alignment", RandomFeedback(scale), fixed)
 
 
 def sign_symmetry(magnitude: str = "uniform", scale: float = 1.0) -> Rule:
@@ -170,7 +206,7 @@ def sign_symmetry(magnitude: str = "uniform", scale: float = 1.0) -> Rule:
     Raises:
       ValueError: an argument is out of its range.
     """
-    _check_scale(scale)
+    check_scale(scale)
     names = {"uniform": "sign_symmetry", "fixed": "sign_symmetry_fixed", "batch": "sign_symmetry_batch"}
     checks.one_of("magnitude", magnitude, tuple(names))
 
@@ -224,8 +260,8 @@ def kolen_pollack(scale: float = 1.0, *, start: str = "random") -> Rule:
     Raises:
       ValueError: an argument is out of its range.
     """
-    _check_scale(scale)
-    return Rule("kolen_pollack", _RandomFeedback(scale), _learned, learns=True, mirror=_exact_start(start))
+    check_scale(scale)
+    return Rule("kolen_pollack", RandomFeedback(scale), learned, hebbian, mirror=_exact_start(start))
 
 
 def mirrored_kolen_pollack(
@@ -262,13 +298,13 @@ def mirrored_kolen_pollack(
     Raises:
       ValueError: an argument is out of its range; the message names it.
     """
-    _check_scale(scale)
+    check_scale(scale)
     checks.one_of("noise", noise, NOISES)
     if start is None:
         start = 1 if "orthogonal" in noise else 20
     mirror = Mirror(noise, noise_std, num_samples, target_angle, rate, activation, bias, start=start)
-    _check_mirror(mirror)
-    return Rule("mirrored_kolen_pollack", _RandomFeedback(scale), _learned, learns=True, mirror=mirror)
+    check_mirror(mirror)
+    return Rule("mirrored_kolen_pollack", RandomFeedback(scale), learned, hebbian, mirror=mirror)
 
 
 def kolen_pollack_transported(scale: float = 1.0) -> Rule:
@@ -285,7 +321,7 @@ def kolen_pollack_transported(scale: float = 1.0) -> Rule:
       ValueError: ``scale`` is not a positive number.
     """
     rule = kolen_pollack(scale)
-    return rule._replace(name="kolen_pollack_transported", transported=True, transports="changes")
+    return rule._replace(name="kolen_pollack_transported", transports="changes")
 
 
 @jax.tree_util.register_pytree_node_class
@@ -306,12 +342,13 @@ class ProductFeedback:
 
     def tree_flatten(self) -> tuple[tuple[Any, Any], Any]:
         """For JAX."""
-        return (self.r, self.b), (self.shape, self.order)
+        return (Fixed(self.r), self.b), (self.shape, self.order)
 
     @classmethod
     def tree_unflatten(cls, static: Any, children: Any) -> "ProductFeedback":
         """For JAX."""
-        return cls(*children, *static)
+        r, b = children
+        return cls(r.array if isinstance(r, Fixed) else r, b, *static)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -353,10 +390,10 @@ def product_feedback_alignment(expansion: float = 4.0, scale: float = 1.0) -> Ru
     Raises:
       ValueError: an argument is out of its range; or, from ``init_feedback``, a parameter that is not one matrix.
     """
-    _check_scale(scale)
+    check_scale(scale)
     checks.number("expansion", expansion, "be a positive number, at most 1000", lambda x: 0 < x <= 1000)
 
-    return Rule("product_feedback_alignment", _RandomProduct(expansion, scale), _product, learns=True)
+    return Rule("product_feedback_alignment", _RandomProduct(expansion, scale), _product, hebbian)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,8 +423,8 @@ def direct_feedback_alignment(scale: float = 1.0) -> Rule:
       ValueError: ``scale`` is not a positive number; from ``init_feedback``, an output inside a ``lax.scan``, or a
         parameter whose inputs are of different sizes.
     """
-    _check_scale(scale)
-    return Rule("direct_feedback_alignment", _RandomDirect(scale), _fixed, direct=True)
+    check_scale(scale)
+    return Rule("direct_feedback_alignment", _RandomDirect(scale), fixed, direct=True)
 
 
 def direct_kolen_pollack(scale: float = 1.0) -> Rule:
@@ -402,150 +439,8 @@ def direct_kolen_pollack(scale: float = 1.0) -> Rule:
     Raises:
       ValueError: as ``direct_feedback_alignment``.
     """
-    _check_scale(scale)
-    return Rule("direct_kolen_pollack", _RandomDirect(scale), _learned, learns=True, direct=True)
-
-
-def alignment(
-    *,
-    amplitude: float = 0.0,
-    decay: float = 0.0,
-    null: float = 0.0,
-    sparse: float = 0.0,
-    self_alignment: float = 0.0,
-    on: str = "noise",
-    rate: float = 0.1,
-    noise: str = "gaussian",
-    noise_std: float = 1.0,
-    num_samples: int | None = None,
-    name: str = "alignment",
-    scale: float = 1.0,
-    whiten: bool = False,
-    normalize: str = "none",
-) -> Rule:
-    """Any sum of Kunin et al.'s (2020) primitives: B goes down the gradient of a local loss R(B; W, x).
-
-    With u = W x and v = B^T x, R is ``decay 1/2 |B|^2 - amplitude <v, u> + sparse 1/2 |v|^2 + null 1/2 |B u|^2 -
-    self_alignment <B, W^T>``, means over samples; so ``dB = rate (-decay B + amplitude x u^T - sparse x v^T - null (B
-    u) u^T + self_alignment W^T)``. W's own share of these losses is off. All but ``self_alignment`` (which transports
-    the weights) are local to the synapse. A weight mirror is ``alignment(amplitude=1, decay=1)``.
-
-    Args:
-      amplitude, decay, null, sparse, self_alignment: the coefficients.
-      on: "noise" (mirror mode, by ``mirror_step``) or "activity" (engaged mode: x is the projection's own input).
-      rate: the step down R's gradient; with noise at unit variance, 1 is stable for decay alone.
-      noise, noise_std, num_samples: with ``on="noise"``, as in ``weight_mirror``.
-      name: as tables print it.
-      scale: B starts Gaussian with standard deviation ``scale / sqrt(fan_in)``.
-      whiten: on activity, amplitude's term is multiplied by ``E[x x^T]^-1`` (which no synapse could do alone).
-      normalize: on activity, what the terms that hold x are divided by: "none", "mean" (x's mean square) or "total"
-        (the mean of ``|x|^2``, under which a rate below 2 is stable for ``sparse``).
-
-    Raises:
-      ValueError: an argument is out of its range.
-    """
-    _check_scale(scale)
-    losses = Alignment(decay, amplitude, sparse, null, self_alignment, whiten, normalize, rate)
-    for coefficient in ("amplitude", "decay", "null", "sparse", "self_alignment"):
-        checks.coefficient(coefficient, getattr(losses, coefficient))
-    if not any(losses[:5]):
-        raise ValueError(
-            "the coefficients (amplitude, decay, null, sparse, self_alignment) are all zero; one must be positive"
-        )
-    checks.positive("rate", rate)
-    checks.stable("rate * decay", rate * decay)
-    checks.one_of("normalize", normalize, ("none", "mean", "total"))
-    checks.one_of("on", on, ("noise", "activity"))
-    checks.flag("whiten", whiten)
-    mirror = Mirror(noise, noise_std, num_samples, 6.0, min(rate, 1.0), alignment=losses)
-    _check_mirror(mirror)
-    if whiten and normalize != "none":
-        raise ValueError(
-            f'whiten divides by the covariance already; normalize must be "none" beside it, got {normalize!r}'
-        )
-    init = _RandomFeedback(scale)
-    transports = "weights" if self_alignment else "nothing"
-    if on == "activity":
-        return Rule(name, init, _learned, local=losses, transports=transports)
-    if whiten or normalize != "none":
-        raise ValueError('whiten and normalize have a meaning on="activity" alone: noise is white, its variance known')
-    return Rule(name, init, _fixed, mirror=mirror, transports=transports)
-
-
-def information_alignment(
-    amplitude: float = 1.0, null: float = 0.5, decay: float = 0.5, *, rate: float = 0.1, noise_std: float = 1.0
-) -> Rule:
-    """Information alignment (Kunin et al. 2020): amplitude + null + decay, on noise.
-
-    ``dB = rate (amplitude x u^T - null (B u) u^T - decay B)`` on noise. A weight mirror whose null term keeps B from
-    growing. Local; stabler than the weight mirror across architectures in that paper. B settles at ``amplitude W^T
-    (null W W^T + decay / sigma^2)^-1``, at no angle to W^T where W's rows are orthogonal and of one norm.
-
-    Args:
-      amplitude, null, decay: the coefficients (the paper's were found by search, one number each).
-      rate, noise_std: as in ``alignment``.
-
-    Raises:
-      ValueError: an argument is out of its range; the message names it.
-    """
-    return alignment(
-        amplitude=amplitude, null=null, decay=decay, rate=rate, noise_std=noise_std, name="information_alignment"
-    )
-
-
-def symmetric_alignment(self_alignment: float = 1.0, decay: float = 1.0, *, rate: float = 0.1) -> Rule:
-    """Symmetric alignment (Kunin et al. 2020): self + decay, B relaxes to ``self_alignment / decay`` W^T.
-
-    ``dB = rate (self_alignment W^T - decay B)``, at every engaged step. It transports the weights, and is no local
-    rule: the yardstick for those that are.
-
-    Args:
-      self_alignment, decay: the coefficients.
-      rate: as in ``alignment``.
-
-    Raises:
-      ValueError: an argument is out of its range; the message names it.
-    """
-    return alignment(self_alignment=self_alignment, decay=decay, rate=rate, on="activity", name="symmetric_alignment")
-
-
-def activation_alignment(amplitude: float = 1.0, sparse: float = 1.0, *, rate: float = 1.0) -> Rule:
-    """Activation alignment (Kunin et al. 2020): amplitude + sparse, on the network's own activity, in engaged mode.
-
-    ``dB = rate (amplitude x u^T - sparse x v^T)``, the delta rule by which B^T learns to answer x as W does; it settles
-    at ``amplitude / sparse`` times W^T wherever the activity reaches. Local, with no second mode. Both terms are
-    divided by the mean of ``|x|^2``, so that one rate is stable whatever the size of the activity.
-
-    Args:
-      amplitude, sparse: the coefficients.
-      rate: as in ``alignment``; stable below ``2 / sparse``.
-
-    Raises:
-      ValueError: an argument is out of its range; the message names it.
-    """
-    return alignment(
-        amplitude=amplitude, sparse=sparse, rate=rate, on="activity", normalize="total", name="activation_alignment"
-    )
-
-
-def activity_mirror(*, whiten: bool = False, rate: float = 0.1) -> Rule:
-    """A weight mirror on the network's own activity instead of noise (eq. 5 with x as it comes), in engaged mode.
-
-    ``dB = rate (x u^T / s - B)``, s the mean square of x, whose mean is ``E[x x^T] / s W^T - B``: the input's
-    covariance comes along, and with it an angle that no averaging removes. ``wmkp.input_covariances`` shows it. With
-    ``whiten`` it is divided out, which no synapse could do alone.
-
-    Args:
-      whiten: whether to multiply by ``E[x x^T]^-1`` of the batch.
-      rate: a, the share of the difference that a step takes away.
-
-    Raises:
-      ValueError: an argument is out of its range; the message names it.
-    """
-    return alignment(
-        amplitude=1.0, decay=1.0, rate=rate, on="activity", whiten=whiten, normalize="none" if whiten else "mean",
-        name="activity_mirror_whitened" if whiten else "activity_mirror",
-    )  # fmt: skip
+    check_scale(scale)
+    return Rule("direct_kolen_pollack", _RandomDirect(scale), learned, hebbian, direct=True)
 
 
 def weight_mirror(
@@ -587,10 +482,10 @@ def weight_mirror(
     Raises:
       ValueError: an argument is out of its range; the message names it.
     """
-    _check_scale(scale)
+    check_scale(scale)
     mirror = Mirror(noise, noise_std, num_samples, target_angle, rate, activation, bias)
-    _check_mirror(mirror)
-    return Rule("weight_mirror", _RandomFeedback(scale), _fixed, mirror=mirror)
+    check_mirror(mirror)
+    return Rule("weight_mirror", RandomFeedback(scale), fixed, mirror=mirror)
 
 
 NOISES = ("gaussian", "uniform", "rademacher", "orthogonal", "antithetic", "orthogonal+antithetic")
@@ -598,7 +493,7 @@ NOISES = ("gaussian", "uniform", "rademacher", "orthogonal", "antithetic", "orth
 SAMPLES = {noise: 1 if "orthogonal" in noise else 8 for noise in NOISES}
 
 
-def _check_mirror(mirror: Mirror) -> None:
+def check_mirror(mirror: Mirror) -> None:
     checks.one_of("noise", mirror.noise, NOISES)
     checks.one_of("bias", mirror.bias, ("blocked", "kept"))
     checks.positive("noise_std", mirror.noise_std)
@@ -610,16 +505,18 @@ def _check_mirror(mirror: Mirror) -> None:
         checks.number("target_angle", mirror.target_angle, between, lambda x: 1e-6 <= x < 90)
     if mirror.rate is not None:
         checks.number("rate", mirror.rate, "lie in (0, 1]", lambda x: 0 < x <= 1)
-    elif mirror.alignment is not None:
-        raise ValueError("rule.mirror.rate is None, and an alignment has no mean over mirror steps; give a rate")
+    elif mirror.signal is not None:
+        raise ValueError(
+            "rule.mirror.rate is None, and a signal of one's own has no mean over mirror steps; give a rate"
+        )
     least = 0 if mirror.rate is not None else 1
     must = f"be an integer of at least {least}, and below 2^31"
     if least:
         must += " (rate=None is the mean over all mirror steps, the first of them before training)"
     checks.number("start", mirror.start, must, lambda x: least <= x < 2**31, numbers.Integral)
     checks.flag("rule.mirror.each_step", mirror.each_step)
-    if not isinstance(mirror.alignment, Alignment | None):
-        raise TypeError(f"rule.mirror.alignment must be an Alignment, or None; got {checks.shown(mirror.alignment)}")
+    if mirror.signal is not None:
+        checks.function("rule.mirror.signal", mirror.signal, "(synapses) -> array in W's layout, or None")
     if mirror.activation is not None and not callable(mirror.activation):
         raise ValueError(f"activation must be a function of an array, or None; got {checks.shown(mirror.activation)}")
 
@@ -635,13 +532,20 @@ def _check_fields(rule: Rule) -> None:
     if rule.init is not None:
         checks.function("rule.init", rule.init, "(key, projection, W) -> B")
         checks.function("rule.backward", rule.backward, "(W, B) -> array in W's layout")
-    for name in ("learns", "transported", "redrawn", "direct"):
+    for name in ("redrawn", "direct"):
         checks.flag(f"rule.{name}", getattr(rule, name))
-    for name, article, kind in (("mirror", "a", Mirror), ("local", "an", Alignment)):
-        if not isinstance(value := getattr(rule, name), kind | None):
-            raise TypeError(f"rule.{name} must be {article} {kind.__name__}, or None; got {checks.shown(value)}")
+    checks.one_of("rule.transports", rule.transports, ("nothing", "signs", "changes", "weights"))
+    checks.number("rule.noise", rule.noise, "be a number of at least 0", lambda x: x >= 0)
+    if rule.signal is not None:
+        checks.function("rule.signal", rule.signal, "(synapses) -> array in W's layout, or None")
+    if rule.error is not None:
+        checks.function("rule.error", rule.error, "(delta, key) -> array of delta's shape, or None")
+    if rule.optimizer is not None:
+        checks.transformation("rule.optimizer", rule.optimizer)
+    if not isinstance(rule.mirror, Mirror | None):
+        raise TypeError(f"rule.mirror must be a Mirror, or None; got {checks.shown(rule.mirror)}")
     if rule.mirror is not None:
-        _check_mirror(rule.mirror)
+        check_mirror(rule.mirror)
 
 
 def check_rule(rule: Any, *, mapping: bool = True) -> None:
@@ -718,10 +622,12 @@ def resolve(rule: RuleOrRules, analysis: Analysis) -> dict[str, Rule]:
                     "the model, or give it backprop()."
                 )
             joined = [rules[analysis.paths[leaf]] for leaf in product.params]
-            if len({r.local for r in joined}) > 1 or len({r.mirror for r in joined if r.mirror}) > 1:
+            circuits = {(r.signal, r.error, r.noise) for r in joined if r.backward is not None}
+            plain = all(signal in (None, hebbian) and not (error or noise) for signal, error, noise in circuits)
+            if (len(circuits) > 1 and not plain) or len({r.mirror for r in joined if r.mirror}) > 1:
                 raise ValueError(
-                    f"rule gives params[{path!r}] and a parameter that is joined to it, as one weight, different mirrors or "
-                    "local losses; give all parts of a weight one rule"
+                    f"rule gives params[{path!r}] and a parameter that is joined to it, as one weight, different mirrors, "
+                    "signals, errors or noises; give all parts of a weight one rule"
                 )
             if product.obstacle and rules[path].backward is not None:
                 raise WeightTransportError(

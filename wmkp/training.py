@@ -14,7 +14,7 @@ from wmkp import checks, mirror, updates
 from wmkp.engaged import check_loss, feedback_leaves, initial_feedback, value_and_grad
 from wmkp.program import compat
 from wmkp.program.projections import Analysis, analyse, check_traceable, named_leaves
-from wmkp.rules import Mirror, ProductFeedback, Rule, RuleOrRules, resolve
+from wmkp.rules import Mirror, Rule, RuleOrRules, learning_part, resolve
 
 
 class TrainState(NamedTuple):
@@ -26,7 +26,8 @@ class TrainState(NamedTuple):
       feedback: the feedback weights B; None where there is no feedback path.
       model_state: what the model keeps besides (BatchNorm's statistics), or None.
       opt_state: the optimizer's state for params.
-      feedback_opt_state: its state for those B that learn in engaged mode.
+      feedback_opt_state: for those B that learn in engaged mode, a tuple of states: of W's optimizer, and of each that a
+        rule has of its own, in the order of the parameters.
       mirrored: how many mirror steps were taken, those before training among them, int32.
       key: the random key, split at every step.
     """
@@ -67,7 +68,7 @@ class Steps(NamedTuple):
     Attributes:
       init: ``(key, params, model_state=None, mirror_steps=None) -> TrainState``; ``mirror_steps`` mirror before
         training, with W standing still, so that B is the plain mean of that many estimates ("in utero"); with a
-        ``mirror_optimizer``, or by an alignment loss, so many of its own steps. By default the most that any rule's
+        ``mirror_optimizer``, or by a signal of the rule's own, so many of its own steps. By default the most that any rule's
         ``mirror.start`` asks for, and only for those rules that ask for some.
       engaged_step: ``(state, batch) -> (state, metrics)``, jitted, the state donated.
       mirror_step: ``state -> (state, metrics)``, jitted, the state donated; changes B alone, and only where the rule
@@ -154,7 +155,9 @@ def make_steps(
     mirror.targets(rules, analysis)
     mirrors = {path: r.mirror for path, r in rules.items() if r.mirror is not None}
     projections = analysis.projections()
-    feedback_optimizer = updates.kolen_pollack(optimizer)
+    # B's optimizers: W's (None), and those that rules have of their own.
+    trainers = list(dict.fromkeys(r.optimizer for r in rules.values() if r.signal is not None))
+    feedback_optimizers = [updates.kolen_pollack(optimizer) if own is None else own for own in trainers]
     clip = None if clip_norm is None else updates.clip_together(clip_norm)
     engaged_gradient = value_and_grad(loss_fn, rule, has_aux=True)
     tree: Any = jax.tree.structure(params)
@@ -175,14 +178,20 @@ def make_steps(
         feedback_leaves(state.params, state.feedback)
         check_as_given("state.model_state", state.model_state)
         checks.key(state.key, "state.key")
-        for name, trained in (("opt_state", state.params), ("feedback_opt_state", learning(state.feedback))):
-            expected = jax.eval_shape(optimizer.init, trained)
-            checks.alike(f"state.{name}", getattr(state, name), expected, "what optimizer.init returns", dtypes=False)
+        expected = jax.eval_shape(optimizer.init, state.params)
+        checks.alike("state.opt_state", state.opt_state, expected, "what optimizer.init returns", dtypes=False)
+        makers = [(optimizer if own is None else own).init for own in trainers]
+        expected = tuple(jax.eval_shape(make, learning(state.feedback, i)) for i, make in enumerate(makers))
+        checks.alike("state.feedback_opt_state", state.feedback_opt_state, expected, "what init returns", dtypes=False)
 
-    def learning(feedback: Any) -> Any:
-        """Feedback with None in place of what W's optimizer does not train."""
-        leaves = zip(analysis.paths, tree.flatten_up_to(feedback), strict=True)
-        return tree.unflatten([_trained(b) if path in rules and rules[path].learns else None for path, b in leaves])
+    def learning(feedback: Any, trainer: int) -> Any:
+        """Feedback with None in place of what one optimizer does not train."""
+        leaves = tree.flatten_up_to(feedback)
+        for i, path in enumerate(analysis.paths):
+            rule = rules.get(path)
+            mine = rule is not None and rule.signal is not None and rule.optimizer == trainers[trainer]
+            leaves[i] = learning_part(leaves[i]) if mine else None
+        return tree.unflatten(leaves)
 
     def only(which: Callable[[Mirror], bool]) -> dict[str, Rule]:
         """The rules, without a mirror mode but for those whose mirror is ``which``."""
@@ -191,16 +200,7 @@ def make_steps(
     def redrawn(key: jax.Array, params: Any, feedback: Any) -> Any:
         """Feedback with a new B under those rules that draw one for each batch."""
         again = {path: rule for path, rule in rules.items() if rule.redrawn}
-        return _overlay(tree, feedback, initial_feedback(key, again, analysis, params)) if again else feedback
-
-    def relaxed(feedback: Any, signal: Any) -> Any:
-        """Feedback a step down the local losses of those rules that have one."""
-        leaves = tree.flatten_up_to(feedback)
-        for i, (path, s) in enumerate(zip(analysis.paths, tree.flatten_up_to(signal), strict=True)):
-            losses = rules[path].local if path in rules else None
-            if losses is not None and leaves[i] is not None:
-                leaves[i] = leaves[i] - (losses.rate * s).astype(s.dtype)
-        return tree.unflatten(leaves)
+        return _overlay(feedback, initial_feedback(key, again, analysis, params)) if again else feedback
 
     def mean(x: Any) -> Any:
         return x if axis_name is None else jax.tree.map(lambda leaf: jax.lax.pmean(leaf, axis_name), x)
@@ -235,7 +235,12 @@ def make_steps(
         key, loss_key, draw_key = jax.random.split(state.key, 3)
         feedback = redrawn(draw_key, state.params, state.feedback)
         (loss, (model_state, metrics)), (grads, signal) = engaged_gradient(
-            own(state.params), own(feedback), floats(own, state.model_state), batch, own_key(loss_key)
+            own(state.params),
+            own(feedback),
+            floats(own, state.model_state),
+            batch,
+            own_key(loss_key),
+            key=own_key(jax.random.fold_in(draw_key, len(analysis.paths))),
         )
         metrics = {"loss": loss, **metrics}
         # Signals that nothing reads cost nothing to average: the compiler leaves them out.
@@ -245,18 +250,18 @@ def make_steps(
             pairs = zip(tree.flatten_up_to(grads), tree.flatten_up_to(signal), strict=True)
             finite = {path: _all_finite(pair) for path, pair in zip(analysis.paths, pairs, strict=True)}
             metrics["finite"] = {"loss": jnp.isfinite(metrics["loss"]), **finite}
-        step_signal = signal
+        clipped = signal
         if clip is not None:
-            (grads, step_signal), _ = clip.update((grads, signal), optax.EmptyState())
+            (grads, clipped), _ = clip.update((grads, signal), optax.EmptyState())
         change, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, change)
-        feedback_opt_state, mine = state.feedback_opt_state, learning(feedback)
-        feedback = relaxed(feedback, signal)
-        if jax.tree.leaves(mine):
-            change, feedback_opt_state = feedback_optimizer.update(learning(step_signal), feedback_opt_state, mine)
-            feedback = _overlay(tree, feedback, optax.apply_updates(mine, change))
+        feedback_opt_state = list(state.feedback_opt_state)
+        for i, trainer in enumerate(feedback_optimizers):
+            mine, towards = learning(feedback, i), learning(clipped if trainers[i] is None else signal, i)
+            change, feedback_opt_state[i] = trainer.update(towards, feedback_opt_state[i], mine)
+            feedback = _overlay(feedback, optax.apply_updates(mine, change))
         state = TrainState(
-            state.step + 1, params, feedback, model_state, opt_state, feedback_opt_state, state.mirrored, key
+            state.step + 1, params, feedback, model_state, opt_state, tuple(feedback_opt_state), state.mirrored, key
         )
         return place(state), metrics
 
@@ -270,9 +275,8 @@ def make_steps(
         )
         for i, (path, signal) in enumerate(zip(analysis.paths, signals, strict=True)):
             if signal is not None and leaves[i] is not None:
-                losses = mirrors[path].alignment
-                if losses is not None:  # the signal is the whole change
-                    leaves[i] = leaves[i] + (losses.rate * signal).astype(signal.dtype)
+                if mirrors[path].signal is not None:  # it is the whole change
+                    leaves[i] = leaves[i] + (mirrors[path].rate * signal).astype(signal.dtype)
                     continue
                 if mirror_optimizer is not None and mirrors[path].each_step:
                     change, _ = mirror_optimizer.update(signal, mirror_optimizer.init(leaves[i]), leaves[i])
@@ -332,7 +336,7 @@ def make_steps(
             feedback=feedback,
             model_state=model_state,
             opt_state=optimizer.init(params),
-            feedback_opt_state=feedback_optimizer.init(learning(feedback)),
+            feedback_opt_state=tuple(o.init(learning(feedback, i)) for i, o in enumerate(feedback_optimizers)),
             mirrored=jnp.asarray(mirror_steps, jnp.int32),
             key=key,
         )
@@ -464,17 +468,6 @@ def _all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
-def _trained(b: Any) -> Any:
-    """The part of a feedback entry that an optimizer trains."""
-    return ProductFeedback(None, b.b, b.shape, b.order) if isinstance(b, ProductFeedback) else b
-
-
-def _overlay(tree: Any, below: Any, above: Any) -> Any:
+def _overlay(below: Any, above: Any) -> Any:
     """``above`` where it has an entry, ``below`` elsewhere."""
-    pairs = zip(tree.flatten_up_to(below), tree.flatten_up_to(above), strict=True)
-    return tree.unflatten(
-        [
-            b if a is None else ProductFeedback(b.r, a.b, a.shape, a.order) if isinstance(a, ProductFeedback) else a
-            for b, a in pairs
-        ]
-    )
+    return jax.tree.map(lambda a, b: b if a is None else a, above, below, is_leaf=lambda x: x is None)

@@ -6,15 +6,125 @@ dense, grouped, strided or dilated variant is served by the same few lines.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from wmkp import checks
 from wmkp.program import compat
 from wmkp.program.products import Product
 from wmkp.program.projections import WeightTransportError, direct_sizes
 
-LocalGradient = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+class Synapses(NamedTuple):
+    """What the synapses of a projection see in one use of it: all that a signal may be made of.
+
+    Attributes:
+      x: the presynaptic activity, as the projection gets it (with the noise, if its rule asks for some).
+      u: the response, W x, before any bias.
+      delta: the loss's gradient at u; None in mirror mode. Under direct feedback too it is that of u itself.
+      error: what travels back through B: delta, or the output's error, as ``Rule.error`` made it; None in mirror mode.
+      b: what carries the error back, in W's layout at this use; a B that is no array comes as it is.
+      w: W, under a rule that transports "weights"; None under all others.
+      noise: what was added to x; None without noise. In mirror mode it is x.
+      key: a random key of this use; None where none was given.
+      outer: ``(x, delta) -> array``: the sum of the outer products over samples, in W's layout (or in direct feedback's).
+      multiply: ``(x, b) -> array``: the projection of x by an array in W's layout.
+      samples: how many samples ``outer`` sums over.
+      uses: how often a step uses the parameter: a signal that is to be the mean over its uses is divided by it.
+      fan_in: how many presynaptic values one value of u sums over.
+      product: the equation itself, for what is not here; None in mirror mode.
+    """
+
+    x: jax.Array
+    u: jax.Array
+    delta: Any
+    error: Any
+    b: Any
+    w: Any
+    noise: Any
+    key: Any
+    outer: Callable[[Any, Any], jax.Array]
+    multiply: Callable[[Any, Any], jax.Array]
+    samples: Any
+    uses: float
+    fan_in: int
+    product: Product | None
+
+
+Signal = Callable[[Synapses], Any]
+
+
+def hebbian(synapses: Synapses) -> jax.Array:
+    """Kolen-Pollack's signal ``x error^T`` (eq. 15), from the two sides that each synapse of B sees.
+
+    Where nothing changes the error on its way, it is W's own gradient and costs nothing.
+
+    Args:
+      synapses: what the projection's synapses see.
+    """
+    return synapses.outer(synapses.x, synapses.error)
+
+
+class Circuit(NamedTuple):
+    """How one projection is run: what its rule makes of the error and of what its synapses see (as in ``wmkp.Rule``).
+
+    Attributes:
+      signal, error: as in ``wmkp.Rule``.
+      made: whether B is made of W at each step.
+      reads: whether the signal may read W.
+      uses: see ``Synapses``.
+    """
+
+    signal: Signal | None = None
+    error: Callable[[Any, Any], Any] | None = None
+    made: bool = False
+    reads: bool = False
+    uses: float = 1.0
+
+    @property
+    def own(self) -> bool:
+        """Whether the signal is another than Kolen-Pollack's."""
+        return self.signal is not None and self.signal is not hebbian
+
+    def carried(self, delta: jax.Array, key: Any) -> jax.Array:
+        """What travels back in the place of ``delta``."""
+        return delta if self.error is None else self.error(delta, _draw(key, 0)).astype(delta.dtype)
+
+
+class Channel(NamedTuple):
+    """What goes from each product to the next, through every loop and branch.
+
+    Attributes:
+      error: zeros, whose cotangent is the error at the network's output; None without direct feedback.
+      key: a random key, of which each product takes one; None where no rule asks for any.
+    """
+
+    error: Any
+    key: Any
+
+
+def next_key(channel: Channel | None) -> tuple[Channel | None, Any]:
+    """The channel after a product, and the product's own key."""
+    if channel is None or channel.key is None:
+        return channel, None
+    key, own = jax.random.split(channel.key)
+    return channel._replace(key=key), own
+
+
+def _draw(key: Any, which: int) -> Any:
+    """Of a product's key, that of the error (0), of the noise (1) or of the signal (2)."""
+    return None if key is None else jax.random.fold_in(key, which)
+
+
+def noisy(x: jax.Array, std: float, key: Any) -> tuple[jax.Array, Any]:
+    """``x`` with Gaussian noise, and the noise; None where there is no key or no noise."""
+    if key is None or not std:
+        return x, None
+    draw = std * jax.random.normal(_draw(key, 1), x.shape, jnp.promote_types(x.dtype, jnp.float32))
+    noise = compat.divided_as(draw.astype(x.dtype), jax.typeof(x))
+    return x + noise, noise
 
 
 def through_feedback(
@@ -22,68 +132,149 @@ def through_feedback(
     x: jax.Array,
     w: jax.Array,
     b: jax.Array,
-    local: LocalGradient | None = None,
-    made: bool = False,
+    circuit: Circuit = Circuit(),  # noqa: B008 (a tuple)
+    entry: Any = None,
+    noise: Any = None,
+    key: Any = None,
 ) -> jax.Array:
     """``product.multiply(x, w)``, with the error sent back through ``b``; W is not among what the backward pass keeps.
 
-    The cotangent of ``b`` is that of ``w`` (eq. 15: y delta^T in the paper's layout, delta y^T in W's), which is the
-    Kolen-Pollack signal; or, with ``local``, ``local(x, u, w, b)``: the gradient of a loss of this projection alone,
-    which no error enters. A ``b`` that is ``made`` of W at each step is made when the error is there, and not kept from
-    the forward pass.
+    The cotangent of ``b`` is the circuit's signal: by default that of ``w`` (eq. 15: y delta^T in the paper's layout,
+    delta y^T in W's). A signal in the structure of ``entry`` (the whole B, where it is no array) is the cotangent of
+    ``entry`` instead. A ``b`` that is made of W at each step is made when the error is there, and not kept from the forward
+    pass.
     """
 
     @jax.custom_vjp
-    def multiply(x: jax.Array, w: jax.Array, b: jax.Array) -> jax.Array:
+    def multiply(x: jax.Array, w: jax.Array, b: jax.Array, entry: Any, noise: Any, key: Any) -> jax.Array:
         return product.multiply(x, w)
 
-    def forward(x: jax.Array, w: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[Any, ...]]:
+    def forward(*inputs: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+        x, w, b, entry, noise, key = inputs
         u = product.multiply(x, w)
-        return u, (x, b) if local is None else (x, b, local(*map(compat.gathered, (x, u, w, b))))
+        if not circuit.own:
+            return u, (x, b, key)
+        return u, (x, b, key, u, w if circuit.reads else None, entry, noise)
 
-    def backward(kept: tuple[Any, ...], delta: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        x, b = kept[:2]
-        if made:
+    def backward(kept: tuple[Any, ...], delta: jax.Array) -> tuple[Any, ...]:
+        x, b, key = kept[:3]
+        if circuit.made:
             b = compat.after(b, delta)
-        (dx,) = jax.linear_transpose(lambda x: product.multiply(x, b), x)(delta)
+        error = circuit.carried(delta, key)
+        (dx,) = jax.linear_transpose(lambda x: product.multiply(x, b), x)(error)
         # B is read for dx, and overwritten (as W is, where B is made of it) by what comes of these.
         dw = compat.after(product.weight_gradient(x, delta), dx)
-        return dx, dw, dw if local is None else compat.after(compat.divided_as(kept[2], jax.typeof(b)), dx)
+        if circuit.own:
+            return dx, dw, *own_signal(x, b, error, delta, dx, *kept[2:]), None, None
+        if circuit.signal is not None and circuit.error is not None:
+            return dx, dw, compat.after(product.weight_gradient(x, error), dx), None, None, None
+        return dx, dw, None if circuit.signal is None else dw, None, None, None
+
+    def own_signal(
+        x: Any, b: Any, error: Any, delta: Any, dx: Any, key: Any, u: Any, w: Any, entry: Any, noise: Any
+    ) -> tuple[Any, Any]:
+        x, u, delta, error, w, noise = (a if a is None else compat.gathered(a) for a in (x, u, delta, error, w, noise))
+        seen = Synapses(
+            x, u, delta, error, compat.gathered(b) if entry is None else entry, w, noise, _draw(key, 2),
+            product.weight_gradient, product.multiply, product.samples(), circuit.uses, product.fans()[0], product,
+        )  # fmt: skip
+        assert circuit.signal is not None
+        signal = circuit.signal(seen)
+        if entry is not None and not isinstance(signal, jax.Array):
+            return None, _in_structure(signal, entry)
+        check_signal(signal, b.shape, "its weight's at this use")
+        return compat.after(compat.divided_as(signal.astype(b.dtype), jax.typeof(b)), dx), None
 
     multiply.defvjp(forward, backward)
-    return multiply(x, w, b)
+    return multiply(x, w, b, entry, noise, key)
+
+
+def _in_structure(signal: Any, entry: Any) -> Any:
+    """A signal in the structure of the whole B, zeros in place of None."""
+
+    def part(s: Any, e: Any) -> Any:
+        return jax.tree.map(jnp.zeros_like, e) if s is None else s.astype(e.dtype)
+
+    try:
+        return jax.tree.map(part, signal, entry, is_leaf=lambda s: s is None)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"rule.signal returned {checks.short(checks.shapes(signal))}, where B is {checks.short(checks.shapes(entry))}; return "
+            "B's own structure (None in place of what does not learn), or one array in W's layout, as synapses.outer makes it"
+        ) from error
+
+
+def check_signal(signal: Any, shape: tuple[int, ...], whose: str) -> None:
+    """ValueError if a rule's signal is no array of the shape."""
+    if getattr(signal, "shape", None) != shape:
+        raise ValueError(
+            f"rule.signal returned {checks.shapes(signal)}, where an array of shape {list(shape)} ({whose}) is expected; "
+            "synapses.outer(x, delta) makes one"
+        )
 
 
 def directly(
-    product: Product, x: jax.Array, w: jax.Array, b: jax.Array, channel: jax.Array
+    product: Product,
+    x: jax.Array,
+    w: jax.Array,
+    b: jax.Array,
+    channel: jax.Array,
+    circuit: Circuit = Circuit(),  # noqa: B008 (a tuple)
+    noise: Any = None,
+    key: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """``product.multiply(x, w)``, and ``channel`` as it came, whose cotangent times ``b`` is the error at ``x`` (Nokland 2016).
 
     ``b`` is (size of one input, size of one error); what travels back through the channel is the error at the network's
-    output. The cotangent of ``b`` is x e^T, summed over samples (direct Kolen-Pollack).
+    output. The cotangent of ``b`` is the circuit's signal: by default x e^T, summed over samples (direct Kolen-Pollack).
     """
     _, inputs, errors = direct_sizes(x.shape, channel.shape)
 
+    def outer(x: jax.Array, e: jax.Array) -> jax.Array:
+        return compat.gathered(x).reshape(-1, inputs).astype(b.dtype).T @ e.reshape(-1, errors).astype(b.dtype)
+
     @jax.custom_vjp
-    def multiply(x: jax.Array, w: jax.Array, b: jax.Array, channel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def multiply(x: Any, w: Any, b: Any, channel: Any, noise: Any, key: Any) -> tuple[jax.Array, jax.Array]:
         return product.multiply(x, w), channel
 
-    def forward(x: jax.Array, w: jax.Array, b: jax.Array, channel: jax.Array) -> tuple[Any, Any]:
-        return (product.multiply(x, w), channel), (x, b)
+    def forward(*inputs: Any) -> tuple[Any, Any]:
+        x, w, b, channel, noise, key = inputs
+        u = product.multiply(x, w)
+        return (u, channel), (x, b, key, *((u, w if circuit.reads else None, noise) if circuit.own else ()))
 
-    def backward(kept: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-        (x, b), (delta, error) = kept, cotangents
-        e = compat.gathered(error).reshape(-1, errors).astype(b.dtype)
-        dx = compat.divided_as((e @ b.T).reshape(x.shape).astype(x.dtype), jax.typeof(x))
-        return (
-            dx,
-            product.weight_gradient(x, delta),
-            compat.gathered(x).reshape(-1, inputs).astype(b.dtype).T @ e,
-            error,
-        )
+    def backward(kept: tuple[Any, ...], cotangents: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
+        (x, b, key), (delta, output) = kept[:3], cotangents
+        e = circuit.carried(compat.gathered(output), key)
+        back = (e.reshape(-1, errors).astype(b.dtype) @ b.T).reshape(x.shape).astype(x.dtype)
+        if circuit.own:
+            u, w, noise = kept[3:]
+            samples = e.size // errors
+            seen = Synapses(
+                x,
+                u,
+                delta,
+                e,
+                b,
+                w,
+                noise,
+                _draw(key, 2),
+                outer,
+                product.multiply,
+                samples,
+                circuit.uses,
+                inputs,
+                product,
+            )
+            assert circuit.signal is not None
+            db = circuit.signal(seen)
+            check_signal(db, b.shape, "B's")
+        else:
+            db = outer(x, e)
+        dx = compat.divided_as(back, jax.typeof(x))
+        return dx, product.weight_gradient(x, delta), db.astype(b.dtype), output, None, None
 
     multiply.defvjp(forward, backward)
-    return multiply(x, w, b, channel)
+    return multiply(x, w, b, channel, noise, key)
 
 
 def emit_error(y: jax.Array, channel: jax.Array) -> jax.Array:
