@@ -177,7 +177,7 @@ def test_a_weight_scaled_and_then_laid_out_is_mirrored_exactly():
 
 def test_what_a_rule_makes_of_w_is_no_use_of_w():
     """W's own gradient is delta x^T, however backward reads W."""
-    rule = wmkp.Rule("half", wmkp.kolen_pollack().init, lambda w, b: (w + b) / 2, learns=True)
+    rule = wmkp.Rule("half", wmkp.kolen_pollack().init, lambda w, b: (w + b) / 2, wmkp.hebbian)
     params, x = list(layers(2, 6)), jax.random.normal(KEY, (3, 6))
     loss = lambda p, x: jnp.sum(jnp.tanh(jnp.tanh(x @ p[0]) @ p[1]) ** 2)
     for fun in (loss, lambda p, x: loss(p, x) + jnp.sum(p[1] ** 2)):  # and with another use

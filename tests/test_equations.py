@@ -100,7 +100,7 @@ def optimizer(decay=DECAY, momentum=MOMENTUM):
 
 def train(rule, loss, tx, params, data, feedback):
     """Every step's params and feedback, as arrays with a leading axis of steps; the initial ones first."""
-    learns = rule.learns
+    learns = rule.signal is not None
     tx_b = wmkp.updates.kolen_pollack(tx)
 
     def step(carry, batch):

@@ -98,7 +98,7 @@ def test_fsdp_divides_w_b_and_their_moments():
     kernel = divided.params["Conv_0"]["kernel"]
     assert kernel.sharding.spec == PartitionSpec(None, None, None, ("data",))
     assert kernel.addressable_shards[0].data.shape == (3, 3, 3, 2)
-    for tree in (divided.feedback, divided.opt_state[1][0].trace, divided.feedback_opt_state[1][0].trace):
+    for tree in (divided.feedback, divided.opt_state[1][0].trace, divided.feedback_opt_state[0][1][0].trace):
         assert tree["Dense_0"]["kernel"].sharding == divided.params["Dense_0"]["kernel"].sharding
     mine = [sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(s.feedback)) for s in (divided, whole)]
     assert mine[0] < 1.3 * mine[1] / DEVICES  # the output's (30, 10) does not divide

@@ -370,7 +370,7 @@ WRONG = {
         for what, fields, *words in (
             ("B is not used", {"backward": None}, "rule mine has no backward", "back through W"),
             ("B is not made", {"init": None}, "rule mine has no init"),
-            ("signal is perhaps transported", {"transported": "no"}, "rule.transported must be True or False"),
+            ("transports what there is not", {"transports": "half"}, "rule.transports must be one of"),
             ("init takes two", {"init": lambda key, p: 0}, "rule.init of mine raised TypeError", "(key, projection, W) -> B"),
             ("init is no function", {"init": 3}, "rule.init must be a function"),
             ("init makes another shape", {"init": lambda k, p, w: jnp.zeros(3)}, "rule.init of mine made float32[3] for params['w']", "float32[6, 2]"),
@@ -379,9 +379,11 @@ WRONG = {
             ("backward is no function", {"backward": "b"}, "rule.backward must be a function"),
             ("backward returns another dtype", {"backward": lambda w, b: b > 0}, "feedback['w']", "bool[6, 2], where W is float32[6, 2]"),
             ("backward fails", {"backward": lambda w, b: {}["r"]}, "feedback['w']", "KeyError"),
-            ("learns is a word", {"learns": "yes"}, "rule.learns must be True or False"),
+            ("signal is a word", {"signal": "yes"}, "rule.signal must be a function"),
+            ("optimizer is a rate", {"signal": wmkp.hebbian, "optimizer": 0.1}, "rule.optimizer must be an optax"),
+            ("error is a word", {"error": "sign"}, "rule.error must be a function"),
+            ("noise is negative", {"noise": -1.0}, "rule.noise must be"),
             ("mirror is a word", {"mirror": "yes"}, "rule.mirror must be a Mirror, or None"),
-            ("local is a word", {"local": "yes"}, "rule.local must be an Alignment, or None"),
         )
     },
     # --- numbers beyond float32, and beyond float64
@@ -440,7 +442,7 @@ WRONG = {
     },
     "a batch of NumPy's strings": (lambda: steps(KP).engaged_step(state(), np.full((4, 3), "x")), "batch[''] is ndarray", "JAX cannot trace"),
     "a mirror's flag": (lambda: init(custom(mirror=wmkp.Mirror(each_step="no"))), "rule.mirror.each_step must be True or False"),
-    "a mirror's losses": (lambda: init(custom(mirror=wmkp.Mirror(alignment="decay"))), "rule.mirror.alignment must be an Alignment, or None"),
+    "a mirror's losses": (lambda: init(custom(mirror=wmkp.Mirror(signal="decay"))), "rule.mirror.signal must be a function"),
     "shapes in place of params, steps.init": (lambda: steps(KP).init(KEY, jax.eval_shape(lambda: PARAMS)), "params['b'] is ShapeDtypeStruct"),
     "covariances of no sample": (lambda: wmkp.input_covariances(fun, PARAMS, X[:0]), "args hold no sample"),
     "backprop with another tree for feedback": (lambda: grad(BP, PARAMS, X), "feedback must have the structure of params"),

@@ -206,7 +206,7 @@ def test_shapes_dtypes_finiteness_purity_and_jit(model, choice, seed):
     assert np.isclose(value, same_value, rtol=1e-5 if model["dtype"] == jnp.float32 else 0.05)
     for path, s in flat(signal, is_leaf=lambda b: isinstance(b, Direct | ProductFeedback)).items():
         at = rule_at(choice, path)
-        if not (at.learns or at.local):
+        if not at.signal:
             assert not any(np.any(leaf) for leaf in jax.tree.leaves(s)), path
 
     steps = wmkp.make_steps(loss, rule, optax.sgd(0.01), params, batch)

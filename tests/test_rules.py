@@ -424,7 +424,7 @@ def test_training_equals_numpy(float64, name):
         if isinstance(final[i], ProductFeedback):
             np.testing.assert_array_equal(final[i].r, starts[i].r)
         gained = np.max(np.abs(unpacked(final[i]) - unpacked(starts[i])))
-        fixed = not (rules[i].learns or rules[i].local or rules[i].mirror or rules[i].redrawn)
+        fixed = not (rules[i].signal or rules[i].mirror or rules[i].redrawn)
         assert gained == 0 if fixed else gained > 1e-3
     assert np.isfinite(metrics["loss"])
 
@@ -441,10 +441,9 @@ def test_every_factory_has_a_case():
         "direct_kolen_pollack", "alignment", "symmetric_alignment", "activation_alignment", "activity_mirror",
         "activity_mirror_whitened", "weight_mirror", "mirrored_kolen_pollack",
     }  # fmt: skip
-    import wmkp.rules as module
-
-    factories = [f for n, f in vars(wmkp).items() if callable(f) and getattr(f, "__module__", "") == module.__name__]
-    names = {f().name for f in factories if f not in (wmkp.Rule, wmkp.Mirror, wmkp.alignment)}
+    homes = {"wmkp.rules", "wmkp.alignment"}
+    factories = [f for f in vars(wmkp).values() if callable(f) and getattr(f, "__module__", "") in homes]
+    names = {f().name for f in factories if not isinstance(f, type) and f is not wmkp.alignment}
     assert names - found == {"information_alignment"}, "which has a test of its own below"
 
 
@@ -563,13 +562,17 @@ def test_product_feedback_has_r_near_orthogonal():
 
 def test_published_coefficients_are_the_defaults():
     """Kunin et al.'s, and what the docstrings say of the rest."""
-    defaults = Alignment(rate=0.1)
     information = wmkp.information_alignment(noise_std=2.0)
-    assert information.mirror.alignment == defaults._replace(amplitude=1.0, null=0.5, decay=0.5)
+    assert information.mirror.signal == Alignment(amplitude=1.0, null=0.5, decay=0.5) and information.mirror.rate == 0.1
     assert information.mirror.noise_std == 2.0 and wmkp.information_alignment().mirror.noise_std == 1.0
-    assert wmkp.symmetric_alignment().local == defaults._replace(self_alignment=1.0, decay=1.0)
-    assert wmkp.activation_alignment().local == Alignment(amplitude=1.0, sparse=1.0, normalize="total", rate=1.0)
-    assert wmkp.activity_mirror().local == defaults._replace(amplitude=1.0, decay=1.0, normalize="mean")
+    on_activity = (
+        (wmkp.symmetric_alignment(), Alignment(self_alignment=1.0, decay=1.0), 0.1),
+        (wmkp.activation_alignment(), Alignment(amplitude=1.0, sparse=1.0, normalize="total"), 1.0),
+        (wmkp.activity_mirror(), Alignment(amplitude=1.0, decay=1.0, normalize="mean"), 0.1),
+    )
+    for rule, signal, rate in on_activity:
+        change, _ = rule.optimizer.update(jnp.ones(3), rule.optimizer.init(jnp.ones(3)))
+        assert rule.signal == signal and np.allclose(change, -rate)
     mirror = wmkp.weight_mirror().mirror
     assert (mirror.noise, mirror.noise_std, mirror.target_angle, mirror.rate) == ("gaussian", 1.0, 6.0, 0.1)
     start = wmkp.kolen_pollack(start="mirror")
@@ -838,7 +841,7 @@ def test_direct_feedback_in_a_convnet_equals_numpy(float64, rule):
     image = np.tanh(np.asarray(conv(x, params["conv1"]["w"])) + params["conv1"]["b"])
     assert image.shape == shape
     for name, activity in {**activities, "conv2": image}.items():
-        learned = activity.reshape(len(x), -1).T @ e if rule.learns else np.zeros_like(B[name])
+        learned = activity.reshape(len(x), -1).T @ e if rule.signal else np.zeros_like(B[name])
         np.testing.assert_allclose(signal[name]["w"].array, learned, rtol=0, atol=1e-12)
 
 

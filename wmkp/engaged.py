@@ -33,7 +33,8 @@ def init_feedback(key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], pa
       normalisations, at a first layer, under ``backprop()``.
 
     Raises:
-      ValueError: no projection in ``fun``, patterns and paths that do not match, or a ``scale`` beyond a parameter's dtype.
+      ValueError: no projection in ``fun``, patterns and paths that do not match, a ``scale`` beyond a parameter's dtype, or a
+        rule of one's own that reads W and says that it transports nothing.
       WeightTransportError: B cannot follow a parameter; the message names its path and the primitive.
     """
     checks.key(key)
@@ -72,7 +73,37 @@ def made(rule: Rule, key: jax.Array, projection: Projection, w: Any) -> Any:
             f"rule.init of {rule.name} made {checks.shapes(b)} for params[{projection.path!r}], which is "
             f"{checks.shape(w)}; B must have W's shape and dtype (or be a pytree of arrays, see wmkp.Rule)"
         )
+    _check_transports(rule, w, b)
     return compat.divided_as(b, jax.typeof(w)) if is_array(b) else b
+
+
+def _check_transports(rule: Rule, w: Any, b: Any) -> None:
+    """ValueError if ``backward`` makes what carries the error of W, though the rule says that W stays where it is."""
+    if rule.transports not in ("nothing", "changes") or rule.backward is None:
+        return
+    try:
+        traced = jax.make_jaxpr(rule.backward)(checks.aval(w), jax.tree.map(checks.aval, b))
+    except Exception:  # what is wrong with such a function is said where it is used
+        return
+    if any(_made_of(traced.jaxpr, [True] + [False] * (len(traced.jaxpr.invars) - 1))):
+        raise ValueError(
+            f"rule.backward of {rule.name} reads W, but rule.transports is {rule.transports!r}: make its result of B alone, or "
+            'say what it reads, transports="weights" (or "signs")'
+        )
+
+
+def _made_of(jaxpr: Any, given: list[bool]) -> list[bool]:
+    """Which of a jaxpr's results are made of the given inputs, by whatever way."""
+    known = {v for v, known in zip(jaxpr.invars, given, strict=True) if known}
+    has = lambda v: isinstance(v, compat.Var) and v in known
+    for eqn in jaxpr.eqns:
+        inputs = [has(v) for v in eqn.invars]
+        if eqn.primitive.name in ("jit", "pjit"):
+            outputs = _made_of(eqn.params["jaxpr"].jaxpr, inputs)
+        else:
+            outputs = [any(inputs)] * len(eqn.outvars)
+        known.update(v for v, out in zip(eqn.outvars, outputs, strict=True) if out)
+    return [has(v) for v in jaxpr.outvars]
 
 
 def feedback_leaves(params: Any, feedback: Any) -> list[Any]:

@@ -119,9 +119,11 @@ def _draw(key: Any, which: int) -> Any:
 
 
 def noisy(x: jax.Array, std: float, key: Any) -> tuple[jax.Array, Any]:
-    """``x`` with Gaussian noise, and the noise; None where there is no key or no noise."""
-    if key is None or not std:
+    """``x`` with Gaussian noise, and the noise: zeros without a key, None where the rule has none."""
+    if not std:
         return x, None
+    if key is None:
+        return x, jnp.zeros_like(x)
     draw = std * jax.random.normal(_draw(key, 1), x.shape, jnp.promote_types(x.dtype, jnp.float32))
     noise = compat.divided_as(draw.astype(x.dtype), jax.typeof(x))
     return x + noise, noise
