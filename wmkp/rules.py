@@ -540,6 +540,8 @@ def _check_fields(rule: Rule) -> None:
         checks.function("rule.signal", rule.signal, "(synapses) -> array in W's layout, or None")
     if rule.error is not None:
         checks.function("rule.error", rule.error, "(delta, key) -> array of delta's shape, or None")
+    if rule.signal is not None and rule.backward is None:
+        raise ValueError(f"rule {rule.name}: give both init and backward with a signal, which is for a B")
     if rule.optimizer is not None:
         checks.transformation("rule.optimizer", rule.optimizer)
     if not isinstance(rule.mirror, Mirror | None):
