@@ -282,7 +282,7 @@ def test_mirrored_kolen_pollack_under_vmap_and_in_a_checkpoint():
 
 def test_mirrored_kolen_pollack_defaults():
     gaussian = wmkp.mirrored_kolen_pollack("gaussian")
-    assert gaussian.mirror.start == 20 and gaussian.learns
+    assert gaussian.mirror.start == 20 and gaussian.signal
     assert wmkp.mirror_angle(8 * 500, 500, gaussian) == pytest.approx(4.5, abs=0.1)
     with pytest.raises(ValueError, match="start must be an integer of at least 1"):
         wmkp.mirrored_kolen_pollack(start=0)

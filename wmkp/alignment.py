@@ -153,7 +153,7 @@ def alignment(
       ValueError: an argument is out of its range.
     """
     check_scale(scale)
-    losses = Alignment(decay, amplitude, sparse, null, self_alignment, whiten, normalize)
+    losses: Any = Alignment(decay, amplitude, sparse, null, self_alignment, whiten, normalize)
     for coefficient in ("amplitude", "decay", "null", "sparse", "self_alignment"):
         checks.coefficient(coefficient, getattr(losses, coefficient))
     if not any(losses[:5]):
@@ -166,7 +166,8 @@ def alignment(
     checks.one_of("on", on, ("noise", "activity"))
     checks.flag("whiten", whiten)
     # A mirror's rate is at most 1: what is above that is in the losses.
-    on_noise = Alignment(*(max(rate, 1.0) * coefficient for coefficient in losses[:5]))
+    more = max(rate, 1.0)
+    on_noise: Any = Alignment(more * decay, more * amplitude, more * sparse, more * null, more * self_alignment)
     mirror = Mirror(noise, noise_std, num_samples, 6.0, min(rate, 1.0), signal=on_noise)
     check_mirror(mirror)
     if whiten and normalize != "none":

@@ -218,10 +218,10 @@ def evaluate(
     def on_product(handler: Handler, product: Product, x: Any, w: Any, b: Any, tap: Any) -> Any:
         leaf = min(product.params)
         rule = rules.get(analysis.paths[leaf])
-        if b is None or (not product.needs_feedback and (b is w or isinstance(b, Direct))):
-            y = product.multiply(x, w) if b is w else pathways.without_feedback(product, x, w, analysis.paths[leaf])
-        elif b is w and (rule is None or _leaves_alone(rule)):
+        if b is w and (rule is None or _leaves_alone(rule) or not product.needs_feedback):
             y = product.multiply(x, w)
+        elif b is None or (isinstance(b, Direct) and not product.needs_feedback):
+            y = pathways.without_feedback(product, x, w, analysis.paths[leaf])
         else:
             circuit = circuits[analysis.paths[leaf]]
             handler.channel, own = pathways.next_key(handler.channel)
