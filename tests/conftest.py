@@ -2,6 +2,7 @@
 
 import gc
 import os
+import tempfile
 from importlib.metadata import version
 
 # XLA's older way of emitting code, and a program as one module: small programs compile in half the time. A flag that an
@@ -15,6 +16,12 @@ os.environ["XLA_FLAGS"] = (
 # XLA has no more threads than devices or cores, and eight devices in an all-reduce hold eight: with one held up elsewhere
 # they wait until XLA ends the process (seen in three runs). This is how many threads it is to have.
 os.environ["NPROC"] = "32"
+
+# What one process of this run has compiled, the others (pytest's workers, and what tests start) read.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
