@@ -74,7 +74,7 @@ CIFAR = Recipe(
 RULES: dict[str, Callable[[], wmkp.Rule]] = {
     "BP": wmkp.backprop,
     "KP": partial(wmkp.kolen_pollack, start="mirror"),
-    "WM": partial(wmkp.weight_mirror, "orthogonal", target_angle=0.01, rate=1.0),
+    "WM": wmkp.weight_mirror,
 }
 
 

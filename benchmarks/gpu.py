@@ -22,7 +22,7 @@ BATCH = 256
 EVERY = 4  # engaged steps to a mirror step of ResNet-50, as its recipe has it; ResNet-20's has one after each
 RULES: dict[str, Callable[[], wmkp.Rule]] = {
     "KP": wmkp.kolen_pollack,
-    "WM": partial(wmkp.weight_mirror, "orthogonal", target_angle=0.01, rate=1.0),
+    "WM": wmkp.weight_mirror,
 }
 
 

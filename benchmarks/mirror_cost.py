@@ -23,7 +23,7 @@ import benchmarks
 import wmkp
 from benchmarks import Part, Row, Settings, arrays, models, programs
 from wmkp import checks
-from wmkp.mirror import draw_noise
+from wmkp.noise import draw_noise
 
 ANGLE = 6.0  # degrees, to be held by every projection at every step
 MARGIN = 0.85  # the share of it that a schedule may use up by prediction
@@ -131,10 +131,11 @@ def against_products(name: str, settings: Settings) -> Iterator[Row]:
         note = "N = fan_in" + ("; drawn apart: a mirror step does not write it down" if noise == "orthogonal" else "")
         yield benchmarks.ratio(f"{about}: noise over the products", taken, "noise", "products", note)
         yield benchmarks.ratio(f"{about}: all else over the products", taken, "all else", "products", "N = fan_in")
-    steps, state = mirror_steps(case, wmkp.weight_mirror())
+    rule = wmkp.weight_mirror("gaussian", target_angle=6.0, rate=0.1)
+    steps, state = mirror_steps(case, rule)
     memory = steps.mirror_step.lower(state).compile().memory_analysis().temp_size_in_bytes / 1e6
-    samples = sum(wmkp.samples_for_angle(6.0, n, wmkp.weight_mirror()) * n for n, _ in shapes)
-    about = f"of weight_mirror(): its noise at once would be {4 * samples / 1e6:,.0f} MB"
+    samples = sum(wmkp.samples_for_angle(6.0, n, rule) * n for n, _ in shapes)
+    about = f"of Gaussian noise for 6 degrees: its noise at once would be {4 * samples / 1e6:,.0f} MB"
     yield Row(f"{name}: temporary memory of a mirror step, MB", memory, note=about)
 
 

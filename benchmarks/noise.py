@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 
 import benchmarks
-from wmkp.mirror import draw_noise
+from wmkp.noise import draw_noise
 from wmkp.rules import Mirror
 
 

@@ -9,12 +9,14 @@ import tyro
 
 import benchmarks
 from benchmarks import address, engaged, figures, mirror_cost
+from benchmarks import mirrors as mirrors_table
 
 ROOT = Path(__file__).parent.parent
 
 # The marked places of a page that measurements fill, each by the function of its name.
 PLACES = {
     "docs/performance.md": ("cost", "memory", "scaling", "mirror", "transforms", "peers"),
+    "docs/mirror.md": ("mirrors",),
     "README.md": ("resnet20", "training"),
 }
 
@@ -73,6 +75,11 @@ def memory() -> str:
         found = [rows.get(f"{name}: {rule}, peak bytes over BP's and B's") for rule in ("KP", "FA, WM")]
         lines.append([name, *("" if row is None or row.value is None else f"{row.value:.3f}" for row in found)])
     return table(["model", "KP", "FA, WM"], lines, 2)
+
+
+def mirrors() -> str:
+    """Weight mirrors and mirrored Kolen-Pollack at their defaults beside backprop."""
+    return mirrors_table.table()
 
 
 def scaling() -> str:

@@ -317,7 +317,7 @@ def linear_network():
 @functools.cache
 def linear_gradients(name):
     """(init_feedback's B, compiled gradients) of the linear network, compiled once for all examples."""
-    rule = {**RULES, "wm": wmkp.weight_mirror(), "bp": wmkp.backprop()}[name]
+    rule = {**RULES, "wm": wmkp.weight_mirror(start=0), "bp": wmkp.backprop()}[name]
     feedback = wmkp.init_feedback(KEY, rule, linear, *linear_network())
     return feedback, jax.jit(wmkp.value_and_grad(linear, rule))
 

@@ -17,7 +17,7 @@ RULES = {
     "brsf": wmkp.sign_symmetry("batch"),
     "kp": wmkp.kolen_pollack(),
     "kpm": wmkp.kolen_pollack(start="mirror"),
-    "wm": wmkp.weight_mirror(num_samples=40),
+    "wm": wmkp.weight_mirror("gaussian", num_samples=40, rate=0.1, start=0),
     "wm bias": wmkp.weight_mirror("orthogonal+antithetic", num_samples=64, activation=jax.nn.relu, bias="kept"),
     "am": wmkp.activity_mirror(),
     "pfa": wmkp.product_feedback_alignment(),

@@ -20,7 +20,7 @@ RULES = {
     "FA": wmkp.feedback_alignment(),
     "SS": wmkp.sign_symmetry(),
     "KP": wmkp.kolen_pollack(),
-    "WM": wmkp.weight_mirror("orthogonal", target_angle=0.01, rate=1.0),
+    "WM": wmkp.weight_mirror(),
 }
 OPTIMIZER = optax.chain(optax.add_decayed_weights(1e-3), optax.sgd(0.1, momentum=0.9))
 
@@ -177,7 +177,7 @@ def test_a_mirror_step_is_two_products_a_projection(noise):
 @pytest.mark.parametrize("noise", ["gaussian", "rademacher", "uniform"])
 def test_noise_is_drawn_in_one_pass(noise):
     """No loop over memory: jax.random's own generator is one on CPUs, and takes longer than a mirror step's products."""
-    draw = lambda key: wmkp.mirror.draw_noise(key, wmkp.weight_mirror(noise).mirror, (1, 64, 32), jnp.float32)
+    draw = lambda key: wmkp.noise.draw_noise(key, wmkp.weight_mirror(noise).mirror, (1, 64, 32), jnp.float32)
     program = jax.jit(draw).lower(KEY)
     reference = jax.jit(lambda key: jax.random.normal(key, (64, 32))).lower(KEY)
     most = "64x32xui32"

@@ -19,7 +19,7 @@ RULES = {
     "bp": wmkp.backprop(),
     "kp": wmkp.kolen_pollack(),
     "kpm": wmkp.kolen_pollack(start="mirror"),
-    "wm": wmkp.weight_mirror(num_samples=40),
+    "wm": wmkp.weight_mirror("gaussian", num_samples=40, rate=0.1, start=0),
     "wmo": wmkp.weight_mirror("orthogonal+antithetic", num_samples=200, activation=jax.nn.relu),
 }
 OPTIMIZER = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.1, momentum=0.9))
@@ -114,7 +114,9 @@ def test_mirror_noise_is_divided_among_the_devices():
     x = np.ones((DEVICES, 4), np.float32)
 
     def flops(**over):
-        steps = wmkp.make_steps(loss, wmkp.weight_mirror(num_samples=800), OPTIMIZER, params, x, **over)
+        steps = wmkp.make_steps(
+            loss, wmkp.weight_mirror("gaussian", num_samples=800, rate=0.1, start=0), OPTIMIZER, params, x, **over
+        )
         state = steps.init(jax.random.key(0), params)
         compiled = steps.mirror_step.lower(state).compile()
         return compiled.cost_analysis()["flops"], compiled.as_text()
@@ -135,7 +137,9 @@ def test_noise_that_devices_share_is_summed_over_them_once(monkeypatch):
     x = np.ones((DEVICES, 4), np.float32)
 
     def loops(mesh):
-        steps = wmkp.make_steps(loss, wmkp.weight_mirror(num_samples=800), OPTIMIZER, params, x, mesh=mesh)
+        steps = wmkp.make_steps(
+            loss, wmkp.weight_mirror("gaussian", num_samples=800, rate=0.1, start=0), OPTIMIZER, params, x, mesh=mesh
+        )
         return steps.mirror_step.lower(steps.init(jax.random.key(0), params)).compile().as_text().count(" while(")
 
     meshes = the_mesh(), None, jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
@@ -150,7 +154,7 @@ def test_each_device_makes_its_own_noise(noise):
     """Nothing of it is made for other devices and sent, at a fan_in that is no square either (see the tables' rows)."""
     where = jax.sharding.NamedSharding(the_mesh(), jax.sharding.PartitionSpec(None, "data", None))
     rule = wmkp.weight_mirror(noise)
-    draw = lambda key: wmkp.mirror.draw_noise(key, rule.mirror, (1, 40, 40), jnp.float32)
+    draw = lambda key: wmkp.noise.draw_noise(key, rule.mirror, (1, 40, 40), jnp.float32)
     drawn = jax.jit(draw, out_shardings=where).lower(jax.random.key(0)).compile()
     assert "collective-permute" not in drawn.as_text() and "all-" not in drawn.as_text()
     np.testing.assert_allclose(drawn(jax.random.key(0)), draw(jax.random.key(0)), atol=1e-5)

@@ -17,7 +17,7 @@ from jax import lax
 
 import wmkp
 from wmkp.angles import angle
-from wmkp.mirror import draw_noise, threefry
+from wmkp.noise import draw_noise, threefry
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -38,7 +38,7 @@ def drawn_noise(key, mirror, *shape):
 
 def one_estimate(**options):
     """A rule whose law is that of a single estimate."""
-    return wmkp.weight_mirror(**{"rate": 1.0, **options})
+    return wmkp.weight_mirror(**{"noise": "gaussian", "rate": 1.0, **options})
 
 
 def mean_angles(rule, fun, params, *args, keys=8):
@@ -298,7 +298,7 @@ def test_a_few_samples_of_a_wide_projection_repeat_nothing():
 @pytest.mark.parametrize("word", [0, 2**32 - 1])
 def test_noise_is_finite_whatever_is_drawn(word, monkeypatch):
     """The normal distribution's ends are left out."""
-    monkeypatch.setattr(wmkp.mirror, "_words", lambda key, shape: (jnp.full(shape, word, jnp.uint32),) * 2)
+    monkeypatch.setattr(wmkp.noise, "_words", lambda key, shape: (jnp.full(shape, word, jnp.uint32),) * 2)
     for noise, least, most in (("gaussian", 5 if word else 0, 6), ("uniform", 1.73, 1.7321)):
         x = np.abs(draw_noise(KEY, wmkp.weight_mirror(noise).mirror, (1, 2, 3), jnp.float32))
         assert np.all((least <= x) & (x < most)), x
@@ -838,7 +838,7 @@ def test_samples_for_angle_of_orthogonal_noise(paired, relu, rate, target, fan_i
 
 def test_design_figures():
     """The figures that the law was first checked by: 512 Gaussian samples, rate 0.1, ResNet-20's widest layer."""
-    rule = wmkp.weight_mirror(num_samples=512, rate=0.1)
+    rule = wmkp.weight_mirror("gaussian", num_samples=512, rate=0.1)
     assert wmkp.mirror_angle(512, 576, rule) == pytest.approx(13.7, abs=0.05)
     assert wmkp.mirror_angle(1, 1, one_estimate()) == pytest.approx(45)
     assert wmkp.samples_for_angle(45, 100, one_estimate(activation=jax.nn.relu)) == 200
@@ -873,7 +873,7 @@ def settle(rule, params, steps, fun=dense, keys=1):
 @pytest.mark.parametrize(("rate", "phi", "std"), [(0.1, None, 1.0), (0.1, jax.nn.relu, 0.5), (0.5, jax.nn.relu, 2.0)])
 def test_leaky_average_settles_at_the_law(rate, phi, std):
     params = {"first": FIRST, "w": normal(2, 96, 160, fan_in=96)}
-    rule = wmkp.weight_mirror(num_samples=64, rate=rate, activation=phi, noise_std=std)
+    rule = wmkp.weight_mirror("gaussian", std, 64, phi, rate=rate)
     every = np.asarray(settle(rule, params, int(8 / rate), keys=8)["w"], np.float64)
     w = np.asarray(params["w"], np.float64)
     predicted = wmkp.mirror_angle(64, 96, rule)
@@ -884,8 +884,8 @@ def test_leaky_average_settles_at_the_law(rate, phi, std):
     assert ratio == pytest.approx(1 / math.cos(math.radians(predicted)), abs=0.03)
 
 
-def test_default_rule_settles_at_its_target_and_at_the_size_of_w():
-    rule = wmkp.weight_mirror()
+def test_rule_settles_at_its_target_and_at_the_size_of_w():
+    rule = wmkp.weight_mirror("gaussian", target_angle=6.0, rate=0.1)
     params = {"first": FIRST, "w": normal(2, 96, 160, fan_in=96)}
     found = settle(rule, params, 80)["w"][0]
     assert float(angle(found, params["w"])) == pytest.approx(rule.mirror.target_angle, abs=0.5)

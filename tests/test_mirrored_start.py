@@ -289,3 +289,148 @@ def test_mirrored_kolen_pollack_defaults():
     assert wmkp.mirrored_kolen_pollack(start=0, rate=0.1).mirror.rate == 0.1
     with pytest.raises(ValueError, match=r"calibrated_mirror\(rule, rate=1 / t\)"):
         wmkp.updates.calibrated_mirror(gaussian)
+
+
+# --- by hand ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [wmkp.kolen_pollack(start="mirror"), wmkp.mirrored_kolen_pollack(), wmkp.weight_mirror()],
+    ids=lambda r: r.name,
+)
+def test_init_feedback_mirrors(rule):
+    feedback = wmkp.init_feedback(KEY, rule, wide_loss, wide(), None, np.ones((3, 6), np.float32), KEY)
+    np.testing.assert_allclose(feedback["w"], wide()["w"], atol=1e-6)
+    assert feedback["first"] is None
+
+
+def test_a_loop_by_hand_is_make_steps():
+    """A weight mirror and mirrored Kolen-Pollack, from the same B and the same noise."""
+    x = np.random.default_rng(6).normal(size=(4, 8, 6)).astype(np.float32)
+    tx, params = OPTIMIZERS["sgd"], wide()
+    for rule in (
+        wmkp.weight_mirror("gaussian", num_samples=64),
+        wmkp.mirrored_kolen_pollack("gaussian", num_samples=64),
+    ):
+        steps = wmkp.make_steps(wide_loss, rule, tx, params, x[0])
+        state = steps.init(KEY, params)
+        w, b, opt = jax.tree.map(jnp.asarray, params), jax.tree.map(jnp.copy, state.feedback), tx.init(params)
+        feedback_tx = wmkp.updates.kolen_pollack(tx)
+        feedback_opt = feedback_tx.init(b)
+        for t, batch in enumerate(x):
+            noise_key = jax.random.split(jax.random.split(state.key, 3)[0])[1]
+            state, _ = steps.mirror_step(steps.engaged_step(state, batch)[0])
+            _, (grads, signal) = wmkp.value_and_grad(wide_loss, rule, True)(w, b, None, batch, KEY)
+            change, opt = tx.update(grads, opt, w)
+            w = optax.apply_updates(w, change)
+            if rule.signal is not None:
+                change, feedback_opt = feedback_tx.update(signal, feedback_opt, b)
+                b = optax.apply_updates(b, change)
+            mirror = wmkp.updates.calibrated_mirror(rule, None if rule.mirror.rate else 1 / (rule.mirror.start + t + 1))
+            signal = wmkp.mirror_signals(noise_key, rule, wide_loss, w, None, batch, KEY)
+            b = optax.apply_updates(b, mirror.update(signal, mirror.init(b), b)[0])
+        np.testing.assert_allclose(state.feedback["w"], b["w"], atol=1e-5)
+
+
+# --- lag --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("degrees_moved", [0.0, 5.0])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        wmkp.weight_mirror(),
+        wmkp.weight_mirror("gaussian", rate=0.5),
+        wmkp.weight_mirror("gaussian", rate=0.1),
+        wmkp.mirrored_kolen_pollack("gaussian"),
+        wmkp.weight_mirror("antithetic", activation=jax.nn.relu),
+    ],
+    ids=lambda rule: rule.name,
+)
+def test_lag_is_what_w_moved_beyond_the_noise(rule, degrees_moved):
+    """W moved by a known angle since B was mirrored: the mirror step says so without W, and says nothing where it did not."""
+    rng = np.random.default_rng(7)
+    params = {"first": rng.normal(size=(6, 400)), "w": rng.normal(size=(400, 300)) / 20}
+    params = jax.tree.map(np.float32, params)
+    steps = wmkp.make_steps(wide_loss, rule, optax.sgd(0.1), params, np.ones((3, 6), np.float32))
+    state = steps.init(KEY, params)
+    aside = rng.normal(size=(400, 300))
+    aside *= np.linalg.norm(params["w"]) / np.linalg.norm(aside) * np.tan(np.radians(degrees_moved))
+    moved = {**params, "w": jnp.asarray(params["w"] + aside, jnp.float32)}
+    _, metrics = steps.mirror_step(state._replace(params=moved))
+    lag = float(metrics["lag"]["w"])
+    if rule.mirror.noise == "orthogonal":
+        assert lag == pytest.approx(degrees_moved, abs=0.05)
+    else:  # within the two standard deviations that noise may have
+        assert lag <= degrees_moved + 3 and (lag == 0 if not degrees_moved else True)
+
+
+def test_lag_of_a_slow_mirror_shows_and_of_kolen_pollacks_changes_does_not():
+    x = np.random.default_rng(8).normal(size=(8, 6)).astype(np.float32)
+    found = {}
+    for name, rule in {
+        "slow": wmkp.weight_mirror("gaussian", num_samples=4000, rate=0.05),
+        "exact": wmkp.weight_mirror(),
+        "mkp": wmkp.mirrored_kolen_pollack("gaussian"),
+    }.items():
+        steps = wmkp.make_steps(wide_loss, rule, optax.sgd(0.5), wide(), x)
+        state = steps.init(KEY, wide())
+        for _ in range(20):
+            state, metrics = steps.mirror_step(steps.engaged_step(state, x)[0])
+        found[name] = float(metrics["lag"]["w"])
+    assert found["mkp"] == 0 and found["slow"] > 3 * found["exact"] > 0
+
+
+# --- learning rates that are traced -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [wmkp.kolen_pollack(), wmkp.mirrored_kolen_pollack(), wmkp.weight_mirror()])
+def test_learning_rates_can_be_vmapped(rule):
+    x = np.random.default_rng(9).normal(size=(8, 6)).astype(np.float32)
+
+    def train(rate):
+        tx = optax.chain(optax.add_decayed_weights(1e-3), optax.sgd(rate, momentum=0.9))
+        steps = wmkp.make_steps(wide_loss, rule, tx, wide(), x)
+        state = steps.init(KEY, wide())
+        for _ in range(3):
+            state, metrics = steps.engaged_step(state, x)
+            state, _ = steps.mirror_step(state)
+        return metrics["loss"], state.feedback["w"]
+
+    rates = jnp.array([0.1, 0.3])
+    together = jax.jit(jax.vmap(train))(rates)
+    for i, rate in enumerate(rates):
+        alone = train(float(rate))
+        np.testing.assert_allclose(together[0][i], alone[0], rtol=1e-5)
+        np.testing.assert_allclose(together[1][i], alone[1], atol=1e-5)
+
+
+def test_a_traced_optimizer_of_b_is_taken_as_it_is():
+    def change(rate):
+        tx = wmkp.updates.kolen_pollack(optax.sgd(rate))
+        b = {"w": jnp.ones((3, 4))}
+        return tx.update(b, tx.init(b), b)[0]["w"]
+
+    np.testing.assert_allclose(jax.jit(change)(0.5), -0.5)
+    np.testing.assert_allclose(jax.vmap(change)(jnp.array([0.5, 1.0]))[:, 0, 0], [-0.5, -1.0])
+
+
+def test_one_learning_rate_for_w_and_b():
+    """Set in W's optimizer state it is B's too; set in B's alone it is not used."""
+    x = np.random.default_rng(10).normal(size=(8, 6)).astype(np.float32)
+    inject = optax.inject_hyperparams(lambda learning_rate: optax.sgd(learning_rate, momentum=0.9))
+    tx = optax.chain(optax.clip(10.0), inject(learning_rate=0.1))
+    steps = wmkp.make_steps(wide_loss, wmkp.kolen_pollack(start="mirror"), tx, wide(), x)
+    for ours, theirs in ((0.5, 0.1), (0.1, 0.5)):
+        state = steps.init(KEY, wide())
+        state.opt_state[1].hyperparams["learning_rate"] = jnp.float32(ours)
+        state.feedback_opt_state[0][1].hyperparams["learning_rate"] = jnp.float32(theirs)
+        plain = optax.sgd(ours, momentum=0.9)
+        reference = wmkp.make_steps(wide_loss, wmkp.kolen_pollack(start="mirror"), plain, wide(), x)
+        expected = reference.init(KEY, wide())
+        for _ in range(3):
+            state, expected = steps.engaged_step(state, x)[0], reference.engaged_step(expected, x)[0]
+        np.testing.assert_allclose(state.params["w"], expected.params["w"], atol=1e-6)
+        np.testing.assert_allclose(state.feedback["w"], state.params["w"], atol=1e-6)
+        assert float(state.feedback_opt_state[0][1].hyperparams["learning_rate"]) == pytest.approx(ours)

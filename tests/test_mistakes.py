@@ -138,9 +138,9 @@ WRONG = {
     **{
         f"weight_mirror({name}={bad!r})": (functools.partial(wmkp.weight_mirror, **{name: bad}), name)
         for name, values in {
-            "noise": (None, "pink", 1, ["gaussian"]), "noise_std": (0, -1, NAN, INF, "1", None, 1e200),
+            "noise": ("pink", 1, ["gaussian"]), "noise_std": (0, -1, NAN, INF, "1", None, 1e200),
             "num_samples": (0, -3, 1.5, "10", NAN, True), "activation": ("relu", 1), "bias": (None, "none", False),
-            "target_angle": (0, 90, -5, NAN, "6", 1e-200), "rate": (0, -0.1, 1.5, NAN, "a"),
+            "target_angle": (0, 90, -5, NAN, "6", 1e-200), "rate": (0, -0.1, 1.5, NAN, "a"), "start": (-1, 0.5, "1"),
         }.items()
         for bad in values
     },
@@ -488,7 +488,7 @@ WRONG = {
     "a mirror of nothing": (lambda: wmkp.mirror_signals(KEY, KP, fun, PARAMS, X), "no rule here has a mirror mode"),
     "a mirror that needs B": (lambda: wmkp.mirror_signals(KEY, IA, fun, PARAMS, X), "give mirror_signals feedback="),
     **{
-        f"{name}: {asked}": (functools.partial(call, wmkp.weight_mirror(noise, **{asked: value})), *words)
+        f"{name}: {asked}": (functools.partial(call, wmkp.weight_mirror(noise, **{asked: value}, rate=0.1)), *words)
         for name, call in {
             "mirror_signals": lambda rule: wmkp.mirror_signals(KEY, rule, fun, PARAMS, X), "make_steps": lambda rule: make(rule),
         }.items()
@@ -715,7 +715,7 @@ CALLS = {
     "product_feedback_alignment": (wmkp.product_feedback_alignment, {"expansion": 2.0, "scale": 1.0}),
     "weight_mirror": (
         lambda **options: wmkp.weight_mirror(**options),
-        {"noise": "uniform", "noise_std": 1.0, "num_samples": 3, "bias": "kept", "target_angle": 6.0, "rate": 0.1, "scale": 1.0}),
+        {"noise": "uniform", "noise_std": 1.0, "num_samples": 3, "bias": "kept", "target_angle": 6.0, "rate": 0.1, "start": 2, "scale": 1.0}),
     "alignment": (
         lambda **options: wmkp.alignment(**options),
         {"amplitude": 1.0, "decay": 1.0, "null": 0.5, "sparse": 0.0, "on": "noise", "rate": 0.1, "noise": "gaussian"}),
@@ -885,7 +885,7 @@ def test_a_projection_of_any_size_may_have_exact_noise():
     ):
         make(rule, params=params)
     with pytest.raises(ValueError, match=r"numbers of noise at params\['w'\] \(476,438 samples of 100000\)"):
-        make(wmkp.weight_mirror(target_angle=6), params=params)
+        make(wmkp.weight_mirror("gaussian", target_angle=6, rate=0.1), params=params)
 
 
 @pytest.mark.parametrize(

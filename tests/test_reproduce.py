@@ -158,7 +158,7 @@ def test_the_published_mirror_adds_the_sum_over_a_batch(dataset, monkeypatch):
         assert shape == (1, published.BATCH, HIDDEN)
         return jnp.asarray(drawn[0] / published.NOISE * np.sqrt(3), dtype)
 
-    monkeypatch.setattr("wmkp.mirror._uniform", draw)
+    monkeypatch.setattr("wmkp.noise._uniform", draw)
     variant = published.PUBLISHED["wm"]
     trial = published.start(variant, dataset, HIDDEN, seed=3)
     w, bias = (np.asarray(trial.state.params["output"][part], np.float64) for part in ("kernel", "bias"))
@@ -184,7 +184,9 @@ def test_mended_mirrors_reach_the_transpose(dataset):
         found[name] = float(angle)
         assert found[name] < bound, name
     assert found["wm-linear"] > 15.5 and found["wm-default"] > 12
-    assert wmkp.samples_for_angle(6, published.HIDDEN["mnist"], wmkp.weight_mirror()) == 2383  # as its title says
+    assert (
+        wmkp.samples_for_angle(6, published.HIDDEN["mnist"], wmkp.weight_mirror("gaussian", rate=0.1)) == 2383
+    )  # as its title says
 
 
 def test_a_shuffled_epoch_takes_each_example_once_in_another_order(dataset):

@@ -55,7 +55,7 @@ def loss_fn(params, model_state, batch, key):
 
 
 OPTIMIZER = optax.chain(optax.add_decayed_weights(0.01), optax.sgd(0.1, momentum=0.9))
-MIRROR = wmkp.weight_mirror(num_samples=4000, rate=0.1)
+MIRROR = wmkp.weight_mirror("gaussian", num_samples=4000, rate=0.1, start=0)
 RULES = {
     "bp": wmkp.backprop(),
     "fa": wmkp.feedback_alignment(),
@@ -132,7 +132,8 @@ def test_mirror_step_changes_b_alone_and_only_where_the_rule_mirrors(name):
     state, metrics = steps.mirror_step(state)
     assert int(state.mirrored) == 1
     own = {"feedback": None, "mirrored": None, "key": None}
-    assert metrics == {}
+    mirrored = wmkp.matrix_angles(state.params, state.feedback) if name == "wm" else {}
+    assert set(metrics.get("lag", {})) == set(mirrored)
     chex.assert_trees_all_equal(state._replace(**own), before._replace(**own))
     assert not np.array_equal(jax.random.key_data(state.key), jax.random.key_data(before.key))
     if name != "wm":
@@ -149,7 +150,7 @@ def test_mirror_step_changes_b_alone_and_only_where_the_rule_mirrors(name):
 
 def test_mirror_step_with_an_update_of_its_own():
     """``mirror_optimizer`` in the calibrated one's place: B <- B + eta_B (signal - decay B), the signal exactly W^T."""
-    rule = wmkp.weight_mirror("orthogonal", num_samples=96)  # a common multiple of the widths
+    rule = wmkp.weight_mirror("orthogonal", num_samples=96, start=0)  # a common multiple of the widths
     steps = make(rule, mirror_optimizer=wmkp.updates.weight_mirror(0.3, 0.5))
     state = steps.init(KEY, network())
     before = jax.tree.map(np.asarray, state.feedback)
@@ -232,7 +233,7 @@ def test_mirror_period_is_a_plain_mean(count):
 
     found = []
     for scale, rate in ((1.0, 0.1), (100.0, 0.7)):
-        rule = wmkp.weight_mirror(num_samples=40, scale=scale, rate=rate)
+        rule = wmkp.weight_mirror("gaussian", num_samples=40, scale=scale, rate=rate)
         steps = wmkp.make_steps(loss, rule, OPTIMIZER, params, np.zeros((3, 6), np.float32))
         found.append(steps.init(KEY, params, mirror_steps=count).feedback)
     np.testing.assert_allclose(found[0]["w"], found[1]["w"], atol=2e-5)
@@ -509,7 +510,7 @@ def test_mirror_step_over_devices(how):
     def loss(params, model_state, batch, key):
         return jnp.mean(jnp.tanh(batch @ params["first"]) @ params["w"]), (None, {})
 
-    rule = wmkp.weight_mirror(num_samples=64, rate=1.0)
+    rule = wmkp.weight_mirror("gaussian", num_samples=64, rate=1.0, start=0)
     steps = wmkp.make_steps(loss, rule, OPTIMIZER, params, np.zeros((3, 6), np.float32), axis_name="d")
     states, _ = over_devices(how, steps.mirror_step)(replicate(steps.init(KEY, params)))
     b = np.asarray(states.feedback["w"])
@@ -542,7 +543,7 @@ def test_steps_under_scan_inside_shard_map():
 
 
 def test_a_mirrored_start_is_exact_whatever_optimizer_mirrors_later():
-    rule = {"^1/": wmkp.kolen_pollack(start="mirror"), ".*": wmkp.weight_mirror(num_samples=4)}
+    rule = {"^1/": wmkp.kolen_pollack(start="mirror"), ".*": wmkp.weight_mirror(num_samples=4, start=0)}
     steps = make(rule, mirror_optimizer=wmkp.updates.weight_mirror(0.1, 1.0))
     state = steps.init(KEY, network())
     np.testing.assert_allclose(weights(state.feedback)[1], weights(network())[1], atol=1e-5)

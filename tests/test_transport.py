@@ -11,7 +11,7 @@ import wmkp
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 KEY, B_KEY = jax.random.key(0), jax.random.key(1)  # with one key for both, B would be W
-RULES = [wmkp.feedback_alignment(), wmkp.sign_symmetry(), wmkp.kolen_pollack(), wmkp.weight_mirror()]
+RULES = [wmkp.feedback_alignment(), wmkp.sign_symmetry(), wmkp.kolen_pollack(), wmkp.weight_mirror(start=0)]
 
 
 def weights(*names, shape=(6, 6)):

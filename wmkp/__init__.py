@@ -4,7 +4,8 @@ from wmkp import updates
 from wmkp.alignment import activation_alignment, activity_mirror, alignment, information_alignment, symmetric_alignment
 from wmkp.angles import delta_angles, input_covariances, matrix_angles
 from wmkp.engaged import engage, init_feedback, value_and_grad
-from wmkp.mirror import mirror_angle, mirror_gain, mirror_signals, samples_for_angle
+from wmkp.law import mirror_angle, mirror_gain, samples_for_angle
+from wmkp.mirror import mirror_signals
 from wmkp.program.pathways import Synapses, hebbian
 from wmkp.program.projections import Projection, WeightTransportError, projections
 from wmkp.rules import (

@@ -12,7 +12,7 @@ import optax
 
 from wmkp import checks
 from wmkp.program.pathways import Synapses
-from wmkp.rules import Mirror, RandomFeedback, Rule, check_mirror, check_scale, fixed, learned
+from wmkp.rules import Mirror, RandomFeedback, Rule, check_mirror, check_scale, fixed, learned, named
 
 
 class Alignment(NamedTuple):
@@ -114,6 +114,7 @@ def covariance(product: Any, x: jax.Array) -> jax.Array:
 _RIDGE = 1e-4  # of the mean variance: directions that the activity hardly reaches are left out of the whitening
 
 
+@named
 def alignment(
     *,
     amplitude: float = 0.0,
@@ -184,6 +185,7 @@ def alignment(
     return Rule(name, init, fixed, mirror=mirror, transports=transports)
 
 
+@named
 def information_alignment(
     amplitude: float = 1.0, null: float = 0.5, decay: float = 0.5, *, rate: float = 0.1, noise_std: float = 1.0
 ) -> Rule:
@@ -200,11 +202,10 @@ def information_alignment(
     Raises:
       ValueError: an argument is out of its range; the message names it.
     """
-    return alignment(
-        amplitude=amplitude, null=null, decay=decay, rate=rate, noise_std=noise_std, name="information_alignment"
-    )
+    return alignment(amplitude=amplitude, null=null, decay=decay, rate=rate, noise_std=noise_std)
 
 
+@named
 def symmetric_alignment(self_alignment: float = 1.0, decay: float = 1.0, *, rate: float = 0.1) -> Rule:
     """Symmetric alignment (Kunin et al. 2020): self + decay, B relaxes to ``self_alignment / decay`` W^T.
 
@@ -218,9 +219,10 @@ def symmetric_alignment(self_alignment: float = 1.0, decay: float = 1.0, *, rate
     Raises:
       ValueError: an argument is out of its range; the message names it.
     """
-    return alignment(self_alignment=self_alignment, decay=decay, rate=rate, on="activity", name="symmetric_alignment")
+    return alignment(self_alignment=self_alignment, decay=decay, rate=rate, on="activity")
 
 
+@named
 def activation_alignment(amplitude: float = 1.0, sparse: float = 1.0, *, rate: float = 1.0) -> Rule:
     """Activation alignment (Kunin et al. 2020): amplitude + sparse, on the network's own activity, in engaged mode.
 
@@ -235,11 +237,10 @@ def activation_alignment(amplitude: float = 1.0, sparse: float = 1.0, *, rate: f
     Raises:
       ValueError: an argument is out of its range; the message names it.
     """
-    return alignment(
-        amplitude=amplitude, sparse=sparse, rate=rate, on="activity", normalize="total", name="activation_alignment"
-    )
+    return alignment(amplitude=amplitude, sparse=sparse, rate=rate, on="activity", normalize="total")
 
 
+@named
 def activity_mirror(*, whiten: bool = False, rate: float = 0.1) -> Rule:
     """A weight mirror on the network's own activity instead of noise (eq. 5 with x as it comes), in engaged mode.
 
@@ -254,7 +255,5 @@ def activity_mirror(*, whiten: bool = False, rate: float = 0.1) -> Rule:
     Raises:
       ValueError: an argument is out of its range; the message names it.
     """
-    return alignment(
-        amplitude=1.0, decay=1.0, rate=rate, on="activity", whiten=whiten, normalize="none" if whiten else "mean",
-        name="activity_mirror_whitened" if whiten else "activity_mirror",
-    )  # fmt: skip
+    normalize = "none" if whiten else "mean"
+    return alignment(amplitude=1.0, decay=1.0, rate=rate, on="activity", whiten=whiten, normalize=normalize)

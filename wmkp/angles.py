@@ -8,10 +8,11 @@ import jax.numpy as jnp
 
 from wmkp import checks
 from wmkp.alignment import covariance
-from wmkp.engaged import carried, check_loss, companions, evaluate, feedback_leaves
+from wmkp.engaged import carried, check_loss, companions, evaluate
+from wmkp.feedback import feedback_leaves
 from wmkp.program.interpreter import Direct
 from wmkp.program.products import Product
-from wmkp.program.projections import Analysis, analyse, named_leaves
+from wmkp.program.projections import Analysis, analyse, is_array, named_leaves
 from wmkp.rules import ProductFeedback, Rule, RuleOrRules, check_rule, check_samples, resolve
 
 
@@ -57,6 +58,11 @@ def matrix_angles(params: Any, feedback: Any, rule: Rule | None = None) -> dict[
         if rule is not None and rule.backward is not None and b is not None:
             b = carried(rule, None, path, w, b)
         b = b.effective() if isinstance(b, ProductFeedback) else b
+        if not (b is None or is_array(b) or isinstance(b, Direct)):
+            raise ValueError(
+                f"feedback[{path!r}] is {checks.shapes(b)}, a pytree of its rule's own; say how it carries errors: "
+                "matrix_angles(params, feedback, rule)"
+            )
         if b is not None and not isinstance(b, Direct):
             result[path] = angle(w, b)
     return result

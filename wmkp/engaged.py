@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from wmkp import checks
+from wmkp import checks, mirror
+from wmkp.feedback import feedback_leaves, initial_feedback
 from wmkp.program import compat, pathways
 from wmkp.program.interpreter import Direct, Handler, anchored, run
 from wmkp.program.pathways import hebbian
@@ -19,6 +20,8 @@ from wmkp.rules import Rule, RuleOrRules, check_rule, resolve
 
 def init_feedback(key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], params: Any, *args: Any) -> Any:
     """The feedback weights B that ``rule`` starts from.
+
+    A rule that mirrors before training (``rule.mirror.start``) does so here: so many mirror steps, with W as it is.
 
     Args:
       key: a JAX random key; each projection draws from a key of its own, derived from this one.
@@ -40,106 +43,20 @@ def init_feedback(key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], pa
     checks.key(key)
     check_rule(rule)
     analysis = analyse(fun, params, *args)
-    return initial_feedback(key, resolve(rule, analysis), analysis, params)
+    rules = resolve(rule, analysis)
+    feedback = initial_feedback(key, rules, analysis, params)
+    chosen, steps = mirror.at_start(rules)
+    if not steps:
+        return feedback
+    leaves, tree = jax.tree.leaves(params), jax.tree.structure(params)  # type: list[Any], Any
 
+    def step(key: jax.Array, leaves: list[Any], entries: list[Any], count: jax.Array) -> list[Any]:
+        signals = mirror.signals(key, chosen, analysis, leaves, entries)
+        return mirror.averaged(chosen, analysis, entries, signals, count, True)
 
-def initial_feedback(key: jax.Array, rules: dict[str, Rule], analysis: Analysis, params: Any) -> Any:
-    """``init_feedback`` for a function that has been analysed."""
-    projections = analysis.projections()
-    leaves, tree = jax.tree.flatten(params)
-    feedback: list[Any] = [None] * len(leaves)
-    for i, path in enumerate(analysis.paths):
-        init = rules[path].init if path in rules else None
-        if init is not None and projections[path].feedback:
-            if isinstance(leaves[i], jax.ShapeDtypeStruct):
-                raise TypeError(f"params[{path!r}] is a ShapeDtypeStruct; B is made for arrays: give params themselves")
-            checks.alive(f"params[{path!r}]", leaves[i])
-            feedback[i] = made(rules[path], jax.random.fold_in(key, i), projections[path], leaves[i])
-    return jax.tree.unflatten(tree, feedback)
-
-
-def made(rule: Rule, key: jax.Array, projection: Projection, w: Any) -> Any:
-    """The B that a rule starts from; an error that names the rule if it is none."""
-    assert rule.init is not None
-    try:
-        b = rule.init(key, projection, compat.gathered(w))
-    except TypeError as error:
-        raise TypeError(
-            f"rule.init of {rule.name} raised {checks.first_line(error)}; it must be a function (key, projection, W) -> B"
-        ) from error
-    parts = jax.tree.leaves(b)
-    if not parts or not all(map(is_array, parts)) or (is_array(b) and checks.aval(b) != checks.aval(w)):
-        raise ValueError(
-            f"rule.init of {rule.name} made {checks.shapes(b)} for params[{projection.path!r}], which is "
-            f"{checks.shape(w)}; B must have W's shape and dtype (or be a pytree of arrays, see wmkp.Rule)"
-        )
-    _check_transports(rule, w, b)
-    return compat.divided_as(b, jax.typeof(w)) if is_array(b) else b
-
-
-def _check_transports(rule: Rule, w: Any, b: Any) -> None:
-    """ValueError if ``backward`` makes what carries the error of W, though the rule says that W stays where it is."""
-    if rule.transports not in ("nothing", "changes") or rule.backward is None:
-        return
-    try:
-        traced = jax.make_jaxpr(rule.backward)(checks.aval(w), jax.tree.map(checks.aval, b))
-    except Exception:  # what is wrong with such a function is said where it is used
-        return
-    if any(_made_of(traced.jaxpr, [True] + [False] * (len(traced.jaxpr.invars) - 1))):
-        raise ValueError(
-            f"rule.backward of {rule.name} reads W, but rule.transports is {rule.transports!r}: make its result of B alone, or "
-            'say what it reads, transports="weights" (or "signs")'
-        )
-
-
-def _made_of(jaxpr: Any, given: list[bool]) -> list[bool]:
-    """Which of a jaxpr's results are made of the given inputs, by whatever way."""
-    known = {v for v, known in zip(jaxpr.invars, given, strict=True) if known}
-    has = lambda v: isinstance(v, compat.Var) and v in known
-    for eqn in jaxpr.eqns:
-        inputs = [has(v) for v in eqn.invars]
-        if eqn.primitive.name in ("jit", "pjit"):
-            outputs = _made_of(eqn.params["jaxpr"].jaxpr, inputs)
-        else:
-            outputs = [any(inputs)] * len(eqn.outvars)
-        known.update(v for v, out in zip(eqn.outvars, outputs, strict=True) if out)
-    return [has(v) for v in jaxpr.outvars]
-
-
-def feedback_leaves(params: Any, feedback: Any) -> list[Any]:
-    """Feedback's entry for each leaf of params, None where there is none.
-
-    Raises ValueError where the two do not match, naming the path, what was expected and what was found.
-    """
-    named = named_leaves(params)
-    tree: Any = jax.tree.structure(params)
-    try:
-        leaves = tree.flatten_up_to(feedback)
-    except (ValueError, TypeError, KeyError):
-        flat, found_tree = jax.tree_util.tree_flatten_with_path(feedback, is_leaf=lambda x: x is None)
-        found = [checks.path_name(path) for path, _ in flat]
-        under = lambda f, p: f == p or f.startswith(f"{p}/")
-        missing = [p for p in named if not any(under(f, p) for f in found)]
-        extra = [f for f in found if not any(under(f, p) for p in named)]
-        what = checks.lacks(missing, extra) or f" is {checks.short(found_tree)} where {checks.short(tree)} is expected"
-        raise ValueError(
-            "feedback must have the structure of params, with None where there is no feedback path, as init_feedback "
-            f"returns it, but it{what}"
-        ) from None
-    for (path, w), b in zip(named.items(), leaves, strict=True):
-        for part in jax.tree.leaves(b):
-            if not is_array(part) or isinstance(part, jax.ShapeDtypeStruct):
-                raise TypeError(
-                    f"feedback[{path!r}] holds {type(part).__name__} where an array (or None) belongs; make feedback "
-                    "with init_feedback."
-                )
-        if b is not None and is_array(b) and checks.aval(b) != checks.aval(w):
-            raise ValueError(
-                f"feedback[{path!r}] is {checks.shape(b)} where its parameter is {checks.shape(w)}; make it anew with "
-                "init_feedback, or convert both alike."
-            )
-    checks.alive("feedback", feedback)
-    return leaves
+    # A key of its own: B's are numbered by the leaves.
+    own = jax.random.fold_in(key, 2**32 - 1)
+    return tree.unflatten(mirror.period(step, own, steps, leaves, tree.flatten_up_to(feedback)))
 
 
 def companions(analysis: Analysis, rules: dict[str, Rule], leaves: list[Any], feedback: list[Any]) -> list[Any]:

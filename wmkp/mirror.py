@@ -1,6 +1,5 @@
-"""Mirror mode (eq. 5-11): noise in, Hebbian signal out; and the law of how good one mirror step is."""
+"""Mirror mode (eq. 5-11): noise in, Hebbian signal out."""
 
-import functools
 import math
 from collections import deque
 from collections.abc import Callable
@@ -8,18 +7,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from wmkp import checks
-from wmkp.engaged import feedback_leaves
+from wmkp.feedback import feedback_leaves
+from wmkp.law import mirror_gain, mirror_rate, noise_left, samples_drawn, variance
+from wmkp.noise import SMALL, hartley, hartley_draw, noise_in_parts
 from wmkp.program import compat
 from wmkp.program.interpreter import collect
 from wmkp.program.pathways import Signal, Synapses
 from wmkp.program.products import Product
 from wmkp.program.projections import Analysis, WeightTransportError, analyse, is_array
-from wmkp.rules import SAMPLES, Mirror, Rule, RuleOrRules, check_rule, resolve
-
-Activation = Callable[[jax.Array], jax.Array] | None
+from wmkp.rules import Mirror, Rule, RuleOrRules, check_rule, resolve
 
 # Numbers of noise for a projection (16 GiB in float32): they are told apart by 32 bits, and more would repeat.
 MOST = 2**32
@@ -27,331 +25,11 @@ MOST = 2**32
 AT_ONCE, LEAST = 2**21, 512
 # And numbers of noise, responses and signals of all projections that are worked at together.
 TOGETHER = 2**22
-# A product with a matrix of fewer rows takes no longer than its fast transform.
-SMALL = 256
-
-
-def mirror_gain(rule: Rule) -> float:
-    """sigma^2 E[phi'] of a rule's mirror (eq. 11): its mean signal over W^T, and the decay that settles at W^T.
-
-    E[phi'] is taken at weights of unit norm. For a linear response it is 1 and for ReLU 1/2 at any weights.
-
-    Raises:
-      ValueError: the rule has no mirror mode.
-    """
-    return _gain(_mirror(rule))
-
-
-def _mirror(rule: Rule) -> Mirror:
-    check_rule(rule, mapping=False)
-    if rule.mirror is None:
-        raise ValueError(f"rule {rule.name} has no mirror mode; weight_mirror() has")
-    return rule.mirror
-
-
-def _gain(mirror: Mirror) -> float:
-    mean_slope, _, _ = _response(mirror.activation, mirror.noise_std)
-    return mirror.noise_std**2 * mean_slope
-
-
-def _response(activation: Activation, std: float) -> tuple[float, float, float]:
-    """E[phi'(z)], and how much more than a linear response's the variance of phi's signal is: all of phi, its odd part.
-
-    For z Gaussian of standard deviation ``std``; the variances are E[phi^2] / (std^2 E[phi']^2), 1 for a linear phi.
-    """
-    if activation is None:
-        return 1.0, 1.0, 1.0
-    nodes, weights = np.polynomial.hermite_e.hermegauss(128)
-    weights = weights / weights.sum()
-    z = std * nodes
-    with jax.ensure_compile_time_eval():
-        try:
-            phi, some = (np.asarray(activation(jnp.asarray(x, jnp.float32)), np.float64) for x in (z, z[63::-1]))
-        except Exception as error:
-            raise ValueError(
-                f"activation raised {checks.first_line(error)}; it must map an array elementwise"
-            ) from error
-    if phi.shape != z.shape:
-        raise ValueError(
-            f"activation must map an array elementwise; of shape {list(z.shape)} it made {list(phi.shape)}"
-        )
-    if not np.allclose(some, phi[63::-1], rtol=1e-4, atol=1e-5 * np.abs(phi).max(), equal_nan=True):
-        raise ValueError(
-            "activation must map an array elementwise; what this one makes of an element depends on others"
-        )
-    slope = float(np.sum(weights * nodes * phi) / std)  # Stein's lemma
-    odd = (phi - phi[::-1]) / 2
-    if not slope > 1e-6 * math.sqrt(np.sum(weights * phi**2)) / std:  # NaN as well
-        raise ValueError(
-            f"activation has a mean slope E[phi'] of {slope:.3g} on noise of noise_std {std:g}; it must be positive, or "
-            "the response says nothing of W. Use a rising activation, or a noise_std at which it responds."
-        )
-    scale = (std * slope) ** 2
-    return slope, float(np.sum(weights * phi**2) / scale), float(np.sum(weights * odd**2) / scale)
-
-
-def mirror_angle(num_samples: int, fan_in: int, rule: Rule) -> float:
-    """The law of angles: degrees between B and W^T that mirroring settles at, while W stands still.
-
-    One estimate from N Gaussian samples is at ``tan(theta) = sqrt(c fan_in / N)``: c = 1 for a linear response, 2 for
-    ReLU, E[phi^2] / (sigma^2 E[phi']^2) in general. Of n orthogonal samples only the directions not drawn are missing:
-    ``sqrt((fan_in - n) / n)`` for a linear response, zero at every multiple of fan_in. For ReLU without pairs,
-    orthogonal noise does somewhat better than this law. Antithetic pairs leave phi's odd part alone
-    (ReLU's is linear: relu(z) - relu(-z) = z), at two samples a direction. A leaky average of rate a divides tan^2 by
-    (2 - a) / a. A mean over all mirror steps (``rate=None``) has no end: for it the angle is that after the steps before
-    training, ``rule.mirror.start`` of them. The law assumes that no bias is kept.
-
-    Args:
-      num_samples: N, the samples a mirror step draws.
-      fan_in: the projection's.
-      rule: the rule, for its noise, activation and rate.
-
-    Raises:
-      ValueError: the rule has no mirror mode; ``num_samples`` or ``fan_in`` is not an integer of at least 1.
-    """
-    mirror = _mirror(rule)
-    checks.count("num_samples", num_samples)
-    checks.count("fan_in", fan_in)
-    return math.degrees(math.atan(math.sqrt(_tangent_squared(num_samples, fan_in, mirror))))
-
-
-def _tangent_squared(num_samples: int, fan_in: int, mirror: Mirror) -> float:
-    paired = "antithetic" in mirror.noise
-    directions = num_samples / 2 if paired else num_samples
-    one = _one_estimate(directions, fan_in, _excess(mirror), "orthogonal" in mirror.noise)
-    return one * _share(mirror)
-
-
-def _share(mirror: Mirror) -> float:
-    """What averaging leaves of an estimate's variance."""
-    return 1 / mirror.start if mirror.rate is None else mirror.rate / (2 - mirror.rate)
-
-
-def _excess(mirror: Mirror) -> float:
-    """How much more than a linear response's the variance of the signal is."""
-    _, whole, odd = _response(mirror.activation, mirror.noise_std)
-    excess = (odd if "antithetic" in mirror.noise else whole) - 1
-    return excess if excess > 1e-9 else 0.0  # ReLU's pairs are linear, but for rounding
-
-
-def _one_estimate(directions: float, fan_in: int, excess: float, orthogonal: bool) -> float:
-    """tan^2 of the angle of one estimate."""
-    uneven = fan_in / directions
-    if orthogonal:
-        # Every direction was drawn ``blocks`` times, and a part of them once more.
-        blocks, part = divmod(directions / fan_in, 1)
-        uneven = part * (1 - part) / (blocks + part) ** 2
-    return excess * fan_in / directions + uneven
-
-
-def samples_for_angle(angle: float, fan_in: int, rule: Rule) -> int:
-    """How many samples a mirror step must draw for B to settle within ``angle`` degrees of W^T (see ``mirror_angle``).
-
-    Args:
-      angle: degrees, between 0 and 90.
-      fan_in: the projection's.
-      rule: the rule, for its noise, activation and rate.
-
-    Raises:
-      ValueError: the rule has no mirror mode, or ``angle`` or ``fan_in`` is out of range.
-    """
-    checks.number("angle", angle, "lie between 0 and 90 degrees (from 1e-6 on)", lambda x: 1e-6 <= x < 90)
-    checks.count("fan_in", fan_in)
-    return _samples(angle, fan_in, _mirror(rule))
-
-
-def _samples(angle: float, fan_in: int, mirror: Mirror) -> int:
-    pairs = 2 if "antithetic" in mirror.noise else 1
-    tangent = math.tan(math.radians(angle)) ** 2 / _share(mirror)
-    excess = _excess(mirror)
-    if "orthogonal" not in mirror.noise:
-        return pairs * max(1, math.ceil((excess + 1) * fan_in / tangent - 1e-9))
-    # Below fan_in directions tan^2 is ((excess + 1) fan_in - n) / n; above, at least excess fan_in / n.
-    directions = max(1, math.ceil((excess + 1) * fan_in / (tangent + 1) - 1e-9))
-    if directions > fan_in:
-        directions = math.ceil(excess * fan_in / tangent - 1e-9)
-        while _one_estimate(directions, fan_in, excess, True) > tangent + 1e-12 / _share(mirror):
-            directions += 1
-    return pairs * directions
-
-
-def _drawn(mirror: Mirror, fan_in: int) -> int:
-    """The samples that a mirror step draws for a projection."""
-    if mirror.num_samples is not None:
-        return int(mirror.num_samples)
-    if mirror.target_angle is not None:
-        return _samples(mirror.target_angle, fan_in, mirror)
-    return SAMPLES[mirror.noise] * fan_in * (2 if "antithetic" in mirror.noise else 1)
-
-
-def mirror_rate(mirror: Mirror, fan_in: int, count: jax.Array) -> jax.Array | float:
-    """The share of B that the mirror step number ``count`` (from 1) replaces."""
-    if mirror.rate is not None:
-        return mirror.rate
-    exact = mirror.bias == "blocked" and not _tangent_squared(_drawn(mirror, fan_in), fan_in, mirror)
-    return 1.0 if exact else 1 / count
-
-
-def draw_noise(key: jax.Array, mirror: Mirror, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
-    """Noise of shape (K, N, fan_in): K projections, N samples of each.
-
-    Orthogonal noise has X^T X = N sigma^2 I for every block of fan_in samples: a Hartley matrix, orthogonal at any size
-    and made of one table of fan_in values, its columns' signs drawn anew and, for a last block that is not whole, its
-    rows drawn at random. Antithetic noise is pairs x, -x.
-    """
-    return _noise(key, mirror, shape, dtype)(0, shape[1])
-
-
-def _noise(key: jax.Array, mirror: Mirror, shape: tuple[int, int, int], dtype: Any) -> Callable[[Any, int], jax.Array]:
-    """What ``draw_noise`` draws, in parts: ``(start, count) -> (K, count, fan_in)``, for parts that do not overlap."""
-    blocks, samples, fan_in = shape
-    if "antithetic" in mirror.noise:
-        kind = mirror.noise.replace("antithetic", "").strip("+") or "gaussian"
-        half = _noise(key, mirror._replace(noise=kind), (blocks, -(-samples // 2), fan_in), dtype)
-
-        def pairs(start: Any, count: int) -> jax.Array:
-            x = half((start + 1) // 2, -(-count // 2))
-            return jnp.concatenate([x, -x], axis=1)[:, :count]
-
-        return pairs
-    if mirror.noise == "orthogonal":
-        rows = _hartley_rows(key, shape, dtype)
-        return lambda start, count: rows(start + jnp.arange(count, dtype=jnp.uint32)) * mirror.noise_std
-    draw = {"gaussian": _gaussian, "uniform": _uniform, "rademacher": _signs}[mirror.noise]
-
-    def independent(start: Any, count: int) -> jax.Array:
-        own = key if count == samples else jax.random.fold_in(key, start)
-        return draw(own, (blocks, count, fan_in), dtype) * mirror.noise_std
-
-    return independent
-
-
-def _words(key: jax.Array, shape: tuple[int, int, int]) -> tuple[jax.Array, jax.Array]:
-    """Two random uint32 of a shape: Threefry-2x32 (Salmon et al. 2011) of each element's place.
-
-    It is jax.random's own cipher. That runs its rounds on CPUs as a loop over memory; written out, they are one pass
-    (``python -m benchmarks.noise`` times both). An element depends on its place alone, so that devices share the work.
-    """
-    seed = jax.random.key_data(key)
-    if seed.shape != (2,):  # a key of another generator
-        seed = jax.random.bits(key, (2,), jnp.uint32)
-    block, row, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(3))
-    return threefry(seed, (block, row * np.uint32(shape[2]) + column))
-
-
-def threefry(seed: jax.Array, counter: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Threefry-2x32 of 20 rounds: two words for each counter of two words, all uint32."""
-    keys = (seed[0], seed[1], seed[0] ^ seed[1] ^ np.uint32(0x1BD11BDA))
-    a, b = counter[0] + keys[0], counter[1] + keys[1]
-    for group in range(5):
-        for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
-            a = a + b
-            b = a ^ (b << np.uint32(rotation) | b >> np.uint32(32 - rotation))
-        a, b = a + keys[(group + 1) % 3], b + keys[(group + 2) % 3] + np.uint32(group + 1)
-    return a, b
-
-
-def _unit(words: jax.Array) -> jax.Array:
-    """Random words as float32 in [0, 1)."""
-    return jax.lax.bitcast_convert_type(words >> np.uint32(9) | np.uint32(0x3F800000), jnp.float32) - 1
-
-
-def _uniform(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
-    """Of unit variance."""
-    if dtype != jnp.float32:
-        return math.sqrt(3) * jax.random.uniform(key, shape, dtype, -1.0, 1.0)
-    return math.sqrt(3) * (2 * _unit(_words(key, shape)[0]) - 1)
-
-
-def _gaussian(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
-    """Of unit variance, by Box and Muller (1958): sqrt(-2 log u) sin(pi v / 2), u in (0, 1] and v in [-1, 1).
-
-    The polynomial is a sine to float32's rounding, and a CPU runs through it; jax.random.normal's inverse error function
-    takes longer than the cipher there (``python -m benchmarks.noise`` times both).
-    """
-    if dtype != jnp.float32:
-        return jax.random.normal(key, shape, dtype)
-    a, b = _words(key, shape)
-    angle = np.float32(np.pi) * _unit(b) - np.float32(np.pi / 2)
-    sine = jnp.zeros((), jnp.float32)
-    for power in (11, 9, 7, 5, 3, 1):
-        sine = sine * angle**2 + np.float32((-1) ** (power // 2) / math.factorial(power))
-    return jnp.sqrt(-2 * jnp.log(1 - _unit(a))) * (sine * angle)
-
-
-def _signs(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
-    """Random signs: 32 of each word, where jax.random.rademacher takes a word for each."""
-    blocks, samples, fan_in = shape
-    # By jax.random, whose loop the compiler fuses with nothing: it would make each word anew for each of its bits.
-    words = jax.random.bits(key, (blocks, samples, -(-fan_in // 32)), jnp.uint32)
-    places = np.arange(32, dtype=np.uint32).reshape(1, 1, 1, 32)
-    bits = words[..., None] >> places & np.uint32(1)
-    return (1 - 2 * bits.astype(dtype)).reshape(blocks, samples, -1)[..., :fan_in]
-
-
-def _hartley_draw(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> tuple[jax.Array, jax.Array | None]:
-    """What is random in orthogonal noise: signs of the columns of each block, (K, whole blocks + 1, fan_in); and the rows
-    of the last block where it is not whole, (K, rest), or None."""
-    blocks, samples, fan_in = shape
-    whole, rest = divmod(samples, fan_in)
-    if not rest:
-        return _signs(key, (blocks, whole + 1, fan_in), dtype), None
-    sign_key, row_key = jax.random.split(key)
-    keys = jax.random.split(row_key, blocks)
-    drawn = jax.vmap(lambda k: jax.random.choice(k, fan_in, (rest,), replace=False))(keys)
-    return _signs(sign_key, (blocks, whole + 1, fan_in), dtype), drawn
-
-
-def _hartley_rows(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> Callable[[jax.Array], jax.Array]:
-    """Orthogonal noise of unit variance: ``places -> (K, places, fan_in)``, the samples at these of N places."""
-    blocks, samples, fan_in = shape
-    whole = samples // fan_in
-    # Row j of the matrix is cas(2 pi j k / fan_in), cas = cos + sin. With j = j1 m + j2 it is
-    # cos(j1 m) cas(j2) + sin(j1 m) cas(-j2): two tables of about sqrt(fan_in) rows, and no trigonometry at run time.
-    m = math.isqrt(fan_in - 1) + 1
-    steps = np.arange(m, dtype=np.int64)[:, None] * np.arange(fan_in) % fan_in * (2 * np.pi / fan_in)
-    strides = np.arange(m, dtype=np.int64)[:, None] * m * np.arange(fan_in) % fan_in * (2 * np.pi / fan_in)
-    cos, sin = jnp.asarray(np.cos(strides), dtype), jnp.asarray(np.sin(strides), dtype)
-    ahead = jnp.asarray(np.cos(steps) + np.sin(steps), dtype)
-    back = jnp.asarray(np.cos(steps) - np.sin(steps), dtype)
-    signs, drawn = _hartley_draw(key, shape, dtype)
-    chosen = jnp.arange(fan_in)[None]
-    if drawn is not None:
-        chosen = jnp.concatenate([jnp.broadcast_to(chosen, (blocks, fan_in)), drawn], axis=1)
-
-    def rows(places: jax.Array) -> jax.Array:
-        block, place = places // fan_in, places % fan_in
-        row = chosen[:, place if drawn is None else jnp.where(block < whole, place, fan_in + place)]
-        # The barrier keeps the compiler from dividing for each element anew, and from working all of them out beforehand.
-        block, j1, j2 = jax.lax.optimization_barrier((block, row // m, row % m))
-        return (cos[j1] * ahead[j2] + sin[j1] * back[j2]) * signs[:, block]
-
-    return rows
-
-
-@functools.lru_cache
-def _hartley_matrix(n: int, dtype: Any) -> np.ndarray:
-    """cas(2 pi j k / n); one array for all projections of a program, which so holds it once."""
-    places = np.arange(n)
-    circle = np.cos(2 * np.pi / n * places) + np.sin(2 * np.pi / n * places)
-    return circle.astype(dtype)[np.outer(places, places) % n]
-
-
-def _hartley(x: jax.Array) -> jax.Array:
-    """x times the matrix cas(2 pi j k / n), over the last axis, which has n entries.
-
-    By a fast Fourier transform F, of which it is Re F - Im F (Bracewell 1983), or by the matrix where that is small.
-    """
-    n = x.shape[-1]
-    if n < SMALL:
-        return x @ _hartley_matrix(n, x.dtype)
-    f = jnp.fft.rfft(x)  # of a real x, the first half; the rest is its conjugate, backwards
-    return jnp.concatenate([f.real - f.imag, (f.real + f.imag)[..., (n - 1) // 2 : 0 : -1]], axis=-1)
 
 
 def _transforms(mirror: Mirror, fan_in: int, shared: bool) -> bool:
     """Whether a projection's noise need not be written down: part of one Hartley matrix, of which at least half is drawn."""
-    samples = _drawn(mirror, fan_in)
+    samples = samples_drawn(mirror, fan_in)
     paired = "antithetic" in mirror.noise
     if "orthogonal" not in mirror.noise or mirror.signal or shared or (paired and samples % 2):
         return False
@@ -366,32 +44,32 @@ def _by_transforms(key: jax.Array, mirror: Mirror, w: jax.Array, bias: jax.Array
     each weight in the place of 4 fan_in.
     """
     blocks, fan_in, _ = w.shape
-    samples = _drawn(mirror, fan_in)
+    samples = samples_drawn(mirror, fan_in)
     pairs = "antithetic" in mirror.noise
-    signs, drawn = _hartley_draw(key, (blocks, samples // 2 if pairs else samples, fan_in), w.dtype)
+    signs, drawn = hartley_draw(key, (blocks, samples // 2 if pairs else samples, fan_in), w.dtype)
     scaled = mirror.noise_std * signs[:, :1]
     respond = mirror.activation or (lambda y: y)
-    y = _hartley(scaled * w.swapaxes(1, 2))
+    y = hartley(scaled * w.swapaxes(1, 2))
     kept = 0 if bias is None else bias[:, :, None]
     y = respond(kept + y) - respond(kept - y) if pairs else respond(kept + y)
     if drawn is not None:
         taken = jax.vmap(lambda rows: jnp.zeros(fan_in, bool).at[rows].set(True))(drawn)
         y = jnp.where(taken[:, None], y, 0)
-    return (scaled / samples * _hartley(y)).swapaxes(1, 2)
+    return (scaled / samples * hartley(y)).swapaxes(1, 2)
 
 
 def _at_once(mirror: Mirror, blocks: int, fan_in: int, shared: bool) -> int:
     """The most samples of a projection that are in memory at a time."""
     # (Devices that share the noise share all of it, or each part would cost them a sum; a loss is one of all samples.)
     if shared or mirror.signal:
-        return _drawn(mirror, fan_in)
+        return samples_drawn(mirror, fan_in)
     return max(LEAST, AT_ONCE // (blocks * fan_in) // 2 * 2)
 
 
 def _numbers(mirror: Mirror, shape: tuple[int, ...]) -> int:
     """Of noise, responses and signals: what a projection's ``_estimate`` has in memory at a time."""
     blocks, fan_in, fan_out = shape
-    samples = min(_drawn(mirror, fan_in), _at_once(mirror, blocks, fan_in, False))
+    samples = min(samples_drawn(mirror, fan_in), _at_once(mirror, blocks, fan_in, False))
     numbers = blocks * (samples * (fan_in + fan_out) + fan_in * fan_out)
     # By transforms: a spectrum, of complex numbers, and what it was made of.
     return max(numbers, 4 * math.prod(shape)) if _transforms(mirror, fan_in, False) else numbers
@@ -430,9 +108,9 @@ def _by_products(
 ) -> jax.Array:
     """``_estimate``, so many samples at a time."""
     blocks, fan_in, _ = w.shape
-    samples = _drawn(mirror, fan_in)
+    samples = samples_drawn(mirror, fan_in)
     at_once = _at_once(mirror, blocks, fan_in, spread is not None)
-    draw = _noise(key, mirror, (blocks, samples, fan_in), w.dtype)
+    draw = noise_in_parts(key, mirror, (blocks, samples, fan_in), w.dtype)
 
     def signal(start: Any, count: int) -> jax.Array:
         x = spread(draw(start, count)) if spread else draw(start, count)
@@ -507,7 +185,7 @@ def targets(rules: dict[str, Rule], analysis: Analysis) -> dict[Product, Mirror]
                     f"{limits.dtype} cannot hold; give a noise_std nearer to 1, or keep params in a wider dtype"
                 )
             fan_in, _ = product.fans()
-            samples = _drawn(mirror, fan_in)
+            samples = samples_drawn(mirror, fan_in)
             # Twice fan_in orthogonal samples, in pairs, are exact: what a projection of any size may need.
             exact = 2 * fan_in**2 if "orthogonal" in mirror.noise else 0
             if samples * fan_in > max(MOST, exact):
@@ -584,6 +262,94 @@ def signals(
         pulled = [s / jnp.where(u > 0, u, 1) for s, u in zip(pulled, uses, strict=True)]
     mirrors = {path for path, rule in rules.items() if rule.mirror is not None}
     return [s if i in reached and analysis.paths[i] in mirrors else None for i, s in enumerate(pulled)]
+
+
+def at_start(rules: dict[str, Rule]) -> tuple[dict[str, Rule], int]:
+    """The rules that mirror before training by themselves, and how many mirror steps they take."""
+    starts = [rule.mirror.start for rule in rules.values() if rule.mirror]
+    return only(rules, lambda mirror: mirror.start > 0), max(starts, default=0)
+
+
+def only(rules: dict[str, Rule], which: Callable[[Mirror], bool]) -> dict[str, Rule]:
+    """The rules, without a mirror mode but for those whose mirror is ``which``."""
+    return {p: r if r.mirror and which(r.mirror) else r._replace(mirror=None) for p, r in rules.items()}
+
+
+def period(step: Callable[..., list[Any]], key: jax.Array, steps: int, leaves: list[Any], entries: list[Any]) -> Any:
+    """B after so many mirror steps, W standing still: ``step(key, leaves, entries, count) -> entries``."""
+
+    def loop(leaves: list[Any], entries: list[Any]) -> list[Any]:
+        one = lambda i, b: step(jax.random.fold_in(key, i), leaves, b, jnp.asarray(i + 1))
+        return jax.lax.fori_loop(0, steps, one, entries)
+
+    return jax.jit(loop)(leaves, entries)
+
+
+def averaged(
+    rules: dict[str, Rule],
+    analysis: Analysis,
+    entries: list[Any],
+    signals: list[Any],
+    count: jax.Array,
+    before: bool,
+) -> list[Any]:
+    """B after the mirror step number ``count`` (from 1), by each rule's rate; ``before`` training it is a plain mean."""
+    result, projections = list(entries), analysis.projections()
+    for i, (path, signal, b) in enumerate(zip(analysis.paths, signals, entries, strict=True)):
+        if signal is None or b is None:
+            continue
+        mirror = rules[path].mirror
+        assert mirror is not None
+        if mirror.signal is not None:  # it is the whole change
+            result[i] = b + (mirror.rate * signal).astype(signal.dtype)
+            continue
+        # updates.calibrated_mirror, so written that a first step of rate 1 leaves nothing of B, nor of its rounding.
+        number = count.astype(jnp.promote_types(signal.dtype, jnp.float32))
+        rate = 1 / number if before else mirror_rate(mirror, projections[path].fan_in, number)
+        result[i] = ((1 - rate) * b + rate * (signal / mirror_gain(rules[path]))).astype(signal.dtype)
+    return result
+
+
+def lags(
+    rules: dict[str, Rule],
+    analysis: Analysis,
+    leaves: list[Any],
+    entries: list[Any],
+    signals: list[Any],
+    count: jax.Array,
+    parts: int = 1,
+) -> dict[str, jax.Array]:
+    """How far each B is from the estimate of W^T that the mirror step ``count`` brings, beyond what noise explains.
+
+    W is not read. Of an estimate E, whose noise has the variance v by the law of angles, and of B, whose own noise has
+    u, ``|E - B|^2`` is (v + u) |W|^2 where B does not lag, and ``|E|^2`` is (1 + v) |W|^2. What is above that, by more
+    than two standard deviations, is lag.
+
+    Args:
+      parts: of how many devices' estimates each signal is the mean.
+
+    Returns:
+      ``{path: degrees}``, the angle whose tangent is the lag over |W|; for mirrors that average, with no bias kept.
+    """
+    sizes, projections, found = [w.size for w in leaves], analysis.projections(), {}
+    for i, (path, signal, b) in enumerate(zip(analysis.paths, signals, entries, strict=True)):
+        mirror = None if signal is None or b is None else rules[path].mirror
+        if mirror is None or mirror.signal is not None or mirror.bias == "kept":
+            continue
+        shares = [
+            (math.prod(p.stack) * p.weight_aval.size / sum(sizes[j] for j in p.params), p.fans()[0])
+            for p in analysis.sites()[path]
+            if p.needs_feedback and i in p.params
+        ]
+        noise = sum(share * variance(mirror, fan_in) for share, fan_in in shares)
+        noise /= parts * sum(share for share, _ in shares) ** 2  # the mean over uses
+        estimate = (signal / mirror_gain(rules[path])).astype(jnp.promote_types(signal.dtype, jnp.float32))
+        size = jnp.sum(estimate**2) / (1 + noise)
+        moved = jnp.sum((estimate - b) ** 2) / jnp.where(size > 0, size, 1)
+        explained = noise + noise_left(mirror, noise, count)
+        beyond = moved - explained * (1 + 2 * math.sqrt(2 / projections[path].fan_in))
+        found[path] = jnp.rad2deg(jnp.arctan(jnp.sqrt(jnp.maximum(beyond, 0))))
+    return found
 
 
 def mirror_signals(

@@ -1,11 +1,13 @@
 """The learning rules: each a NamedTuple of pure functions, one factory a rule, and the choice of a rule per path."""
 
 import dataclasses
+import functools
+import inspect
 import math
 import numbers
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +87,27 @@ class Rule(NamedTuple):
 
 
 RuleOrRules = Rule | Mapping[str, Rule]
+P = ParamSpec("P")
+
+
+def named(factory: Callable[P, Rule]) -> Callable[P, Rule]:
+    """A factory whose rules are named as they are made, ``weight_mirror(noise='gaussian')``: distinct ones distinctly."""
+    signature = inspect.signature(factory)
+
+    @functools.wraps(factory)
+    def make(*args: P.args, **kwargs: P.kwargs) -> Rule:
+        rule = factory(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        if "name" in given:
+            return rule
+        changed = [f"{k}={_shown(v)}" for k, v in given.items() if v != signature.parameters[k].default]
+        return rule._replace(name=factory.__name__ + (f"({', '.join(changed)})" if changed else ""))
+
+    return make
+
+
+def _shown(value: Any) -> str:
+    return value.__name__ if callable(value) and hasattr(value, "__name__") else repr(value)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -167,6 +190,7 @@ def _std(scale: float, fan_in: int, path: str, w: jax.Array) -> float:
     return std
 
 
+@named
 def backprop() -> Rule:
     """Backpropagation: the error goes back through W^T (eq. 2).
 
@@ -175,6 +199,7 @@ def backprop() -> Rule:
     return Rule("backprop", None, None, transports="weights")
 
 
+@named
 def feedback_alignment(scale: float = 1.0) -> Rule:
     """Feedback alignment (Lillicrap et al. 2016): the error goes back through a fixed random B (eq. 3-4).
 
@@ -190,6 +215,7 @@ def feedback_alignment(scale: float = 1.0) -> Rule:
     return Rule("feedback_alignment", RandomFeedback(scale), fixed)
 
 
+@named
 def sign_symmetry(magnitude: str = "uniform", scale: float = 1.0) -> Rule:
     """Sign-concordant feedback (Liao et al. 2016, Moskovitz et al. 2018, Xiao et al. 2018): through abs(B) * sign(W)^T.
 
@@ -207,11 +233,10 @@ def sign_symmetry(magnitude: str = "uniform", scale: float = 1.0) -> Rule:
       ValueError: an argument is out of its range.
     """
     check_scale(scale)
-    names = {"uniform": "sign_symmetry", "fixed": "sign_symmetry_fixed", "batch": "sign_symmetry_batch"}
-    checks.one_of("magnitude", magnitude, tuple(names))
+    checks.one_of("magnitude", magnitude, ("uniform", "fixed", "batch"))
 
     init = _SignedMagnitudes(magnitude, scale)
-    return Rule(names[magnitude], init, _signed, redrawn=magnitude == "batch", transports="signs")
+    return Rule("sign_symmetry", init, _signed, redrawn=magnitude == "batch", transports="signs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +263,7 @@ def _exact_start(start: str) -> Mirror | None:
     return Mirror("orthogonal", rate=1.0, each_step=False, start=1) if start == "mirror" else None
 
 
+@named
 def kolen_pollack(scale: float = 1.0, *, start: str = "random") -> Rule:
     """Kolen-Pollack as a local circuit (Akrout et al. 2019, eq. 15-18): B learns beside W from the same two activities.
 
@@ -264,8 +290,9 @@ def kolen_pollack(scale: float = 1.0, *, start: str = "random") -> Rule:
     return Rule("kolen_pollack", RandomFeedback(scale), learned, hebbian, mirror=_exact_start(start))
 
 
+@named
 def mirrored_kolen_pollack(
-    noise: str = "orthogonal",
+    noise: str | None = None,
     noise_std: float = 1.0,
     num_samples: int | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
@@ -299,14 +326,12 @@ def mirrored_kolen_pollack(
       ValueError: an argument is out of its range; the message names it.
     """
     check_scale(scale)
-    checks.one_of("noise", noise, NOISES)
-    if start is None:
-        start = 1 if "orthogonal" in noise else 20
-    mirror = Mirror(noise, noise_std, num_samples, target_angle, rate, activation, bias, start=start)
+    mirror = _mirror(noise, noise_std, num_samples, activation, bias, target_angle, start)._replace(rate=rate)
     check_mirror(mirror)
     return Rule("mirrored_kolen_pollack", RandomFeedback(scale), learned, hebbian, mirror=mirror)
 
 
+@named
 def kolen_pollack_transported(scale: float = 1.0) -> Rule:
     """Kolen-Pollack as first published (Kolen and Pollack 1994, eq. 12-14): W's changes are carried over to B.
 
@@ -373,6 +398,7 @@ def _product(w: jax.Array, b: ProductFeedback) -> jax.Array:
     return ProductFeedback(jax.lax.stop_gradient(b.r), b.b, b.shape, b.order).effective()
 
 
+@named
 def product_feedback_alignment(expansion: float = 4.0, scale: float = 1.0) -> Rule:
     """Product feedback alignment (PFA; Li et al. 2024): the error goes back through two populations, R B; B learns.
 
@@ -408,6 +434,7 @@ class _RandomDirect:
         return Direct((jax.random.normal(key, shape) * std).astype(w.dtype))
 
 
+@named
 def direct_feedback_alignment(scale: float = 1.0) -> Rule:
     """Direct feedback alignment (DFA; Nokland 2016): the output's error goes to each projection's input by its own B.
 
@@ -427,6 +454,7 @@ def direct_feedback_alignment(scale: float = 1.0) -> Rule:
     return Rule("direct_feedback_alignment", _RandomDirect(scale), fixed, direct=True)
 
 
+@named
 def direct_kolen_pollack(scale: float = 1.0) -> Rule:
     """Direct Kolen-Pollack (DKP; Webster et al. 2021): direct feedback alignment whose B_l learn.
 
@@ -443,49 +471,80 @@ def direct_kolen_pollack(scale: float = 1.0) -> Rule:
     return Rule("direct_kolen_pollack", _RandomDirect(scale), learned, hebbian, direct=True)
 
 
+@named
 def weight_mirror(
-    noise: str = "gaussian",
+    noise: str | None = None,
     noise_std: float = 1.0,
     num_samples: int | None = None,
     activation: Callable[[jax.Array], jax.Array] | None = None,
     bias: str = "blocked",
     *,
-    target_angle: float = 6.0,
-    rate: float = 0.1,
+    target_angle: float | None = None,
+    rate: float | None = None,
+    start: int | None = None,
     scale: float = 1.0,
 ) -> Rule:
     """Weight mirrors (Akrout et al. 2019, eq. 5-11): in a second mode, noise through W teaches B its transpose.
 
     Engaged mode sends the error back through B (eq. 3) and leaves B as it is. Mirror mode feeds each projection noise
-    x, takes its response y = phi(W x + b) and moves B along x y^T (eq. 7), whose mean is sigma^2 E[phi'] W^T: exactly
-    so, by Stein's lemma, for Gaussian noise, no bias and any continuous phi. Nothing is transported; B's synapse sees its two
-    sides only.
+    x, takes its response y = phi(W x + b) and moves B along x y^T (eq. 7). The mean of x y^T is sigma^2 E[phi'] W^T:
+    exactly so, by Stein's lemma, for Gaussian noise, no bias and any continuous phi. Nothing is transported; B's
+    synapse sees its two sides only.
 
-    Orthogonal noise gives a linear response's W^T exactly at fan_in samples and its multiples; in pairs x, -x it gives ReLU's exactly
-    too (relu(z) - relu(-z) = z), at 2 fan_in. A brain could do the pairs (a pattern and its opposite in turn, against
-    a resting rate) and could wake its neurons one after another, which is the simplest orthogonal noise; it could
-    hardly draw a dense orthogonal pattern over a whole population, which asks the neurons to agree on it beforehand.
+    Take one mirror step after each engaged step. A weight mirror must keep pace with W: a B that lags behind W by a few
+    degrees can end learning, where noise of 30 degrees does no harm. So the default is noise that is exact from few
+    samples, and all of B is replaced: fan_in orthogonal samples, at rate 1. ``mirrored_kolen_pollack`` keeps pace on any
+    noise and any mirror period.
+
+    Orthogonal noise gives a linear response's W^T exactly at fan_in samples and its multiples. In pairs x, -x it gives
+    ReLU's exactly too (relu(z) - relu(-z) = z), at 2 fan_in. A brain could do the pairs (a pattern and its opposite in
+    turn, against a resting rate). It could wake its neurons one after another, which is the simplest orthogonal noise.
+    It could hardly draw a dense orthogonal pattern over a whole population.
 
     Args:
       noise: "gaussian", "uniform" or "rademacher" (random signs), of zero mean; "antithetic" (Gaussian pairs x, -x);
-        "orthogonal" (X^T X = N sigma^2 I) or "orthogonal+antithetic".
+        "orthogonal" (X^T X = N sigma^2 I) or "orthogonal+antithetic". None: orthogonal, in pairs if there is an
+        activation.
       noise_std: sigma, in the units of the presynaptic activity.
       num_samples: samples a mirror step draws for each projection. None: as many as ``target_angle`` takes at ``rate``
         (see ``wmkp.samples_for_angle``).
       activation: phi, applied to the response; None for a linear one.
       bias: "blocked", or "kept": the layer's own bias is added before phi, which leaves an angle that no number of
         samples removes. (Beside a gain, as a weight norm's, it cannot be kept.)
-      target_angle: degrees between B and W^T that the leaky average settles at while W stands still.
+      target_angle: degrees between B and W^T that the leaky average settles at while W stands still. None: fan_in
+        samples of orthogonal noise (twice that in pairs), 8 fan_in of other noise.
       rate: a in (0, 1], the share of the difference between B and the estimate of W^T that one mirror step takes away.
+        None: 1 for orthogonal noise whose samples you leave to the rule, 0.5 otherwise.
+      start: mirror steps before training, by ``steps.init`` and ``init_feedback``. None: 1 where ``rate=None`` is 1, 20
+        otherwise.
       scale: B starts Gaussian with standard deviation ``scale / sqrt(fan_in)``.
 
     Raises:
       ValueError: an argument is out of its range; the message names it.
     """
     check_scale(scale)
-    mirror = Mirror(noise, noise_std, num_samples, target_angle, rate, activation, bias)
+    mirror = _mirror(noise, noise_std, num_samples, activation, bias, target_angle, start)
+    if rate is None:
+        rate = 1.0 if _draws_all(mirror) else 0.5
+    mirror = mirror._replace(rate=rate)
     check_mirror(mirror)
     return Rule("weight_mirror", RandomFeedback(scale), fixed, mirror=mirror)
+
+
+def _mirror(noise: Any, noise_std: Any, num_samples: Any, activation: Any, bias: Any, angle: Any, start: Any) -> Mirror:
+    """A mirror, its noise and its start chosen if they are None; its rate is the caller's to choose."""
+    if noise is None:
+        noise = "orthogonal" if activation is None else "orthogonal+antithetic"
+    checks.one_of("noise", noise, NOISES)
+    mirror = Mirror(noise, noise_std, num_samples, angle, None, activation, bias)
+    if start is None:
+        start = 1 if _draws_all(mirror) else 20
+    return mirror._replace(start=start)
+
+
+def _draws_all(mirror: Mirror) -> bool:
+    """Whether a mirror step draws each of fan_in orthogonal directions once."""
+    return "orthogonal" in mirror.noise and mirror.num_samples is None and mirror.target_angle is None
 
 
 NOISES = ("gaussian", "uniform", "rademacher", "orthogonal", "antithetic", "orthogonal+antithetic")

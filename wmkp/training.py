@@ -11,7 +11,8 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from wmkp import checks, mirror, updates
-from wmkp.engaged import check_loss, feedback_leaves, initial_feedback, value_and_grad
+from wmkp.engaged import check_loss, value_and_grad
+from wmkp.feedback import feedback_leaves, initial_feedback
 from wmkp.program import compat
 from wmkp.program.projections import Analysis, analyse, check_traceable, named_leaves
 from wmkp.rules import Mirror, Rule, RuleOrRules, learning_part, resolve
@@ -72,7 +73,8 @@ class Steps(NamedTuple):
         ``mirror.start`` asks for, and only for those rules that ask for some.
       engaged_step: ``(state, batch) -> (state, metrics)``, jitted, the state donated.
       mirror_step: ``state -> (state, metrics)``, jitted, the state donated; changes B alone, and only where the rule
-        mirrors at each step. There is nothing to report: ``metrics`` is empty.
+        mirrors at each step. ``metrics["lag"]`` says of each projection, by path, how many degrees B was behind W beyond
+        what noise explains. Above 3 degrees, mirror more often or take ``mirrored_kolen_pollack``. W is not read for it.
 
     Raises:
       ValueError, TypeError: a state or batch that does not match the examples that ``make_steps`` was given, a state
@@ -81,7 +83,7 @@ class Steps(NamedTuple):
 
     init: Callable[..., TrainState]
     engaged_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
-    mirror_step: Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]
+    mirror_step: Callable[[TrainState], tuple[TrainState, dict[str, Any]]]
 
 
 def make_steps(
@@ -154,7 +156,6 @@ def make_steps(
     rules = resolve(rule, analysis)
     mirror.targets(rules, analysis)
     mirrors = {path: r.mirror for path, r in rules.items() if r.mirror is not None}
-    projections = analysis.projections()
     # B's optimizers: W's (None), and those that rules have of their own.
     trainers = list(dict.fromkeys(r.optimizer for r in rules.values() if r.signal is not None))
     feedback_optimizers = [updates.kolen_pollack(optimizer) if own is None else own for own in trainers]
@@ -192,10 +193,6 @@ def make_steps(
             mine = rule is not None and rule.signal is not None and rule.optimizer == trainers[trainer]
             leaves[i] = learning_part(leaves[i]) if mine else None
         return tree.unflatten(leaves)
-
-    def only(which: Callable[[Mirror], bool]) -> dict[str, Rule]:
-        """The rules, without a mirror mode but for those whose mirror is ``which``."""
-        return {p: r if r.mirror and which(r.mirror) else r._replace(mirror=None) for p, r in rules.items()}
 
     def redrawn(key: jax.Array, params: Any, feedback: Any) -> Any:
         """Feedback with a new B under those rules that draw one for each batch."""
@@ -258,6 +255,8 @@ def make_steps(
         feedback_opt_state = list(state.feedback_opt_state)
         for i, trainer in enumerate(feedback_optimizers):
             mine, towards = learning(feedback, i), learning(clipped if trainers[i] is None else signal, i)
+            if trainers[i] is None:
+                feedback_opt_state[i] = updates.same_hyperparams(state.opt_state, feedback_opt_state[i])
             change, feedback_opt_state[i] = trainer.update(towards, feedback_opt_state[i], mine)
             feedback = _overlay(feedback, optax.apply_updates(mine, change))
         state = TrainState(
@@ -265,43 +264,39 @@ def make_steps(
         )
         return place(state), metrics
 
-    def mirror_feedback(
-        key: jax.Array, chosen: dict[str, Rule], params: Any, feedback: Any, count: jax.Array, before: bool
-    ) -> Any:
-        """B after the mirror step number ``count`` (from 1) of these rules; ``before`` training it is a plain mean."""
-        leaves = tree.flatten_up_to(feedback)
-        signals = mean(
-            mirror.signals(own_key(key), chosen, analysis, jax.tree.leaves(own(params)), own(leaves), spread)
-        )
-        for i, (path, signal) in enumerate(zip(analysis.paths, signals, strict=True)):
-            if signal is not None and leaves[i] is not None:
-                if mirrors[path].signal is not None:  # it is the whole change
-                    leaves[i] = leaves[i] + (mirrors[path].rate * signal).astype(signal.dtype)
-                    continue
-                if mirror_optimizer is not None and mirrors[path].each_step:
-                    change, _ = mirror_optimizer.update(signal, mirror_optimizer.init(leaves[i]), leaves[i])
-                    leaves[i] = leaves[i] + change
-                    continue
-                # updates.calibrated_mirror, so written that a first step of rate 1 leaves nothing of B, nor of its rounding.
-                number = count.astype(jnp.promote_types(signal.dtype, jnp.float32))
-                rate = 1 / number if before else mirror.mirror_rate(mirrors[path], projections[path].fan_in, number)
-                estimate = signal / mirror.mirror_gain(rules[path])
-                leaves[i] = ((1 - rate) * leaves[i] + rate * estimate).astype(signal.dtype)
-        return tree.unflatten(leaves)
+    def mirrored(
+        key: jax.Array, chosen: dict[str, Rule], leaves: list[Any], entries: list[Any], count: jax.Array, before: bool
+    ) -> tuple[list[Any], list[Any]]:
+        """B after the mirror step number ``count`` (from 1) of these rules, and its signals."""
+        signals = mean(mirror.signals(own_key(key), chosen, analysis, own(leaves), own(entries), spread))
+        after = mirror.averaged(chosen, analysis, entries, signals, count, before)
+        for i, (path, signal, b) in enumerate(zip(analysis.paths, signals, entries, strict=True)):
+            if signal is not None and b is not None and by_hand(mirrors[path]):
+                assert mirror_optimizer is not None
+                change, _ = mirror_optimizer.update(signal, mirror_optimizer.init(b), b)
+                after[i] = b + change
+        return after, signals
 
-    def mirror_step(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+    def by_hand(mirror: Mirror) -> bool:
+        return mirror_optimizer is not None and mirror.each_step and mirror.signal is None
+
+    def mirror_step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         check_state(state)
         key, noise_key = jax.random.split(state.key)
-        count = state.mirrored + 1
-        chosen = only(lambda mirror: mirror.each_step)
-        feedback = mirror_feedback(noise_key, chosen, state.params, state.feedback, count, False)
-        return place(state._replace(feedback=feedback, mirrored=count, key=key)), {}
+        count, chosen = state.mirrored + 1, mirror.only(rules, lambda mirror: mirror.each_step)
+        leaves, entries = jax.tree.leaves(state.params), tree.flatten_up_to(state.feedback)
+        after, signals = mirrored(noise_key, chosen, leaves, entries, count, False)
+        metrics: dict[str, Any] = {}
+        watched = mirror.only(chosen, lambda mirror: not by_hand(mirror))
+        parts = 1 if axis_name is None else jax.lax.psum(1, axis_name)
+        if lags := mirror.lags(watched, analysis, leaves, entries, signals, count, parts):
+            metrics["lag"] = lags
+        return place(state._replace(feedback=tree.unflatten(after), mirrored=count, key=key)), metrics
 
     def init(key: jax.Array, params: Any, model_state: Any = None, mirror_steps: int | None = None) -> TrainState:
         chosen = rules
         if mirror_steps is None:
-            chosen = only(lambda mirror: mirror.start > 0)
-            mirror_steps = max((mirror.start for mirror in mirrors.values()), default=0)
+            chosen, mirror_steps = mirror.at_start(rules)
         checks.key(key)
         check_as_given("params", params)
         named_leaves(params)
@@ -320,16 +315,9 @@ def make_steps(
         key, feedback_key, noise_key = jax.random.split(key, 3)
         feedback = initial_feedback(feedback_key, rules, analysis, params)
         if mirror_steps:
-            feedback = jax.jit(
-                lambda params, feedback: jax.lax.fori_loop(
-                    0,
-                    mirror_steps,
-                    lambda i, b: mirror_feedback(
-                        jax.random.fold_in(noise_key, i), chosen, params, b, jnp.asarray(i + 1), True
-                    ),
-                    feedback,
-                )
-            )(params, feedback)
+            step = lambda key, leaves, entries, count: mirrored(key, chosen, leaves, entries, count, True)[0]
+            entries = tree.flatten_up_to(feedback)
+            feedback = tree.unflatten(mirror.period(step, noise_key, mirror_steps, jax.tree.leaves(params), entries))
         state = TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,

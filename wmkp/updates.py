@@ -9,11 +9,11 @@ import numpy as np
 import optax
 
 from wmkp import checks
-from wmkp.mirror import mirror_gain
+from wmkp.law import mirror_gain
 from wmkp.program.projections import is_array
 from wmkp.rules import Rule
 
-__all__ = ["calibrated_mirror", "clip_together", "kolen_pollack", "weight_mirror"]
+__all__ = ["calibrated_mirror", "clip_together", "kolen_pollack", "same_hyperparams", "weight_mirror"]
 
 
 def kolen_pollack(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -71,6 +71,28 @@ def kolen_pollack(optimizer: optax.GradientTransformation) -> optax.GradientTran
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def same_hyperparams(opt_state: Any, feedback_opt_state: Any) -> Any:
+    """B's optimizer state with W's hyperparameters, as ``optax.inject_hyperparams`` keeps them in a state.
+
+    The engaged step of ``make_steps`` calls it: a learning rate that is set in ``state.opt_state`` is B's too, and one set
+    in ``state.feedback_opt_state`` alone is not used.
+
+    Args:
+      opt_state: W's.
+      feedback_opt_state: B's, of the same optimizer by ``kolen_pollack``.
+    """
+    if hasattr(feedback_opt_state, "hyperparams"):
+        inner = same_hyperparams(opt_state.inner_state, feedback_opt_state.inner_state)
+        return opt_state._replace(inner_state=inner)
+    if isinstance(feedback_opt_state, dict):
+        return {k: same_hyperparams(opt_state[k], b) for k, b in feedback_opt_state.items()}
+    if isinstance(feedback_opt_state, tuple):
+        parts = [same_hyperparams(w, b) for w, b in zip(opt_state, feedback_opt_state, strict=True)]
+        kind = type(feedback_opt_state)
+        return kind(*parts) if hasattr(feedback_opt_state, "_fields") else kind(parts)
+    return feedback_opt_state
+
+
 def _check_arrays(name: str, tree: Any) -> None:
     """TypeError unless all leaves are floating-point arrays."""
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
@@ -109,6 +131,8 @@ def _try(optimizer: optax.GradientTransformation, tree: Any, dtype: Any) -> None
             update = jax.jit(partial(optimizer.update, value=jnp.ones((), dtype)))
             update(start, state_w, start)
         u, _ = update(start, state_w, start)
+        if _traced(u):
+            return
         if [x.shape for x in jax.tree.leaves(u)] != [x.shape for x in jax.tree.leaves(start)]:
             raise ValueError("its updates have other shapes than the gradients (one for each example?)")
     except Exception as error:
@@ -196,7 +220,13 @@ def check_finite(optimizer: optax.GradientTransformation, params: Any) -> None:
             update, _ = optimizer.update(gradient, optimizer.init(w), w)
         except Exception:  # one that is made for arrays of one size cannot be tried on others
             return
-        _check_is_finite(update)
+        if not _traced(update):
+            _check_is_finite(update)
+
+
+def _traced(updates: Any) -> bool:
+    """Whether an optimizer's updates of known arrays are not known: a learning rate of it is traced, and it cannot be tried."""
+    return any(isinstance(u, jax.core.Tracer) for u in jax.tree.leaves(updates))
 
 
 def _check_is_finite(update: Any) -> None:

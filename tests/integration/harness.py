@@ -22,7 +22,7 @@ from wmkp.program import compat
 KEY = jax.random.key(0, impl="unsafe_rbg")
 STEPS = 10
 LAID_OUT = compat.LAYOUT | compat.INDEXED | compat.JOINED | compat.WRITTEN | compat.AFFINE | {"neg", "mul", "div"}
-MIRROR = wmkp.weight_mirror(noise="rademacher", num_samples=64, rate=0.3)
+MIRROR = wmkp.weight_mirror(noise="rademacher", num_samples=64, rate=0.3, start=0)
 
 
 class Model(NamedTuple):

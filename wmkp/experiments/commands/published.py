@@ -38,7 +38,7 @@ class Variant(NamedTuple):
       learning_rate: of W; a bias gets a 128th of it (its gradient is divided by the batch twice).
       title: what is mended.
       mirror: "published": uniform noise, sigmoid response, bias kept, B never decays; "decay": the same, B decays so as
-        to settle at W^T; "linear": ``wmkp.weight_mirror()`` from as many samples; "default": as it is; "exact":
+        to settle at W^T; "linear": Gaussian noise, a linear response, as many samples, rate 0.1; "default": 2,383 samples; "exact":
         orthogonal noise, B is the estimate.
       shuffled: whether each epoch has an order of its own, instead of the dataset's.
       weight_decay: lambda of W and B.
@@ -70,8 +70,8 @@ MENDED = {
     "wm": PUBLISHED["wm"],
     "wm-shuffled": PUBLISHED["wm"]._replace(title="shuffled", shuffled=True),
     "wm-decay": PUBLISHED["wm"]._replace(title="B decays, calibrated to settle at W^T", mirror="decay"),
-    "wm-linear": PUBLISHED["wm"]._replace(title="weight_mirror(num_samples=128)", mirror="linear"),
-    "wm-default": PUBLISHED["wm"]._replace(title="weight_mirror(): 2,383 samples", mirror="default"),
+    "wm-linear": PUBLISHED["wm"]._replace(title="Gaussian noise, 128 samples, rate 0.1", mirror="linear"),
+    "wm-default": PUBLISHED["wm"]._replace(title="Gaussian noise, 2,383 samples, rate 0.1", mirror="default"),
     "wm-exact": PUBLISHED["wm"]._replace(title="orthogonal noise: exact", mirror="exact"),
 }
 JPEG = {
@@ -149,9 +149,10 @@ def make_rule(variant: Variant, fan_in: int, fan_out: int) -> wmkp.Rule:
     """The rule, B's initial variance being 1 / (fan_in + fan_out) as W's."""
     scale = math.sqrt(fan_in / (fan_in + fan_out))
     if variant.rule == "wm" and variant.mirror in ("linear", "default"):
-        return wmkp.weight_mirror(num_samples=BATCH if variant.mirror == "linear" else None, scale=scale)
+        samples = BATCH if variant.mirror == "linear" else None
+        return wmkp.weight_mirror("gaussian", num_samples=samples, target_angle=6.0, rate=0.1, scale=scale)
     if variant.rule == "wm" and variant.mirror == "exact":
-        return wmkp.weight_mirror("orthogonal", target_angle=1e-3, rate=1.0, scale=scale)
+        return wmkp.weight_mirror(scale=scale)
     rules: dict[str, Callable[[], wmkp.Rule]] = {
         "bp": wmkp.backprop,
         "fa": lambda: wmkp.feedback_alignment(scale),

@@ -30,6 +30,7 @@ from wmkp.experiments.models import tasks
 from wmkp.experiments.runs import checkpoints, logs, settings
 from wmkp.experiments.runs.build import Run, Score, Tally, build, like
 
+LAG = 3.0  # degrees that B may be behind W
 SHOWN = 6  # parameters that an error names
 RUNAWAY = 100.0  # a loss of so many times its first value is warned of
 
@@ -69,6 +70,7 @@ class _Session:
       state, tally, step: what changes from step to step.
       first_loss: of its first step; NaN until that is known.
       ran_away: whether it was warned that the loss has risen far above that.
+      lags, lagged: how far B was behind W at the last mirror step, by path; whether that was warned of.
       verified: whether a checkpoint of this session was read back.
       begin, since: when and at which step the measured stretch began.
     """
@@ -85,6 +87,8 @@ class _Session:
     begin: float = 0.0
     since: int = 0
     ran_away: bool = False
+    lags: dict[str, Any] = dataclasses.field(default_factory=dict)
+    lagged: bool = False
     verified: bool = False
 
     def start_clock(self) -> None:
@@ -171,7 +175,8 @@ def _step(session: _Session, batch: Any) -> None:
     mirrors = run.rule.mirror is not None and run.rule.mirror.each_step
     if mirrors and session.step % (config.mirror_every * config.accumulate) == 0:
         for _ in range(config.mirror_repeat):
-            session.state, _ = run.steps.mirror_step(session.state)
+            session.state, mirrored = run.steps.mirror_step(session.state)
+            session.lags = mirrored.get("lag", {})
 
 
 def _read(session: _Session) -> Tally:
@@ -218,10 +223,23 @@ def _log(session: _Session) -> float:
             f"the run has run away: at step {step} its training loss is {row['train_loss']:.3g}, and was "
             f"{session.first_loss:.3g} at first. A lower --learning-rate or --clip-norm 1 may help"
         )
+    _warn_of_lag(session)
     zero = devices.put_everywhere((np.float32(0),) * 3, run.mesh)
     session.tally = session.tally._replace(loss=zero[0], error=zero[1], count=zero[2])
     session.begin, session.since = now, step
     return rate
+
+
+def _warn_of_lag(session: _Session) -> None:
+    """Says so, once, where B was far behind W at the last mirror step."""
+    lags = {path: float(lag) for path, lag in jax.device_get(session.lags).items()}
+    path = max(lags, key=lambda p: lags[p], default="")
+    if not session.lagged and lags and lags[path] > LAG:
+        session.lagged = True
+        _warn(
+            f"B lags {lags[path]:.1f} degrees behind W at {path} when it is mirrored, beyond what noise explains. Such a lag "
+            "can end learning: --mirror-every 1 mirrors more often, and --rule mkp does not lag"
+        )
 
 
 def _test(session: _Session) -> Score:

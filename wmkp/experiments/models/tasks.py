@@ -121,7 +121,7 @@ def make_rule(name: str, **mirror: Any) -> wmkp.Rule:
         "kp": wmkp.kolen_pollack,
         "kpm": partial(wmkp.kolen_pollack, start="mirror"),
         "mkp": wmkp.mirrored_kolen_pollack,
-        "wm": partial(wmkp.weight_mirror, **mirror),
+        "wm": partial(wmkp.weight_mirror, "gaussian", **mirror),
         "wmo": partial(wmkp.weight_mirror, "orthogonal", **mirror),
         "frsf": partial(wmkp.sign_symmetry, "fixed"),
         "brsf": partial(wmkp.sign_symmetry, "batch"),

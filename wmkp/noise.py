@@ -1,0 +1,174 @@
+"""What mirror mode draws: noise of each kind, in parts, and the fast transforms that stand for orthogonal noise."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wmkp.rules import Mirror
+
+# A product with a matrix of fewer rows takes no longer than its fast transform.
+SMALL = 256
+
+
+def draw_noise(key: jax.Array, mirror: Mirror, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
+    """Noise of shape (K, N, fan_in): K projections, N samples of each.
+
+    Orthogonal noise has X^T X = N sigma^2 I for every block of fan_in samples: a Hartley matrix, orthogonal at any size
+    and made of one table of fan_in values, its columns' signs drawn anew and, for a last block that is not whole, its
+    rows drawn at random. Antithetic noise is pairs x, -x.
+    """
+    return noise_in_parts(key, mirror, shape, dtype)(0, shape[1])
+
+
+def noise_in_parts(
+    key: jax.Array, mirror: Mirror, shape: tuple[int, int, int], dtype: Any
+) -> Callable[[Any, int], jax.Array]:
+    """What ``draw_noise`` draws, in parts: ``(start, count) -> (K, count, fan_in)``, for parts that do not overlap."""
+    blocks, samples, fan_in = shape
+    if "antithetic" in mirror.noise:
+        kind = mirror.noise.replace("antithetic", "").strip("+") or "gaussian"
+        half = noise_in_parts(key, mirror._replace(noise=kind), (blocks, -(-samples // 2), fan_in), dtype)
+
+        def pairs(start: Any, count: int) -> jax.Array:
+            x = half((start + 1) // 2, -(-count // 2))
+            return jnp.concatenate([x, -x], axis=1)[:, :count]
+
+        return pairs
+    if mirror.noise == "orthogonal":
+        rows = _hartley_rows(key, shape, dtype)
+        return lambda start, count: rows(start + jnp.arange(count, dtype=jnp.uint32)) * mirror.noise_std
+    draw = {"gaussian": _gaussian, "uniform": _uniform, "rademacher": _signs}[mirror.noise]
+
+    def independent(start: Any, count: int) -> jax.Array:
+        own = key if count == samples else jax.random.fold_in(key, start)
+        return draw(own, (blocks, count, fan_in), dtype) * mirror.noise_std
+
+    return independent
+
+
+def _words(key: jax.Array, shape: tuple[int, int, int]) -> tuple[jax.Array, jax.Array]:
+    """Two random uint32 of a shape: Threefry-2x32 (Salmon et al. 2011) of each element's place.
+
+    It is jax.random's own cipher. That runs its rounds on CPUs as a loop over memory; written out, they are one pass
+    (``python -m benchmarks.noise`` times both). An element depends on its place alone, so that devices share the work.
+    """
+    seed = jax.random.key_data(key)
+    if seed.shape != (2,):  # a key of another generator
+        seed = jax.random.bits(key, (2,), jnp.uint32)
+    block, row, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(3))
+    return threefry(seed, (block, row * np.uint32(shape[2]) + column))
+
+
+def threefry(seed: jax.Array, counter: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Threefry-2x32 of 20 rounds: two words for each counter of two words, all uint32."""
+    keys = (seed[0], seed[1], seed[0] ^ seed[1] ^ np.uint32(0x1BD11BDA))
+    a, b = counter[0] + keys[0], counter[1] + keys[1]
+    for group in range(5):
+        for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            a = a + b
+            b = a ^ (b << np.uint32(rotation) | b >> np.uint32(32 - rotation))
+        a, b = a + keys[(group + 1) % 3], b + keys[(group + 2) % 3] + np.uint32(group + 1)
+    return a, b
+
+
+def _unit(words: jax.Array) -> jax.Array:
+    """Random words as float32 in [0, 1)."""
+    return jax.lax.bitcast_convert_type(words >> np.uint32(9) | np.uint32(0x3F800000), jnp.float32) - 1
+
+
+def _uniform(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
+    """Of unit variance."""
+    if dtype != jnp.float32:
+        return math.sqrt(3) * jax.random.uniform(key, shape, dtype, -1.0, 1.0)
+    return math.sqrt(3) * (2 * _unit(_words(key, shape)[0]) - 1)
+
+
+def _gaussian(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
+    """Of unit variance, by Box and Muller (1958): sqrt(-2 log u) sin(pi v / 2), u in (0, 1] and v in [-1, 1).
+
+    The polynomial is a sine to float32's rounding, and a CPU runs through it; jax.random.normal's inverse error function
+    takes longer than the cipher there (``python -m benchmarks.noise`` times both).
+    """
+    if dtype != jnp.float32:
+        return jax.random.normal(key, shape, dtype)
+    a, b = _words(key, shape)
+    angle = np.float32(np.pi) * _unit(b) - np.float32(np.pi / 2)
+    sine = jnp.zeros((), jnp.float32)
+    for power in (11, 9, 7, 5, 3, 1):
+        sine = sine * angle**2 + np.float32((-1) ** (power // 2) / math.factorial(power))
+    return jnp.sqrt(-2 * jnp.log(1 - _unit(a))) * (sine * angle)
+
+
+def _signs(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
+    """Random signs: 32 of each word, where jax.random.rademacher takes a word for each."""
+    blocks, samples, fan_in = shape
+    # By jax.random, whose loop the compiler fuses with nothing: it would make each word anew for each of its bits.
+    words = jax.random.bits(key, (blocks, samples, -(-fan_in // 32)), jnp.uint32)
+    places = np.arange(32, dtype=np.uint32).reshape(1, 1, 1, 32)
+    bits = words[..., None] >> places & np.uint32(1)
+    return (1 - 2 * bits.astype(dtype)).reshape(blocks, samples, -1)[..., :fan_in]
+
+
+def hartley_draw(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+    """What is random in orthogonal noise: signs of the columns of each block, (K, whole blocks + 1, fan_in); and the rows
+    of the last block where it is not whole, (K, rest), or None."""
+    blocks, samples, fan_in = shape
+    whole, rest = divmod(samples, fan_in)
+    if not rest:
+        return _signs(key, (blocks, whole + 1, fan_in), dtype), None
+    sign_key, row_key = jax.random.split(key)
+    keys = jax.random.split(row_key, blocks)
+    drawn = jax.vmap(lambda k: jax.random.choice(k, fan_in, (rest,), replace=False))(keys)
+    return _signs(sign_key, (blocks, whole + 1, fan_in), dtype), drawn
+
+
+def _hartley_rows(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> Callable[[jax.Array], jax.Array]:
+    """Orthogonal noise of unit variance: ``places -> (K, places, fan_in)``, the samples at these of N places."""
+    blocks, samples, fan_in = shape
+    whole = samples // fan_in
+    # Row j of the matrix is cas(2 pi j k / fan_in), cas = cos + sin. With j = j1 m + j2 it is
+    # cos(j1 m) cas(j2) + sin(j1 m) cas(-j2): two tables of about sqrt(fan_in) rows, and no trigonometry at run time.
+    m = math.isqrt(fan_in - 1) + 1
+    steps = np.arange(m, dtype=np.int64)[:, None] * np.arange(fan_in) % fan_in * (2 * np.pi / fan_in)
+    strides = np.arange(m, dtype=np.int64)[:, None] * m * np.arange(fan_in) % fan_in * (2 * np.pi / fan_in)
+    cos, sin = jnp.asarray(np.cos(strides), dtype), jnp.asarray(np.sin(strides), dtype)
+    ahead = jnp.asarray(np.cos(steps) + np.sin(steps), dtype)
+    back = jnp.asarray(np.cos(steps) - np.sin(steps), dtype)
+    signs, drawn = hartley_draw(key, shape, dtype)
+    chosen = jnp.arange(fan_in)[None]
+    if drawn is not None:
+        chosen = jnp.concatenate([jnp.broadcast_to(chosen, (blocks, fan_in)), drawn], axis=1)
+
+    def rows(places: jax.Array) -> jax.Array:
+        block, place = places // fan_in, places % fan_in
+        row = chosen[:, place if drawn is None else jnp.where(block < whole, place, fan_in + place)]
+        # The barrier keeps the compiler from dividing for each element anew, and from working all of them out beforehand.
+        block, j1, j2 = jax.lax.optimization_barrier((block, row // m, row % m))
+        return (cos[j1] * ahead[j2] + sin[j1] * back[j2]) * signs[:, block]
+
+    return rows
+
+
+@functools.lru_cache
+def _hartley_matrix(n: int, dtype: Any) -> np.ndarray:
+    """cas(2 pi j k / n); one array for all projections of a program, which so holds it once."""
+    places = np.arange(n)
+    circle = np.cos(2 * np.pi / n * places) + np.sin(2 * np.pi / n * places)
+    return circle.astype(dtype)[np.outer(places, places) % n]
+
+
+def hartley(x: jax.Array) -> jax.Array:
+    """x times the matrix cas(2 pi j k / n), over the last axis, which has n entries.
+
+    By a fast Fourier transform F, of which it is Re F - Im F (Bracewell 1983), or by the matrix where that is small.
+    """
+    n = x.shape[-1]
+    if n < SMALL:
+        return x @ _hartley_matrix(n, x.dtype)
+    f = jnp.fft.rfft(x)  # of a real x, the first half; the rest is its conjugate, backwards
+    return jnp.concatenate([f.real - f.imag, (f.real + f.imag)[..., (n - 1) // 2 : 0 : -1]], axis=-1)
