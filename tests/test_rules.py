@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from marks import some_slow
 
 import wmkp
 from wmkp.alignment import Alignment
@@ -387,7 +388,15 @@ def unpacked(b):
     return b.b[0] if isinstance(b, ProductFeedback) else b.array if isinstance(b, Direct) else b
 
 
-@pytest.mark.parametrize("name", CASES)
+# Single terms are parts of all five; the others differ from a case above in a number or in their place.
+VARIANTS = {
+    "FA, wider", "PFA, smaller population", "amplitude", "decay", "null", "sparse", "self", "amplitude on activity",
+    "decay on activity", "null on activity", "sparse on activity", "self on activity", "all five, over the square",
+    "WM, other noise", "activity mirror, whitened", "DKP under BP", "brSF under WM",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", some_slow(CASES, VARIANTS))
 def test_training_equals_numpy(float64, name):
     """Engaged step, mirror step, and again: W, biases and B are those of the equations, to 1e-9."""
     rule, equations = CASES[name]
@@ -971,7 +980,7 @@ LOCAL = {
 }
 
 
-@pytest.mark.parametrize("name", LOCAL)
+@pytest.mark.parametrize("name", some_slow(LOCAL, {"symmetric_alignment", "whitened"}))
 @pytest.mark.parametrize("how", ["scan", "unrolled", "parts"])
 def test_a_local_loss_is_a_mean_over_uses(float64, name, how):
     """A weight used five times, or in parts: B's signal is the mean of those that a weight for each use would have."""

@@ -10,6 +10,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import some_slow
 from optax import contrib
 
 import wmkp
@@ -182,7 +183,17 @@ ACCEPTED = {
 }
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize(
+    "name",
+    some_slow(
+        ACCEPTED,
+        {
+            "L2, sgd", "L2, nesterov", "decay after momentum", "adam", "lion", "rmsprop", "clipped by value", "schedule-free",
+            "cocob", "a scheduled hyperparameter", "every other step transformed", "every other step masked", "NaNs as zeros",
+            "clipped by block", "a rule a matrix",
+        },
+    ),
+)  # fmt: skip
 def test_accepts_where_equation_14_holds(name):
     tx, law = ACCEPTED[name]
     _, feedback = float32(trees())
@@ -270,7 +281,17 @@ def test_a_schedule_in_python_is_tried_as_it_is():
     updates.kolen_pollack(optax.sgd(lambda count: 0.1 if count < 3 else 0.2)).init(float32(trees())[1])
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize(
+    "name",
+    some_slow(
+        REFUSED,
+        {
+            "lamb, warm-up from zero", "adaptive clipping", "every third step, lamb", "weak L2, adam", "L2, rmsprop",
+            "clipped by a large global norm", "clipped by a huge global norm", "clipped by global norm, NaNs as zeros",
+            "every third finite step", "normalized", "Polyak's step",
+        },
+    ),
+)  # fmt: skip
 def test_refuses_where_equation_14_cannot_hold(name):
     tx, reason = REFUSED[name]
     _, feedback = float32(trees())
