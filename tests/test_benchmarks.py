@@ -60,6 +60,7 @@ def test_the_gpus_rows_are_all_there_at_a_small_size(part, monkeypatch, quick_co
     assert {(row.verdict, row.note) for row in without} == {("not run", "no GPU here")}
 
 
+@pytest.mark.slow
 def test_speed_is_measured_without_what_data_and_commands_need(child_environment):
     """Where Grain, TFDS, tyro and Pillow are not installed, groups of rows can be imported, all of them."""
     code = "import sys; sys.modules.update(dict.fromkeys(('grain', 'tensorflow_datasets', 'tyro', 'PIL')))"

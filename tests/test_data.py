@@ -198,6 +198,7 @@ def test_worker_processes_change_nothing_and_go_away(stream):
         assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_worker_processes_do_not_outlive_one_that_is_killed(directory, child_environment):
     code = f"""
 import multiprocessing, time

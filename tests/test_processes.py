@@ -17,6 +17,8 @@ from test_data import make
 
 from wmkp.experiments.runs import logs
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = "mlp-digits-wm --hidden 16 16 --epochs 400 --log-every 10 --no-tensorboard --mirror-angle 20".split()
 SECONDS = 240  # after which a process hangs
 

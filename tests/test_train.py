@@ -126,6 +126,7 @@ def test_what_a_run_leaves(finished):
         assert name in events.read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_at_any_point_and_resumed_it_ends_with_the_same_bits(finished, tmp_path, child_environment):
     """SIGKILL somewhere, then SIGTERM, each in a process of its own, then to the end."""
     config = dataclasses.replace(SMALL, out=tmp_path / "run", resume=True)
@@ -378,6 +379,7 @@ def damages(content, trap, flips, seed):
     yield pickle.dumps(Trap(trap))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # pytest's hook sees what is not printed
 def test_any_file_of_a_checkpoint_may_be_damaged(finished, tmp_path, capsys):
     """One line that names the step and says what is left, or the very bits that were saved; and no code is run."""
@@ -654,6 +656,7 @@ gc.collect()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [COMPILES, COLLECTS], ids=["compiles", "collects"])
 def test_an_interrupt_ends_the_command_whatever_it_is_at(code):
     script = f"""
