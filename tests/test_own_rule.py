@@ -157,6 +157,15 @@ def test_a_b_of_several_arrays_learns_in_its_own_structure():
         np.testing.assert_allclose(a, b, atol=1e-12)
 
 
+def test_delta_angles_ask_for_no_signal():
+    """Of a B in its own structure, under a rule with noise: at the weights as they are."""
+    mine = lambda s: {"Q": s.x.T @ (s.error @ s.b["P"].array.T), "P": None}
+    rule = wmkp.Rule("rank two", rank_two, lambda w, b: b["Q"] @ b["P"].array, mine, noise=0.1)
+    feedback = wmkp.init_feedback(KEY, rule, loss, PARAMS, X, T)
+    found = wmkp.delta_angles(loss, rule, PARAMS, feedback, X, T)
+    assert found["c"] == 0 and 0 < found["b"] < 180
+
+
 @in_float64
 def test_each_rule_has_an_optimizer_of_its_own():
     """Adam for one B, W's own for the other; both states in the train state, and a step is what each makes of its signal."""

@@ -126,11 +126,13 @@ def evaluate(
 ) -> Any:
     """``fun``'s value, the error going back through ``carriers``; taps come in by ``tapped(product, x, y, tap)``.
 
-    ``entries`` are feedback's, for signals in their structure. Without a ``key`` there is no noise.
+    ``entries`` are feedback's, for B's signals: without them there are none. Without a ``key`` there is no noise.
     """
     direct = any(isinstance(carrier, Direct) for carrier in carriers)
     last = analysis.last() if direct else None
     circuits = _circuits(analysis, rules, leaves)
+    if entries is None:
+        circuits = {path: circuit._replace(signal=None) for path, circuit in circuits.items()}
 
     def on_product(handler: Handler, product: Product, x: Any, w: Any, b: Any, tap: Any) -> Any:
         leaf = min(product.params)
@@ -148,7 +150,7 @@ def evaluate(
                 y, error = pathways.directly(product, x, w, b.array, error, circuit, noise, own)
                 handler.channel = handler.channel._replace(error=error)
             else:
-                entry = None if entries is None or not circuit.own else entries[leaf]
+                entry = entries[leaf] if circuit.own and entries is not None else None
                 y = pathways.through_feedback(product, x, w, b, circuit, _whole(entry, product), noise, own)
         if product is last:
             y = pathways.emit_error(y, handler.channel.error)
