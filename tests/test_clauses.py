@@ -54,22 +54,6 @@ def test_a_gain_for_each_synapse_of_a_group():
     refuse(fun, weights("first", "other", "w"), X, match="mul")
 
 
-def test_a_weight_that_an_activity_scales_by_einsum():
-    """Neuron by neuron a product, whose error goes through B."""
-    stop = jax.lax.stop_gradient
-    active = lambda p, x: jnp.tanh(tanh_first(p, x).T @ tanh_first(p, x))
-    fun = lambda p, x: jnp.sum(jnp.sin(jnp.einsum("io,io->io", p["w"], active(p, x))))
-    params, b = weights("first", "w"), jax.random.normal(B_KEY, (6, 6))
-    assert wmkp.projections(fun, params, X)["w"].feedback
-
-    def reference(p):
-        a = active(p, X)
-        return jnp.sum(jnp.sin(p["w"] * stop(a) + b * a - stop(b * a)))
-
-    _, (grads, _) = wmkp.value_and_grad(fun, wmkp.kolen_pollack())(params, {"first": None, "w": b}, X)
-    chex.assert_trees_all_close(grads, jax.grad(reference)(params), rtol=1e-4, atol=1e-5)
-
-
 def test_a_gain_of_each_example_keeps_noise_out():
     def fun(params, x):
         h = tanh_first(params, x)
@@ -101,7 +85,6 @@ def test_gains_stay_gains_where_their_weight_is_laid_out_anew():
 COMPARED = {
     "biases of some, compared": lambda p, x: x.at[0].add(p["v"]) @ x.at[1].add(p["v"]).T,
     "gains of what constants mix": lambda p, x: (x @ np.cos(np.arange(36.0, dtype=np.float32)).reshape(6, 6)) * p["v"],
-    "gains of pairs by einsum": lambda p, x: jnp.einsum("ni,no->nio", x, jnp.sin(x)) * p["u"],
     "one token, compared": lambda p, x: (lambda t: (t @ t.swapaxes(1, 2)).reshape(3, 49))(
         jnp.concatenate([jnp.broadcast_to(p["v"], (3, 1, 6)), x[:, None] * x[:, :, None]], 1)
     ),
@@ -131,7 +114,7 @@ def test_copies_beside_synapses_that_data_looks_up():
         w = p["w"].reshape(36)[(jnp.arange(36).reshape(6, 6) + k) % 36]
         return jnp.sum(jnp.tanh(tanh_first(p, x)[:, :, None] * w) ** 2)
 
-    refuse(fun, weights("first", "w"), X, jnp.int32(1), match="mul by copies")
+    refuse(fun, weights("first", "w"), X, jnp.int32(1), match="element by element")
 
 
 def test_places_added_to_data_are_activities():
@@ -139,7 +122,7 @@ def test_places_added_to_data_are_activities():
         h = tanh_first(p, x) @ p["w"]
         return jnp.sum(jnp.sin(h[:, :, None] * (x + p["place"])[:, None]))
 
-    params = {**weights("first", "w"), "place": jax.random.normal(B_KEY, X.shape)}
+    params = {**weights("first", "w"), "place": jax.random.normal(B_KEY, (1, 6))}
     check(fun, params, X, paths=["w"])
 
 
@@ -254,11 +237,6 @@ def test_penalties_that_data_weighs_pass_no_error_on(name):
 
     params = dict(zip(("first", "w"), layers(2, 6), strict=True))
     check(fun, params, X, jnp.cos(jnp.arange(36.0)).reshape(6, 6), paths=["w"])
-
-
-def test_sums_over_synapses_that_data_scales_are_followed_no_further():
-    fun = lambda p, x, d: jnp.sum(jnp.sin(tanh_first(p, x) @ jnp.sum(p["w"] * d, 1, keepdims=True)))
-    refuse(fun, weights("first", "w"), X, jnp.cos(jnp.arange(36.0)).reshape(6, 6), match="reduce_sum")
 
 
 def test_backprops_weight_under_a_norm_that_it_shares():

@@ -446,8 +446,8 @@ def test_tied_embedding_is_a_projection_where_it_is_attended_and_local_where_it_
 def test_experts_chosen_by_data_and_masked_weights():
     """B follows its weight through a lookup, a mask or noise that data decides."""
 
-    def loss(params, x, index, noise):
-        x = jnp.tanh(x @ params["in"])
+    def loss(params, x, index, key):
+        x, noise = jnp.tanh(x @ params["in"]), jax.random.normal(key, (6, 6))
         x = jnp.tanh(jnp.einsum("nd,nde->ne", x, params["experts"][index]))  # a lookup of whole matrices
         x = jnp.tanh(x @ (params["dropped"] * (noise > 0)))  # DropConnect
         one = x @ (params["one"] + noise[:, :1])  # a readout by one neuron
@@ -455,8 +455,17 @@ def test_experts_chosen_by_data_and_masked_weights():
 
     params = {"in": layers(1, 6)[0], "experts": layers(3, 6), "dropped": layers(1, 6)[0], "noisy": layers(1, 6)[0]}
     params["one"] = params["noisy"][:, :1]
-    args = jax.random.normal(KEY, (4, 6)), jnp.array([0, 2, 1, 2]), jax.random.normal(KEY, (6, 6))
+    args = jax.random.normal(KEY, (4, 6)), jnp.array([0, 2, 1, 2]), KEY
     check(loss, params, *args, paths=["dropped", "experts", "noisy", "one"])
+
+
+def test_data_added_to_a_matrix_is_refused_unless_it_is_noise():
+    """It may be noise on weights, or positions of an activity: nothing says which."""
+    loss = lambda p, x, noise: jnp.sum(jnp.tanh(x @ p["in"]) @ (p["w"] + noise))
+    params = {"in": layers(1, 6)[0], "w": layers(1, 6)[0]}
+    args = jax.random.normal(KEY, (4, 6)), jax.random.normal(KEY, (6, 6))
+    with pytest.raises(wmkp.WeightTransportError, match="'add of data'"):
+        wmkp.init_feedback(KEY, wmkp.kolen_pollack(), loss, params, *args)
 
 
 def test_mixture_of_experts_by_einsum():

@@ -7,7 +7,8 @@ from wmkp.engaged import engage, init_feedback, value_and_grad
 from wmkp.law import mirror_angle, mirror_gain, samples_for_angle
 from wmkp.mirror import mirror_signals
 from wmkp.program.pathways import Synapses, hebbian
-from wmkp.program.projections import Projection, WeightTransportError, projections
+from wmkp.program.products import WeightTransportError
+from wmkp.program.projections import Projection, projections, roles
 from wmkp.rules import (
     Fixed,
     Mirror,
@@ -18,6 +19,7 @@ from wmkp.rules import (
     feedback_alignment,
     kolen_pollack,
     kolen_pollack_transported,
+    local,
     mirrored_kolen_pollack,
     product_feedback_alignment,
     sign_symmetry,
@@ -54,6 +56,7 @@ __all__ = [
     "input_covariances",
     "kolen_pollack",
     "kolen_pollack_transported",
+    "local",
     "make_steps",
     "matrix_angles",
     "mirror_angle",
@@ -62,6 +65,7 @@ __all__ = [
     "mirrored_kolen_pollack",
     "product_feedback_alignment",
     "projections",
+    "roles",
     "samples_for_angle",
     "sign_symmetry",
     "symmetric_alignment",

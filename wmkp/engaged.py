@@ -139,7 +139,7 @@ def evaluate(
         rule = rules.get(analysis.paths[leaf])
         if b is w and (rule is None or _leaves_alone(rule) or not product.needs_feedback):
             y = product.multiply(x, w)
-        elif b is None or (isinstance(b, Direct) and not product.needs_feedback):
+        elif b is None or not product.followed or (isinstance(b, Direct) and not product.needs_feedback):
             y = pathways.without_feedback(product, x, w, analysis.paths[leaf])
         else:
             circuit = circuits[analysis.paths[leaf]]

@@ -17,7 +17,8 @@ import optax
 from wmkp import checks
 from wmkp.program.interpreter import Direct
 from wmkp.program.pathways import Signal, hebbian
-from wmkp.program.projections import Analysis, Projection, WeightTransportError
+from wmkp.program.products import Product, WeightTransportError
+from wmkp.program.projections import Analysis, Projection
 
 
 class Mirror(NamedTuple):
@@ -197,6 +198,21 @@ def backprop() -> Rule:
     All of the weights are transported. No feedback weights, no extra memory or time: the function is left as it is.
     """
     return Rule("backprop", None, None, transports="weights")
+
+
+@named
+def local() -> Rule:
+    """A declaration: this parameter is local to its neurons, and the backward pass may read it.
+
+    wmkp lets a parameter of at most one long axis scale activations, as a gain of single neurons. It refuses one with more
+    axes, since a product written by hand looks the same. Where each value belongs to one neuron (a LayerNorm over
+    channels, height and width, the scales of a spline), give its path this rule. The parameter is then differentiated as
+    under ``backprop()``.
+
+    Example:
+      >>> rule = {"norm/scale": wmkp.local(), ".*": wmkp.kolen_pollack()}
+    """
+    return Rule("local", None, None, transports="nothing")
 
 
 @named
@@ -637,6 +653,32 @@ def _no_rule(value: Any) -> str:
     return f"{checks.shown(value)}{called}"
 
 
+def _check_allowed(path: str, product: Product, rule: Rule) -> None:
+    """WeightTransportError unless the rule allows this use of the parameter, which B cannot follow."""
+    if rule == backprop() or (rule == local() and product.gain):
+        return
+    declare = {name: f'rule={{"{re.escape(path)}": wmkp.{name}(), ".*": ...}}' for name in ("local", "backprop")}
+    what = f"params[{path!r}] meets an activation in {product.obstacle!r}"
+    if product.gain:
+        raise WeightTransportError(
+            f"{what}: it scales activations, and wmkp cannot tell gains of single neurons from a product written by hand. If each "
+            f"of its values belongs to one neuron, declare it: {declare['local']}. If it connects neurons, write the "
+            "product as x @ w, jnp.einsum or a convolution, so that it gets a B. Or let the error go back through it: "
+            f"{declare['backprop']}."
+        )
+    if "complex" in str(product.obstacle):
+        raise WeightTransportError(
+            f"{what}: feedback weights are real. Keep the parameter as two real arrays, each with its own B, and write the product "
+            "in real numbers: real, imag = x @ a, x @ b. Or let the error go back through it: "
+            f"{declare['backprop']}."
+        )
+    raise WeightTransportError(
+        f"{what}, where B cannot follow it, so the error could only go back through W. Multiply the activation by the parameter "
+        "itself, or by a linear map of it (a reshape, a slice, a cast, a constant multiple), as x @ w, jnp.einsum or a "
+        f"convolution. Or let the error go back through it: {declare['backprop']}."
+    )
+
+
 def check_samples(analysis: Analysis) -> None:
     """ValueError if no sample reaches any projection."""
     outputs = [p.output_aval.shape for products in analysis.sites().values() for p in products]
@@ -665,8 +707,9 @@ def resolve(rule: RuleOrRules, analysis: Analysis) -> dict[str, Rule]:
         rules = dict.fromkeys(paths, rule)
     else:
         rules = {}
-        for pattern in rule:
-            if not any(re.search(pattern, path) for path in paths):
+        for pattern, one in rule.items():
+            among = analysis.paths if one == local() else paths
+            if not any(re.search(pattern, path) for path in among):
                 raise ValueError(f"rule's pattern {pattern!r} matches no projection; there are: {', '.join(paths)}")
         for path in paths:
             found = next((r for pattern, r in rule.items() if re.search(pattern, path)), None)
@@ -690,11 +733,6 @@ def resolve(rule: RuleOrRules, analysis: Analysis) -> dict[str, Rule]:
                     f"rule gives params[{path!r}] and a parameter that is joined to it, as one weight, different mirrors, "
                     "signals, errors or noises; give all parts of a weight one rule"
                 )
-            if product.obstacle and rules[path].backward is not None:
-                raise WeightTransportError(
-                    f"params[{path!r}] reaches a product with an activation through {product.obstacle!r}, where feedback weights "
-                    "cannot follow it, so the error could only travel back through W. Multiply the activation by the parameter "
-                    "itself (or by a reshape, transpose, slice, cast or constant multiple of it), or give this parameter backprop: "
-                    f'rule={{"{re.escape(path)}": wmkp.backprop(), ".*": ...}}.'
-                )
+            if product.needs_feedback and product.obstacle:
+                _check_allowed(path, product, rules[path])
     return rules

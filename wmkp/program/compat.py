@@ -32,6 +32,10 @@ LAYOUT = (
     | VARIED
     | EXCHANGED
 )
+# Of these, what leaves elements in their order.
+ORDERED = frozenset({"convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "copy", "copy_p"})
+# What takes a part of its operand.
+TAKES = frozenset({"slice", "split", "unstack", "dynamic_slice", "gather"})
 # Multi-operand primitives that only lay out, select or index; elementwise ones that are linear or affine in a weight.
 INDEXED = frozenset({"gather", "dynamic_slice"})
 JOINED = frozenset({"concatenate", "stack", "pad", "select_n"})
@@ -41,24 +45,26 @@ GROWN = WRITTEN | frozenset({"concatenate", "stack", "pad"})  # their result may
 ADDED = frozenset({"scatter-add", "scatter_add", "scatter-sub", "scatter_sub"})
 AFFINE = ADDED | frozenset({"add", "sub", "add_any"})
 SUMMED = frozenset({"psum", "psum_invariant", "psum2"})  # over devices; under vmap, along axes of the array
+# One result for each operand.
+APART = SUMMED | VARIED | {"optimization_barrier"}
 # Elementwise, with a derivative that holds the other operand.
-MULTIPLIED = frozenset({"mul", "div", "pow", "atan2", "rem", "igamma", "igammac", "polynomial"})
-
-# Elementwise or structural primitives in which a parameter beside an activation stays local to its own neuron.
-LOCAL = (
-    LAYOUT
-    | SUMMED
-    | INDEXED
+MULTIPLIED = frozenset({"mul", "div", "pow", "atan2", "rem", "igamma", "igammac", "scatter-mul", "scatter_mul"})
+# A parameter beside an activation is added, joined, selected or a threshold: no derivative holds another operand.
+BESIDE = (
+    AFFINE
     | JOINED
     | WRITTEN
-    | AFFINE
-    | frozenset(
-        "mul div max min pow atan2 rem nextafter clamp eq ne lt le gt ge and or xor sort "
-        "scatter-mul scatter_mul scatter-min scatter_min scatter-max scatter_max "
-        "igamma igammac polynomial pmax pmin "
-        "Frexp Ldexp Nonzero SearchSorted".split()
-    )
+    | frozenset("max min clamp nextafter scatter-min scatter_min scatter-max scatter_max pmax pmin".split())
 )
+ELEMENTWISE = MULTIPLIED | frozenset(
+    "add sub add_any neg max min clamp select_n eq ne lt le gt ge and or xor not sign abs floor ceil round is_finite exp exp2 "
+    "expm1 log log1p tanh logistic sin cos tan asin acos atan sinh cosh asinh acosh atanh sqrt rsqrt cbrt square integer_pow "
+    "erf erfc erf_inv nextafter real imag conj complex shift_left shift_right_logical shift_right_arithmetic".split()
+)
+# From 0.11 on primitives of the class of those that hold jaxprs, which hold none that matters.
+SIMPLE = frozenset({"Frexp", "Ldexp", "Nonzero", "SearchSorted"})
+# How the names of primitives begin that make random numbers and keys.
+RANDOM = ("random_", "threefry", "rng_")
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
@@ -132,7 +138,7 @@ def inner_jaxpr(eqn: Any) -> Any:
 def has_jaxpr(eqn: Any) -> bool:
     """Whether an equation holds jaxprs of its own (a loop, a call, a kernel)."""
     if eqn.primitive.name == "call_hi_primitive":  # which does not show them
-        return primitive_name(eqn) not in LOCAL
+        return primitive_name(eqn) not in SIMPLE
     return not eqn.primitive.name.startswith("scatter") and any(True for _ in core.jaxprs_in_params(eqn.params))
 
 

@@ -1,5 +1,6 @@
 """Runs a plan with others in place of its products, each B going with its weight; or lays out the weights alone."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from wmkp.program import compat
-from wmkp.program.kinds import Kind, everywhere, join
+from wmkp.program.kinds import Kind, join
 from wmkp.program.plans import Plan, Step
-from wmkp.program.products import Bind, Product
+from wmkp.program.products import Bind, Product, WeightTransportError
 
 # --- running the plan -------------------------------------------------------------------------------------------------
 
@@ -92,7 +93,19 @@ def _evaluate(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
     if step.action == "shard_map":
         return _shard_map(step, operands, handler)
     assert step.bind is not None
+    for i in step.guarded:
+        if jnp.issubdtype(jnp.result_type(values[i]), jnp.inexact):
+            values[i] = _guarded(values[i])
     outs = step.bind(*values)
+    if (
+        step.eqn.primitive.name in compat.APART and len(operands) == len(outs) > 1
+    ):  # each result has its own operand's B
+        bare = [b if is_own(b, a) else a for a, b in operands]
+        beside = step.bind(*bare) if any(is_own(b, a) for a, b in operands) else outs
+        return [
+            (y, y if b is a else other if is_own(b, a) else b)
+            for (a, b), y, other in zip(operands, outs, beside, strict=True)
+        ]
     if step.action == "own" or step.gain is not None:  # a gain is the same beside B, unless B has one as W has: a norm
         main = None if step.gain is None else 1 - step.gain
         other = main is not None and not step.norm
@@ -116,6 +129,29 @@ def _evaluate(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
     if step.eqn.primitive.name in {"pad", *compat.CUSTOM}:
         companions[0] = _beside(companions[0], handler.anchor)
     return list(zip(outs, step.bind(*companions), strict=True))
+
+
+@jax.custom_vjp
+def _guarded(x: Any) -> Any:
+    """Data that a weight scales, to which no error may go back: it would travel back through the weight."""
+    return x
+
+
+def _guarded_forward(x: Any) -> tuple[Any, None]:
+    if x.perturbed:
+        raise WeightTransportError(
+            "a gradient was asked for at data that a parameter multiplies element by element, so the error would travel "
+            "back through that parameter. Differentiate with respect to params and feedback only."
+        )
+    return x.value, None
+
+
+_guarded.defvjp(_guarded_forward, lambda _, error: (None,), symbolic_zeros=True)
+
+
+def is_own(b: Any, a: Any) -> bool:
+    """Whether a companion is an array of its own."""
+    return b is not a and b is not None and not isinstance(b, Direct)
 
 
 def _companion(pair: Pair, handler: Handler) -> Any:
@@ -225,7 +261,10 @@ def _as_kind(pair: Pair, kind: Kind) -> Pair:
 
 def _cond(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
     (index, _), rest = operands[0], operands[1:]
-    kinds = [_join_all([plan.outputs[i] for plan in step.plans], v.aval) for i, v in enumerate(step.eqn.outvars)]
+    kinds = [
+        functools.reduce(lambda a, b: join(a, b, "cond"), outs)
+        for outs in zip(*(p.outputs for p in step.plans), strict=True)
+    ]
     followed = [i for i, k in enumerate(kinds) if k.static or (k.weight and not k.obstacle)]
     lost: set[int] = set()
 
@@ -244,13 +283,6 @@ def _cond(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
     for i, b in zip(followed, companions, strict=True):
         outs[i] = (values[i], None if i in lost else b)
     return outs
-
-
-def _join_all(kinds: Sequence[Kind], aval: Any) -> Kind:
-    out = kinds[0]
-    for kind in kinds[1:]:
-        out = join(out, kind, everywhere(aval), "cond")
-    return out
 
 
 def _scan(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
@@ -352,7 +384,7 @@ def _collect(
             outs = _collect_scan(step, operands, wanted, found, level)
         elif step.action == "shard_map":
             _collect_shard_map(step, operands, wanted, found, level)
-        elif step.eqn.primitive.name in (*compat.VARIED, "stop_gradient"):
+        elif step.eqn.primitive.name in (*compat.VARIED, "stop_gradient", "optimization_barrier"):
             outs = operands  # what differs between devices is seen already; a frozen weight's signal must reach its B
         elif step.eqn.primitive.name == "convert_element_type" and plan.kinds[step.eqn.outvars[0]].weight:
             outs = operands  # B is mirrored at its own precision, whatever the compute dtype

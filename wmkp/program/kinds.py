@@ -1,7 +1,8 @@
-"""What every value of a jaxpr is (a constant, an activation, a weight), and what equations make of such values.
+"""What every value of a jaxpr is (a constant, data, an activation, a weight), and what an equation makes of such values.
 
-Data has touched an activation; a weight is made of parameters alone, or of parameters that data has scaled, shifted or
-selected from.
+A weight is made of parameters alone, or of parameters that data has scaled, masked, shifted by noise or looked up. An
+activation is anything else that depends on a parameter. Where nothing here knows what comes of a weight, it stays a weight
+that B cannot follow, so that the first product that needs a B is refused.
 """
 
 import math
@@ -12,39 +13,40 @@ import jax.numpy as jnp
 
 from wmkp.program import compat
 
-Gain = tuple[frozenset[int], tuple[bool, ...]]
+Gain = tuple[
+    frozenset[int], tuple[bool, ...], bool
+]  # parameters, axes along which they vary, whether in their own order still
 
 
 class Kind(NamedTuple):
     """What a value is. ``params``: the parameters (leaf numbers) it is made of *as a weight*; none for the rest."""
 
     params: frozenset[int] = frozenset()
-    data: bool = False  # data has touched it
+    data: bool = False  # data, or an activation, has touched it
+    noise: bool = False  # all of its data is random numbers
     active: bool = False  # it depends on a parameter, so that an error must reach it
+    varying: tuple[bool, ...] | None = None  # along which axes it varies (it is broadcast along the others); None: all
+    breadth: int = 0  # of a weight: how many axes longer than one its widest parameter has, as it stands in params
     obstacle: str | None = None  # a weight that B cannot follow: through which primitive
+    joint: bool = False  # a product of parameters alone, in which the errors of some would go back through others
+    cast: bool = False  # a weight without a gradient: what a comparison or a cast to integers made of one
     unmirrored: str | None = None  # a weight that B can follow, but that mirror mode cannot reach: why
-    masked: bool = False  # a weight that data which no parameter enters has scaled, masked or selected as a whole
-    plain: bool = True  # each of its elements is one element of a parameter, unscaled
-    varying: tuple[bool, ...] = ()  # of a weight: along which axes it varies (it is broadcast along the others)
-    # Of an activation: which parameters it has just been multiplied by, elementwise, and along which axes these vary.
-    gain: Gain | None = None
-    product: Any = None  # an activation that is a product's output, untouched
+    # Of a weight of which data has made one for each example (a row looked up, a scaled one): how many axes each has.
+    per_example: int = 0
+    joined: int = (
+        0  # an activation that a matrix of parameters was joined to (1), and of which a part was then taken (2)
+    )
+    within: frozenset[int] = frozenset()  # these parameters
+    plain: bool = True  # of a weight: each of its elements is one element of a parameter, unscaled
     stack: tuple[int, ...] = ()  # of a weight inside scans: the lengths of those along which it changes
-    # Of an activation: along which axes it is the same active values over again. What weights multiply such copies by is a
-    # projection written by hand: the error of a value copied is the sum of its copies' errors, each times its weight.
-    copied: tuple[bool, ...] = ()
-    # Of an activation that was cut or laid out anew: from which variables, and how many elements each has.
-    sources: tuple[tuple[Any, int], ...] = ()
-    # The weights (``copies.Fan``) that copies have just been multiplied by; what comes next may show them to be gains.
-    fans: tuple[Any, ...] = ()
-    # Of a weight: what other parameters have scaled it as a gain (``gain_operand``), and along which axes each did.
-    scaled: tuple[tuple[bool, ...], ...] = ()
-
-    # Of a weight: a product of parameters (which) with others of them, so that the errors of some go back through the rest.
-    joint: str | None = None
-
-    # Of what is no weight: the parameters whose synapses a comparison or a cast made it of, without a gradient.
-    made_of: frozenset[int] = frozenset()
+    gained: tuple[bool, ...] | None = None  # of a weight: the axes along which others have scaled it as gains
+    # Of an activation that a weight has just scaled: the parameters, and the axes along which they vary.
+    gain: Gain | None = None
+    # Of copies of an activation that a weight has just scaled: the product by hand that they are, and the axes of the copies,
+    # unless they turn out to scale another activation (a normalization's deviation meets its gains first). Of a weight that
+    # an activation has scaled: the same, unless it turns out to be the weight of a product.
+    fan: Any = None
+    product: Any = None  # of an activation that is a product's output, untouched: the product
 
     @property
     def weight(self) -> bool:
@@ -56,47 +58,78 @@ class Kind(NamedTuple):
         return bool(self.params) and not self.data
 
     @property
-    def synaptic(self) -> bool:
-        """A weight still, and no activity made of one."""
-        return bool(self.params) and (not self.data or self.masked)
+    def activity(self) -> bool:
+        """An activation that is no weight."""
+        return self.active and not self.params
 
 
 CONSTANT = Kind()
-CAST = "a comparison or cast"  # the obstacle of values that were made of synapses so, and joined to a weight
-
-
-def union_of(kinds: Sequence[Kind]) -> Kind:
-    """What operands come to together, whatever the equation does: parameters, data, whether a gradient flows."""
-    return Kind(
-        params=frozenset().union(*(k.params for k in kinds)),
-        data=any(k.data for k in kinds),
-        active=any(k.active for k in kinds),
-        obstacle=next((k.obstacle for k in kinds if k.obstacle), None),
-        unmirrored=next((k.unmirrored for k in kinds if k.unmirrored), None),
-        masked=any(k.masked for k in kinds) and all(k.synaptic or not k.active for k in kinds),
-        plain=all(k.plain for k in kinds if k.weight),
-        stack=max((k.stack for k in kinds if k.weight), key=len, default=()),
-        joint=next((k.joint for k in kinds if k.joint), None),
-        made_of=frozenset().union(*(k.made_of for k in kinds)),
-    )
+CAST = "a comparison or cast"
 
 
 def activation(kinds: Sequence[Kind]) -> Kind:
     return Kind(data=True, active=any(k.active for k in kinds))
 
 
+def union_of(kinds: Sequence[Kind]) -> Kind:
+    """What operands come to together, whatever the equation does."""
+    weights = [k for k in kinds if k.weight]
+    touched = [k for k in kinds if k.data]
+    return Kind(
+        params=frozenset().union(*(k.params for k in weights)),
+        data=bool(touched),
+        noise=bool(touched) and all(k.noise for k in touched),
+        active=any(k.active for k in kinds),
+        breadth=max((k.breadth for k in weights), default=0),
+        obstacle=next((k.obstacle for k in weights if k.obstacle), None),
+        joint=any(k.joint for k in weights),
+        unmirrored=next((k.unmirrored for k in kinds if k.unmirrored), None),
+        per_example=max((k.per_example for k in weights), default=0),
+        plain=all(k.plain for k in weights),
+        stack=max((k.stack for k in weights), key=len, default=()),
+    )
+
+
 def everywhere(aval: Any) -> tuple[bool, ...]:
     return tuple(size > 1 for size in getattr(aval, "shape", ()))
 
 
-def layout_varying(eqn: Any, varying: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Along which axes a weight still varies after a layout change."""
-    shape, name = eqn.outvars[0].aval.shape, eqn.primitive.name
+def varies(kind: Kind, aval: Any) -> tuple[bool, ...]:
+    """Along which axes a value of this kind varies."""
+    return everywhere(aval) if kind.varying is None else kind.varying
+
+
+# --- along which axes a result varies ----------------------------------------------------------------------------------
+
+
+def result_varying(eqn: Any, kinds: Sequence[Kind], result: int = 0) -> tuple[bool, ...]:
+    """Along which axes a result varies by the operands of these kinds."""
+    name, out = eqn.primitive.name, eqn.outvars[result].aval
+    own = [varies(k, v.aval) for k, v in zip(kinds, eqn.invars, strict=True)]
+    if len(kinds) == 1 and name in compat.LAYOUT | compat.SUMMED:
+        return layout_varying(eqn, own[0], result)
+    if name == "reduce_sum":
+        return tuple(v for a, v in enumerate(own[0]) if a not in eqn.params["axes"])
+    if name in {"dot_general", "conv_general_dilated"}:
+        return _product_varying(eqn, own)
+    if name not in compat.ELEMENTWISE:
+        return everywhere(out)
+    rank = len(getattr(out, "shape", ()))
+    shapes = [v.aval.shape for v in eqn.invars]
+    if any(s and (len(s) != rank or any(a not in (1, b) for a, b in zip(s, out.shape, strict=True))) for s in shapes):
+        return everywhere(out)
+    found = [v for v, s in zip(own, shapes, strict=True) if s] or [(False,) * rank]
+    return tuple(any(axis) for axis in zip(*found, strict=True))
+
+
+def layout_varying(eqn: Any, varying: tuple[bool, ...], result: int = 0) -> tuple[bool, ...]:
+    """Along which axes a value still varies after a layout change."""
+    shape, name = eqn.outvars[result].aval.shape, eqn.primitive.name
     if name == "broadcast_in_dim":
-        result = [False] * len(shape)
+        moved = [False] * len(shape)
         for axis, out in enumerate(eqn.params["broadcast_dimensions"]):
-            result[out] = varying[axis]
-        return tuple(result)
+            moved[out] = varying[axis]
+        return tuple(moved)
     if name == "transpose":
         return tuple(varying[a] for a in eqn.params["permutation"])
     if name == "squeeze":
@@ -109,7 +142,7 @@ def layout_varying(eqn: Any, varying: tuple[bool, ...]) -> tuple[bool, ...]:
         return varying
     if name in {"slice", "split"}:
         return tuple(v and size > 1 for v, size in zip(varying, shape, strict=True))
-    return everywhere(eqn.outvars[0].aval)
+    return everywhere(eqn.outvars[result].aval)
 
 
 def _reshape_varying(old: tuple[int, ...], new: tuple[int, ...], varying: tuple[bool, ...]) -> tuple[bool, ...]:
@@ -132,31 +165,30 @@ def _reshape_varying(old: tuple[int, ...], new: tuple[int, ...], varying: tuple[
     return tuple(result)
 
 
-def _places(eqn: Any) -> bool:
-    """Whether an index has axes of its own: one lookup for each example."""
-    if eqn.primitive.name == "dynamic_slice":
+def _product_varying(eqn: Any, own: Sequence[tuple[bool, ...]]) -> tuple[bool, ...]:
+    if eqn.primitive.name == "conv_general_dilated":
+        numbers, out = eqn.params["dimension_numbers"], [False] * eqn.outvars[0].aval.ndim
+        out[numbers.out_spec[0]] = own[0][numbers.lhs_spec[0]]
+        out[numbers.out_spec[1]] = own[1][numbers.rhs_spec[0]]
+        for axis in numbers.out_spec[2:]:
+            out[axis] = any(own[0])  # (at the edges a padded constant varies, too)
+        return tuple(out)
+    contract, batch = eqn.params["dimension_numbers"]
+    kept = [a or b for a, b in zip(*([own[i][a] for a in batch[i]] for i in (0, 1)), strict=True)]
+    for i in (0, 1):
+        kept += [v for a, v in enumerate(own[i]) if a not in contract[i] and a not in batch[i]]
+    return tuple(kept)
+
+
+# --- products ----------------------------------------------------------------------------------------------------------
+
+
+def is_elementwise(eqn: Any) -> bool:
+    """Whether an equation multiplies element by element: a ``dot_general`` that sums over nothing, one operand's axes all shared."""
+    if eqn.primitive.name != "dot_general":
         return False
-    offset = eqn.params["dimension_numbers"].offset_dims
-    return any(size > 1 and a not in offset for a, size in enumerate(eqn.outvars[0].aval.shape))
-
-
-def elementwise_varying(eqn: Any, kinds: Sequence[Kind]) -> tuple[bool, ...]:
-    """Along which axes the weights among an elementwise equation's operands vary (an axis of size one is broadcast)."""
-    out = eqn.outvars[0].aval
-    weights = [(k.varying, v.aval.shape) for k, v in zip(kinds, eqn.invars, strict=True) if k.weight]
-    for _, shape in weights:
-        if shape and (len(shape) != out.ndim or any(a not in (1, b) for a, b in zip(shape, out.shape, strict=True))):
-            return everywhere(out)
-    varying = [v for v, shape in weights if shape] or [(False,) * out.ndim]
-    if eqn.primitive.name in compat.GROWN and not any(k.active and not k.weight for k in kinds):
-        # Rows that are joined to a matrix vary from row to row. (Beside an activation they are tokens of their own.)
-        varying += [tuple(a != b for a, b in zip(shape, out.shape, strict=True)) for _, shape in weights if shape]
-    return tuple(any(axis) for axis in zip(*varying, strict=True))
-
-
-def _is_matrix(varying: tuple[bool, ...]) -> bool:
-    """A weight that varies along two axes can be a matrix of synapses; along one it is a gain, bias or threshold."""
-    return sum(varying) >= 2
+    contract, batch = eqn.params["dimension_numbers"]
+    return not contract[0] and any(len(batch[i]) == eqn.invars[i].aval.ndim for i in (0, 1))
 
 
 def is_matrix_operand(eqn: Any, operand: int, varying: tuple[bool, ...]) -> bool:
@@ -165,26 +197,12 @@ def is_matrix_operand(eqn: Any, operand: int, varying: tuple[bool, ...]) -> bool
     (Of a readout of one neuron none remains that could vary; a filter sums along its taps and inputs.)
     """
     if eqn.primitive.name != "dot_general":
-        return _is_matrix(varying) or (
-            operand == 1 and any(varying[a] for a in eqn.params["dimension_numbers"].rhs_spec[1:])
-        )
+        return operand == 1 and any(varying[a] for a in eqn.params["dimension_numbers"].rhs_spec[1:])
     contract, batch = eqn.params["dimension_numbers"]
     inputs, groups = contract[operand], batch[operand]
     outputs = [a for a in range(len(varying)) if a not in inputs and a not in groups]
     one = all(eqn.invars[operand].aval.shape[a] == 1 for a in outputs) and not any(varying[a] for a in groups)
     return any(varying[a] for a in inputs) and (one or any(varying[a] for a in outputs))
-
-
-def scaled_by_data(eqn: Any, kinds: Sequence[Kind]) -> int | None:
-    """Which operand of a dot_general is a matrix that data, which no parameter enters, scales element by element."""
-    if eqn.primitive.name == "dot_general":
-        _, batch = eqn.params["dimension_numbers"]
-        for i, (weight, by) in enumerate(zip(kinds, reversed(kinds), strict=True)):
-            matrix = weight.synaptic and not weight.obstacle and _is_matrix(weight.varying)
-            alone = by.data and not by.active and len(batch[0]) == eqn.invars[1 - i].aval.ndim
-            if matrix and alone:
-                return i
-    return None
 
 
 def summed(eqn: Any, kinds: Sequence[Kind]) -> tuple[int, Sequence[int]]:
@@ -213,18 +231,22 @@ def summed(eqn: Any, kinds: Sequence[Kind]) -> tuple[int, Sequence[int]]:
 
 
 def carried_gain(eqn: Any, kinds: Sequence[Kind]) -> Gain | None:
-    """The gain of an activity that was just multiplied by one, laid out anew or scaled, masked, padded or looked up by what
-    no parameter enters."""
+    """The gain of an activation that a weight just scaled, laid out anew or scaled, masked or padded by what no parameter enters."""
     name, out = eqn.primitive.name, eqn.outvars[0].aval
-    gain, *others = (k.gain for k in kinds if k.active)
-    if gain is None or others:
+    gains = [k.gain for k in kinds if k.active]
+    scaled = next((k for k in kinds if k.gain), None)
+    if scaled is None or (len(gains) > 1 and not (scaled.fan and name == "mul")):
         return None
+    gain = scaled.gain
+    assert gain is not None
+    if len(gains) > 1:  # its copies scale another activation: a gain, whatever is summed then
+        return gain[0], (False,) * out.ndim, gain[2]
     if name in compat.LAYOUT:
-        return gain[0], layout_varying(eqn, gain[1])
-    if name in {"neg", "mul", "div", "select_n", "pad", "dynamic_slice"} and len(gain[1]) == out.ndim:
-        return gain
-    if name == "gather" and not kinds[1].data:  # by constants
-        return gain[0], _gathered_varying(eqn, gain[1])
+        return gain[0], layout_varying(eqn, gain[1]), gain[2] and name in compat.ORDERED
+    if name in {"neg", "mul", "div", "select_n", "pad"} and len(gain[1]) == out.ndim:
+        return (*gain[:2], gain[2] and name != "pad")
+    if name in {"gather", "dynamic_slice"} and not kinds[1].active:  # what is looked up anew may lie anywhere
+        return gain[0], _gathered_varying(eqn, gain[1]) if name == "gather" else gain[1], False
     return None
 
 
@@ -237,10 +259,7 @@ def _gathered_varying(eqn: Any, varying: tuple[bool, ...]) -> tuple[bool, ...]:
     return tuple(size > 1 and (varying[kept[a]] if a in kept else chosen) for a, size in enumerate(shape))
 
 
-def same_along(kind: Kind, shape: tuple[int, ...], rank: int) -> tuple[bool, ...]:
-    """Along which axes of a result of this rank an operand of an elementwise equation is the same value over again."""
-    copied = kind.copied or (False,) * rank
-    return tuple(c or size == 1 for c, size in zip(copied, shape or (1,) * rank, strict=True))
+# --- what comes of a weight --------------------------------------------------------------------------------------------
 
 
 def gain_operand(eqn: Any, kinds: Sequence[Kind]) -> int | None:
@@ -253,168 +272,155 @@ def gain_operand(eqn: Any, kinds: Sequence[Kind]) -> int | None:
     name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
     for gain in {"mul": (0, 1), "div": (1,)}.get(name, ()):
         weight, factor, aval = kinds[1 - gain], kinds[gain], eqn.invars[gain].aval
-        if not weight.weight or weight.obstacle or eqn.invars[1 - gain].aval.shape != shape:
+        if not weight.weight or weight.obstacle or len(eqn.invars[1 - gain].aval.shape) != len(shape):
             continue
+        axes = sum(varies(factor, aval))
         if factor.static and weight.static:
             # (Of a neuron with one synapse the gain would be that synapse.)
-            if sum(factor.varying) < min(2, sum(weight.varying)):
+            if not (factor.cast or factor.joint) and axes < min(2, sum(varies(weight, eqn.invars[1 - gain].aval))):
                 return gain
-        elif factor.data and not factor.weight and same_along(factor, aval.shape, len(shape)).count(False) < 2:
+        elif factor.activity and axes < 2 and weight.breadth > 1:
             return gain
     return None
 
 
-def _scaled(eqn: Any, kinds: Sequence[Kind]) -> tuple[tuple[bool, ...], ...]:
-    """The gains of a weight's operands, laid out as the result."""
-    name, out = eqn.primitive.name, eqn.outvars[0].aval
-    moved = []
-    for kind, var in zip(kinds, eqn.invars, strict=True):
-        for axes in kind.scaled:
-            if name in {"broadcast_in_dim", "transpose", "squeeze", "reshape"}:
-                axes = layout_varying(eqn, axes)
-            elif len(var.aval.shape) != out.ndim:
-                axes = everywhere(out)
-            elif name == "concatenate":  # each part has its own
-                axes = tuple(varies or a == eqn.params["dimension"] for a, varies in enumerate(axes))
-            moved.append(axes)
-    return tuple(dict.fromkeys(moved))
-
-
-def _cast_from(name: str, kinds: Sequence[Kind]) -> frozenset[int]:
-    """The parameters of which values come in that have no gradient (a mask may select from a weight, or multiply it)."""
-    return frozenset().union(*(k.made_of for i, k in enumerate(kinds) if name != "select_n" or i > 0))
-
-
-def _follows(name: str, kinds: Sequence[Kind]) -> bool:
+def _follows(eqn: Any, kinds: Sequence[Kind]) -> bool:
     """Whether B can go where its weight goes: the equation is linear (or affine) in the weights among its operands."""
-    if any(k.obstacle for k in kinds) or (_cast_from(name, kinds) and name not in {"mul", "div"}):
-        return False
+    name = eqn.primitive.name
     weights = [i for i, k in enumerate(kinds) if k.weight]
-    if name in compat.LAYOUT | compat.AFFINE | compat.WRITTEN or name in {"concatenate", "stack", "neg", "select_n"}:
+    masks = {0} if name == "select_n" else {0, 1} if name == "mul" else {1} if name == "div" else set()
+    if any(kinds[i].obstacle and not (kinds[i].cast and i in masks and len(weights) > 1) for i in weights):
+        return False
+    weights = [i for i in weights if not kinds[i].cast]
+    if name in compat.LAYOUT | compat.AFFINE | compat.WRITTEN | compat.SUMMED:
         return True
-    if name in compat.INDEXED or name == "pad" or name == "div":
+    if name in {"concatenate", "stack", "neg", "select_n", "reduce_sum", "cumsum", "reduce_window_sum"}:
+        return True
+    if name in compat.INDEXED or name in {"pad", "div"}:
         return weights == [0]
-    return name == "mul" and len(weights) == 1
+    return name in {"mul", "dot_general", "conv_general_dilated"} and len(weights) == 1
 
 
-def weight_kind(eqn: Any, kinds: Sequence[Kind], custom: bool = False) -> Kind:
-    """The kind of an equation's results where a weight enters (and nothing multiplies it with an activation).
-
-    Inside a custom derivative (``custom``) an error may come back through what has none of its own.
-    """
-    name = compat.primitive_name(eqn)
-    out = eqn.outvars[0].aval
-    union = union_of(kinds)._replace(made_of=frozenset())
-    follows, obstacle = _follows(name, kinds), name
-    if _cast_from(name, kinds):
-        obstacle = CAST
-    # An index or a comparison has no gradient; a complex weight is not followed.
-    if not jnp.issubdtype(out.dtype, jnp.floating):
-        if not jnp.issubdtype(out.dtype, jnp.complexfloating) and not custom:
-            # (What mirror mode cannot work out it cannot mask or select a weight by.)
-            unmirrored = None if union.data else union.unmirrored or union.obstacle
-            varies = layout_varying(eqn, kinds[0].varying) if name in compat.LAYOUT else elementwise_varying(eqn, kinds)
-            synapses = _is_matrix(varies) and all(k.synaptic or not k.active for k in kinds)
-            made_of = union.params if synapses else frozenset()
-            return Kind(data=union.data, unmirrored=unmirrored, made_of=made_of)
-        follows = False
-    if name == "stop_gradient":
-        union = union._replace(joint=None)
+def weight_kind(eqn: Any, kinds: Sequence[Kind], result: int = 0) -> Kind:
+    """The kind of an equation's result where weights meet other weights, constants and data, and no activation."""
+    name, out = compat.primitive_name(eqn), eqn.outvars[result].aval
+    union = union_of(kinds)
     factor = gain_operand(eqn, kinds)
-    if factor is not None and not union.data and not kinds[factor].joint:
-        return kinds[1 - factor]._replace(scaled=(*_scaled(eqn, kinds), kinds[factor].varying or (False,) * out.ndim))
-    scaled = _scaled(eqn, kinds)
-    if follows and any(sum(axes) > 1 for axes in scaled):  # laid out anew, it is no neuron's any more
-        follows, obstacle = False, f"{name} of a weight with gains"
-    if name == "stop_gradient" and union.data and not union.masked and not custom:
-        return Kind(data=True, made_of=union.params if union.obstacle == CAST else frozenset())
-    if name in compat.LAYOUT:
-        varying = layout_varying(eqn, kinds[0].varying)
-    elif name in compat.INDEXED:
-        varying = everywhere(out)
-    elif name in compat.ADDED and not kinds[0].weight and not _is_matrix(kinds[2].varying):
-        # Biases of some neurons; or, on constants alone, synapses by their places.
-        varying = (False,) * out.ndim if kinds[0].data else everywhere(out)
-    else:
-        varying = elementwise_varying(eqn, kinds)
+    if factor is not None:
+        main = kinds[1 - factor]
+        axes = zip(main.gained or (False,) * out.ndim, varies(kinds[factor], eqn.invars[factor].aval), strict=False)
+        gained = tuple(a or b for a, b in axes) or (False,) * out.ndim
+        repeated = eqn.invars[1 - factor].aval.shape != out.shape
+        return main._replace(
+            gained=gained,
+            data=main.data or kinds[factor].data,
+            varying=result_varying(eqn, kinds),
+            unmirrored=main.unmirrored or ("data" if repeated else None),
+        )
+    only = [
+        k if k.weight or not k.data else Kind(varying=(False,) * v.aval.ndim)
+        for k, v in zip(kinds, eqn.invars, strict=True)
+    ]
+    varying = result_varying(eqn, only, result)
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        if not jnp.issubdtype(out.dtype, jnp.complexfloating):  # an index or a comparison has no gradient
+            return union._replace(varying=varying, obstacle=CAST, cast=True)
+        return union._replace(varying=varying, obstacle=union.obstacle or name)
+    breadth = union.breadth
+    if name in {"dot_general", "conv_general_dilated"} and _by_uniform(eqn, kinds):
+        breadth = sum(varying)  # a layer's answer to a uniform constant is a bias of its outputs
+    looked_up = name in compat.INDEXED and any(k.data for k in kinds[1:])
+    gained = _gained(eqn, kinds, result)
+    split = gained is not None and sum(gained) > max(sum(k.gained or ()) for k in kinds)  # no neuron's any more
+    kind = union._replace(varying=varying, breadth=breadth, gained=gained)
+    if name == "stop_gradient":
+        kind = kind._replace(joint=False)
+    if not _follows(eqn, kinds) or split:
+        reason = CAST if any(k.cast for k in kinds) else f"{name} of a weight with gains" if split else name
+        kind = kind._replace(obstacle=union.obstacle or reason)
     if union.data:
-        # A bias, gain or threshold beside an activation leaves an activation; a matrix that data scales, masks, shifts
-        # or selects from may yet multiply another activation, and must not do so unseen.
-        indexed = name in compat.INDEXED and _is_matrix(kinds[0].varying)
-        # With no activation beside it, a readout of one neuron (or one filter) that data masks, or shifts whole (noise), is a
-        # weight still.
-        shifted = name in compat.AFFINE and any(k.data and not k.weight for k in kinds)
-        synapses = any(varying) and not any(k.active and not k.weight for k in kinds)
-        masked = synapses and (not shifted or varying == everywhere(out))
-        # There is no axis of examples.
-        whole = synapses and not shifted and varying == everywhere(out) and all(k.synaptic for k in kinds if k.weight)
-        carried = next((k.gain for k in kinds if k.gain and k.weight), None)
-        if carried and name in compat.LAYOUT:
-            carried = carried[0], layout_varying(eqn, carried[1])
-        elif carried:  # (A vector with its biases added is a norm's.)
-            axes = carried[1] if len(carried[1]) == out.ndim else varying
-            alone = sum(k.data or k.weight for k in kinds) == 1
-            carried = (carried[0], axes) if alone or _is_matrix(axes) else None
-        if not follows:
-            # What is made of a masked matrix is no activity of neurons: it would carry W's own transpose unseen.
-            local = name in compat.LOCAL and (union.obstacle or any(k.static for k in kinds))
-            if (_is_matrix(varying) and local) or (any(varying) and union.masked):
-                if name in {"mul", "div"} and any(k.static for k in kinds):
-                    ours = [k if k.static else CONSTANT for k in kinds]
-                    carried = union_of(ours).params, elementwise_varying(eqn, ours)
-                obstacle, masked = union.obstacle or obstacle, union.masked or whole
-                return union._replace(obstacle=obstacle, varying=varying, gain=carried, masked=masked)
-            if name in compat.LAYOUT:
-                return activation(kinds)._replace(gain=carried)
-            if name in {"mul", "div"} and any(k.static for k in kinds):
-                return activation(kinds)._replace(gain=(union.params, varying))
-            return activation(kinds)
-        if not indexed and not masked and not _is_matrix(varying):
-            return activation(kinds)._replace(gain=(union.params, varying) if name == "mul" else None)
-        by = carried
-        if name == "mul" and sum(k.data or k.weight for k in kinds) > 1:  # not by a constant
-            # An activity that a parameter was added to (a learned position) may be masked, and scaled by one value for all.
-            others = [
-                same_along(kind, v.aval.shape, out.ndim)
-                for kind, v in zip(kinds, eqn.invars, strict=True)
-                if kind.active and not kind.weight
-            ]
-            if any(k.synaptic for k in kinds):
-                by = union.params, varying
-            elif others:
-                by = union.params, tuple(v and not all(c) for v, *c in zip(varying, *others, strict=True))
-        # (A vector that is looked up is an embedding.)
-        masked = union.masked or (whole and not (indexed and (_places(eqn) or not _is_matrix(varying))))
-        unmirrored = union.unmirrored or (name if name in compat.EXCHANGED else None)
-        if factor is None and name not in compat.LAYOUT:
-            unmirrored = unmirrored or "data"
-        return union._replace(varying=varying, gain=by, unmirrored=unmirrored, masked=masked, scaled=scaled)
-    if not follows:
-        return union._replace(obstacle=union.obstacle or obstacle, varying=varying)
-    plain = union.plain and name not in {"mul", "div", "neg", "broadcast_in_dim", "tile", *compat.WRITTEN}
+        return _touched(eqn, kinds, kind, looked_up)
+    plain = union.plain and name not in {"mul", "div", "neg", *compat.WRITTEN}
     if name in {"broadcast_in_dim", "tile"}:
         plain = union.plain and math.prod(out.shape) == math.prod(eqn.invars[0].aval.shape)
-    unmirrored = union.unmirrored or (name if name in compat.AFFINE | compat.EXCHANGED else None)
-    return union._replace(varying=varying, plain=plain, unmirrored=unmirrored, scaled=scaled)
+    mixes = name in compat.AFFINE | compat.EXCHANGED | MIXING
+    return kind._replace(plain=plain, unmirrored=union.unmirrored or (name if mixes else None))
 
 
-def join(a: Kind, b: Kind, varying: tuple[bool, ...], name: str) -> Kind:
+# Linear in a weight, but its elements are mixed: mirror mode cannot undo them.
+MIXING = compat.SUMMED | {"reduce_sum", "cumsum", "reduce_window_sum", "dot_general", "conv_general_dilated"}
+
+
+def _by_uniform(eqn: Any, kinds: Sequence[Kind]) -> bool:
+    """Whether a weight meets a constant that is the same everywhere (a state of zeros), or an activity of parameters alone."""
+    others = [(k, v) for k, v in zip(kinds, eqn.invars, strict=True) if not k.weight]
+    return len(others) == 1 and not any(varies(others[0][0], others[0][1].aval))
+
+
+def _gained(eqn: Any, kinds: Sequence[Kind], result: int) -> tuple[bool, ...] | None:
+    """The gains of a weight's operands, laid out as the result."""
+    if all(k.gained is None for k in kinds):
+        return None
+    own = [k.gained or (False,) * v.aval.ndim for k, v in zip(kinds, eqn.invars, strict=True)]
+    name = eqn.primitive.name
+    moved = result_varying(eqn, [Kind(varying=v) for v in own], result)
+    if name in compat.GROWN | compat.INDEXED:
+        same = eqn.outvars[result].aval.ndim == eqn.invars[0].aval.ndim
+        along = {eqn.params["dimension"]} if name == "concatenate" else set()
+        axes = [any(v[a] for v in own if len(v) > a) or a in along for a in range(len(moved))]
+        moved = tuple(m and v for m, v in zip(moved, axes, strict=True)) if same else moved
+    return moved
+
+
+def _touched(eqn: Any, kinds: Sequence[Kind], kind: Kind, looked_up: bool) -> Kind:
+    """What comes of a weight that data touches, or has touched: a weight still, or an activity."""
+    name, out = eqn.primitive.name, eqn.outvars[0].aval
+    assert kind.varying is not None
+    places = {"select_n": [0], "dynamic_update_slice": range(2, len(kinds))}.get(name, [1] if "scatter" in name else [])
+    parts = [k for i, k in enumerate(kinds) if k.data and not k.weight and i not in places]
+    ours = [
+        k._replace(varying=(False,) * v.aval.ndim) if k.weight else k for k, v in zip(kinds, eqn.invars, strict=True)
+    ]
+    theirs = result_varying(eqn, ours) if len(kinds) > 1 and not looked_up else (False,) * len(kind.varying)
+    spread = any(d and not w for d, w in zip(theirs, kind.varying, strict=True))
+    rows = kind.per_example
+    if name in compat.AFFINE | compat.JOINED | compat.WRITTEN:
+        others = sum(k.weight for k in kinds) > 1 or bool(parts)
+        if (parts and spread) or (rows == 1 and others):
+            return activation(kinds)  # positions added to data, or to what is looked up
+        if parts and not all(k.noise for k in parts):
+            return kind._replace(obstacle=kind.obstacle or f"{name} of data", unmirrored="data")
+    if spread and not rows and kind.breadth < 2:
+        return activation(kinds)  # data, scaled
+    if (rows or spread) and name == "reduce_sum":
+        return activation(kinds)  # a first layer by hand
+    if looked_up and name == "gather":
+        numbers, shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
+        spread = any(size > 1 and a not in numbers.offset_dims for a, size in enumerate(out.shape))
+        rows = max(1, kind.breadth - sum(shape[a] > 1 for a in numbers.collapsed_slice_dims)) if spread else 0
+    elif spread:
+        rows = rows or kind.breadth
+    if kind.obstacle and rows == 1:
+        return activation(kinds)
+    moved = name in compat.LAYOUT and kind.unmirrored
+    reason = kind.unmirrored if moved else name if name in compat.EXCHANGED else "data"
+    return kind._replace(per_example=rows, unmirrored=kind.unmirrored or reason, plain=False)
+
+
+def join(a: Kind, b: Kind, name: str) -> Kind:
     """The kind of a value that may be either (a loop's carry, a branch's result)."""
     a, b = outside(a), outside(b)
     if a == b:
         return a
-    union = union_of([a, b])
-    # Copies in one turn, or one branch, are copies there, whatever comes in the others.
-    active = [k.copied for k in (a, b) if k.copied and k.active and not k.synaptic]
-    copied = tuple(any(r) for r in zip(*active, strict=True))
-    if not union.weight or (union.data and not _is_matrix(varying)):
-        return Kind(data=union.data, active=union.active, copied=copied, made_of=union.made_of)
-    scaled = tuple(dict.fromkeys((*a.scaled, *b.scaled)))
-    return union._replace(
-        plain=False, unmirrored=union.unmirrored or name, varying=varying, copied=copied, scaled=scaled
-    )
+    union = union_of([a, b])._replace(plain=False)
+    if union.params and all(k.weight or not (k.data or k.active) for k in (a, b)):
+        return union._replace(unmirrored=union.unmirrored or name, gained=None)
+    if union.params and not any(k.activity for k in (a, b)) and union.breadth > 1 and not union.per_example:
+        return union._replace(unmirrored="data", gained=None)
+    wide = union.params if name == "cond" and union.breadth > 1 else frozenset()  # it may be the weight itself
+    return activation([a, b])._replace(joined=2 if wide else max(a.joined, b.joined), within=a.within | b.within | wide)
 
 
 def outside(kind: Kind) -> Kind:
-    """A kind beyond a loop's or a branch's border: what it has just come from is forgotten."""
-    return kind._replace(gain=None, product=None, sources=(), fans=())
+    """A kind beyond a loop's or a branch's border, where axes and products are others."""
+    return kind._replace(gain=None, product=None, fan=None, varying=None)

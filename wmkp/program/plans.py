@@ -1,28 +1,28 @@
-"""The walk over a jaxpr that finds its products: what to do at each equation, loops and branches included."""
+"""The walk over a jaxpr that finds its products, and what each parameter does: what to do at each equation."""
 
-import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from wmkp.program import compat
-from wmkp.program.copies import Twice, cut, fan_out, settle, sources
 from wmkp.program.kinds import (
-    CAST,
     CONSTANT,
-    Gain,
     Kind,
     activation,
     carried_gain,
-    everywhere,
     gain_operand,
+    is_elementwise,
     is_matrix_operand,
     join,
+    layout_varying,
     outside,
-    scaled_by_data,
+    result_varying,
     summed,
     union_of,
+    varies,
     weight_kind,
 )
 from wmkp.program.products import Bind, Product
@@ -38,6 +38,7 @@ class Step(NamedTuple):
     product: Product | None = None
     gain: int | None = None  # of what is followed: the operand that scales the other (``kinds.gain_operand``)
     norm: bool = False  # whether the gain is made of the weight that it scales
+    guarded: tuple[int, ...] = ()  # operands to which no error may go back: data that a weight scales by hand
 
 
 class Plan(NamedTuple):
@@ -48,7 +49,6 @@ class Plan(NamedTuple):
     steps: list[Step]
     kinds: dict[Any, Kind]
     outputs: list[Kind]
-    alike: list[int]  # for each output the place of the first that has its value
 
     def products(self) -> Iterator[Product]:
         """Every product, those of inner plans included, in the order of evaluation."""
@@ -59,21 +59,100 @@ class Plan(NamedTuple):
                 yield from plan.products()
 
 
-def _invariant(jaxpr: Any, consts: int, carries: int) -> set[Any]:
-    """The variables of a scan's body that are the same in every turn."""
-    kept = [v for v, out in zip(jaxpr.invars[consts:], jaxpr.outvars[:carries], strict=False) if v is out]
-    same = {*jaxpr.constvars, *jaxpr.invars[:consts], *kept}
-    for eqn in jaxpr.eqns:
-        if not eqn.effects and all(v in same for v in eqn.invars if isinstance(v, compat.Var)):
-            same.update(eqn.outvars)
-    return same
+def _constant(value: Any) -> Kind:
+    """A constant; one that is the same number everywhere (a state of zeros) does not vary."""
+    if isinstance(value, jax.core.Tracer) or not jnp.issubdtype(jnp.result_type(value), jnp.number):
+        return CONSTANT
+    value = np.asarray(value)
+    return Kind(varying=(False,) * value.ndim) if value.size and (value == value.flat[0]).all() else CONSTANT
 
 
-def _either(a: Gain | None, b: Gain | None) -> Gain | None:
-    """The gain of a value that may be either."""
-    if a is None or b is None:
-        return a or b
-    return a[0] | b[0], tuple(map(operator.or_, a[1], b[1]))
+def _inactive(eqn: Any, kinds: Sequence[Kind], result: int) -> Kind:
+    """What constants and data make."""
+    random = eqn.primitive.name.startswith(compat.RANDOM)
+    data = random or any(k.data for k in kinds)
+    noise = random or (data and all(k.noise for k in kinds if k.data))
+    if not data and eqn.primitive.name in compat.INLINED:
+        return Analyser().plan(compat.inner_jaxpr(eqn), kinds, ()).outputs[result]
+    return Kind(data=data, noise=noise, varying=result_varying(eqn, kinds, result))
+
+
+def _sliced(kind: Kind, length: int) -> Kind:
+    """What one turn of a scan sees of a value that it goes along; a weight's own axis is one of stacked layers."""
+    if not kind.weight:
+        return outside(kind)._replace(joined=2 if kind.joined else 0)
+    breadth = max(kind.breadth - (length > 1), 0)
+    gained = kind.gained and kind.gained[1:]
+    return outside(kind)._replace(breadth=breadth, stack=(*kind.stack, length), gained=gained)
+
+
+def settle(kinds: Sequence[Kind]) -> None:
+    """Copies of an activation that a weight scaled go where nothing can show the weight to be a gain."""
+    for kind in kinds:
+        if kind.fan:
+            kind.fan[0].pending = False
+
+
+def _fan(eqn: Any, kinds: Sequence[Kind], operand: int) -> Any:
+    """What an operand's ``Kind.fan`` is in the result, or None: it is no product by hand, or settled to be one.
+
+    Copies that a weight scaled are none where they scale another activation, which varies as the weight does; a weight that
+    an activation scaled is none where it is the weight of a product.
+    """
+    name, (product, axes, ordered) = eqn.primitive.name, kinds[operand].fan
+    if name in compat.LAYOUT and len(kinds) == 1:
+        return product, layout_varying(eqn, axes), ordered and name in compat.ORDERED
+    if name == "neg":
+        return product, axes, ordered
+    other = kinds[1 - operand] if len(kinds) == 2 else CONSTANT
+    if kinds[operand].weight and name in compat.BILINEAR and other.data and not _along_inputs(eqn, operand, axes):
+        return None
+    if (name == "mul" or (name == "div" and operand == 0)) and not (
+        other.weight or (kinds[operand].weight and other.data)
+    ):
+        own = varies(other, eqn.invars[1 - operand].aval)
+        covers = other.active and len(own) == len(axes) and all(o for o, a in zip(own, axes, strict=True) if a)
+        return None if covers else (product, axes, ordered)
+    if name in {"add", "sub"}:  # w_k x z + b_k, and with it w_k x y_k, is the same gain of x (y_k + z)
+        if other.static:
+            return product, axes, ordered
+        if ordered and other.gain and other.gain[2] and other.gain[0] == product.params:
+            return None
+    settle([kinds[operand]])
+    return None
+
+
+def _split_varying(eqn: Any, kinds: Sequence[Kind]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+    """Along which axes of a result the weights vary, and along which the activations do."""
+    still = lambda k, v: k._replace(varying=(False,) * len(v.aval.shape))
+    pairs = list(zip(kinds, eqn.invars, strict=True))
+    ours = result_varying(eqn, [k if k.weight else still(k, v) for k, v in pairs])
+    return ours, result_varying(eqn, [k if k.activity else still(k, v) for k, v in pairs])
+
+
+def _shifts(eqn: Any, kinds: Sequence[Kind]) -> bool:
+    """Whether an activation is added to a matrix, rather than a matrix to activations: it varies along fewer axes, or is a part."""
+    if eqn.primitive.name in compat.WRITTEN | compat.ADDED:
+        return kinds[0].weight
+    if eqn.primitive.name not in compat.ELEMENTWISE:
+        return False
+    ours, theirs = _split_varying(eqn, kinds)
+    return ours != theirs and all(w or not a for w, a in zip(ours, theirs, strict=True))
+
+
+def _along_inputs(eqn: Any, operand: int, axes: tuple[bool, ...]) -> bool:
+    """Whether any of these axes of a product's operand is summed over."""
+    numbers = eqn.params["dimension_numbers"]
+    inputs = numbers[0][operand] if eqn.primitive.name == "dot_general" else numbers.rhs_spec[1:]
+    return any(axes[a] for a in inputs)
+
+
+def _either(gains: Sequence[Any]) -> Any:
+    """The gain of a value that may be any of these."""
+    found = [g for g in gains if g]
+    if not found:
+        return None
+    return frozenset().union(*(g[0] for g in found)), tuple(map(any, zip(*(g[1] for g in found), strict=True))), False
 
 
 def _keep_obstacles(first: Plan, last: Plan) -> None:
@@ -86,169 +165,251 @@ def _keep_obstacles(first: Plan, last: Plan) -> None:
             _keep_obstacles(inner_before, inner_after)
 
 
+def note_bias(eqn: Any, kinds: list[Kind], plan: Plan) -> None:
+    """A weight added to a product's output, and varying along nothing but its outputs, is that layer's bias."""
+    for i in (0, 1):
+        y, b, var = kinds[i], kinds[1 - i], eqn.invars[1 - i]
+        if y.product is None or not b.static or b.obstacle or eqn.primitive.name == "sub":
+            continue
+        if all(not v or a in y.product.output_axes() for a, v in enumerate(varies(b, var.aval))):
+            y.product.bias = (plan, var)
+            y.product.scaled |= b.gained is not None
+
+
 class Analyser:
-    """Builds plans, and notes the parameters that do anything but multiply an activation.
+    """Builds plans, and notes what parameters do.
 
     Attributes:
-      shared: these parameters.
-      custom: whether this is inside a custom derivative, where an error may come back through what has none of its own (a
-        spike, a weight's sign).
+      shared: the parameters that do anything but multiply an activation.
+      roles: for each parameter what it does beside its products: "added", "gain".
+      within: whether this is inside a custom derivative, where an error may come back through what has none of its own.
     """
 
-    def __init__(self, custom: bool = False) -> None:
+    def __init__(self, within: bool = False) -> None:
+        self.within = within
         self.shared: set[int] = set()
-        self.custom = custom
+        self.roles: dict[int, set[str]] = {}
 
     def plan(self, jaxpr: Any, kinds: Sequence[Kind], lengths: tuple[int, ...]) -> Plan:
         jaxpr, consts = compat.open_jaxpr(jaxpr)
-        env: dict[Any, Kind] = dict(zip(jaxpr.constvars, [CONSTANT] * len(jaxpr.constvars), strict=True))
+        env: dict[Any, Kind] = dict(zip(jaxpr.constvars, map(_constant, consts), strict=True))
         env.update(zip(jaxpr.invars, kinds, strict=True))
 
         def read(v: Any) -> Kind:
             return env[v] if isinstance(v, compat.Var) else CONSTANT
 
-        plan, twice = Plan(jaxpr, consts, [], env, [], []), Twice()
+        plan = Plan(jaxpr, consts, [], env, [])
         for eqn in jaxpr.eqns:
-            bind = compat.binder(eqn, jaxpr)
             operands = [read(v) for v in eqn.invars]
-            step, outs = self.step(eqn, bind, operands, lengths, plan)
+            step, outs = self.step(eqn, compat.binder(eqn, jaxpr), operands, lengths, plan)
             if not step.plans:
-                product, outs = fan_out(eqn, step.product, bind, operands, outs, lengths)
-                step = step._replace(product=product)
                 self.note_uses(step, operands, outs)
             plan.steps.append(step)
-            alike = step.plans[0].alike if step.action in {"inline", "remat"} else None
-            env.update(zip(eqn.outvars, twice.mark(eqn, operands, outs, alike), strict=True))
+            env.update(zip(eqn.outvars, outs, strict=True))
         plan.outputs.extend(read(v) for v in jaxpr.outvars)
-        plan.alike.extend(twice.alike(jaxpr.outvars))
         return plan
 
     def step(
         self, eqn: Any, bind: Bind, kinds: list[Kind], lengths: tuple[int, ...], plan: Plan
     ) -> tuple[Step, list[Kind]]:
-        name, count = compat.primitive_name(eqn), len(eqn.outvars)
+        name = compat.primitive_name(eqn)
         if not any(k.active for k in kinds):
-            unmirrored = next((k.unmirrored for k in kinds if k.unmirrored), None)
-            if eqn.effects and name not in compat.VARIED:  # it asks which device this is, or the others
-                unmirrored = name
-            union = union_of(kinds)
-            made_of = frozenset() if name in compat.BILINEAR else union.made_of
-            return Step(eqn, "bind", bind), [Kind(data=union.data, unmirrored=unmirrored, made_of=made_of)] * count
-        if not count:  # a print, a check: nothing comes of it, and no error comes back
+            return Step(eqn, "bind", bind), [_inactive(eqn, kinds, i) for i in range(len(eqn.outvars))]
+        if not eqn.outvars:  # a print, a check: nothing comes of it, and no error comes back
             return Step(eqn, "bind", bind), []
         if name in compat.INLINED or name in compat.REMAT:
-            kinds = [k._replace(sources=sources(eqn, kinds, i)) if k.active else k for i, k in enumerate(kinds)]
             inner = self.plan(compat.inner_jaxpr(eqn), kinds, lengths)
-            # JAX's cached jaxprs have the same variables each time: those within are not told apart outside.
-            known = frozenset(s for k in kinds for s in k.sources)
-            outs = [k._replace(sources=tuple(s for s in k.sources if s in known)) for k in inner.outputs]
-            return Step(eqn, "remat" if name in compat.REMAT else "inline", None, (inner,)), outs
-        if name == "scan":
-            return self.scan(eqn, kinds, lengths)
-        if name == "cond":
-            return self.cond(eqn, kinds, lengths)
-        if name == "shard_map":
-            return self.shard_map(eqn, kinds, lengths)
-        terms, axes = summed(eqn, kinds)
-        scaled = kinds[terms].gain
-        if scaled and any(scaled[1][a] for a in axes) and not kinds[terms].masked:
-            # x * w, then a sum along w: a projection written by hand. (Of synapses that data scales it is a penalty on them.)
-            kind = Kind(scaled[0], varying=everywhere(eqn.invars[terms].aval))
-            product = Product(eqn, bind, 0, [kind, activation(kinds)], f"mul, then {name}", lengths)
-            return Step(eqn, "bind", bind, (), product), [activation(kinds)] * count
-        if name in compat.BILINEAR and union_of(kinds).made_of:
-            made = [k._replace(params=k.made_of) if k.made_of else k for k in kinds]
-            product = Product(eqn, bind, 0 if kinds[0].made_of else 1, made, CAST, lengths)
-            return Step(eqn, "bind", bind, (), product), [activation(kinds)] * count
-        if name in compat.BILINEAR:
-            return self.bilinear(eqn, bind, kinds, lengths)
-        weights = [k for k in kinds if k.weight]
+            return Step(eqn, "remat" if name in compat.REMAT else "inline", None, (inner,)), inner.outputs
+        if name in {"scan", "cond", "shard_map"}:
+            settle(kinds)
+            return getattr(self, name)(eqn, kinds, lengths)
+        if name in compat.APART and len(eqn.outvars) == len(kinds) > 1:
+            outs = [k if name == "optimization_barrier" else self.one(eqn, [k], i) for i, k in enumerate(kinds)]
+            return Step(eqn, "follow", bind), outs
+        fan = next(filter(None, [_fan(eqn, kinds, i) for i, k in enumerate(kinds) if k.fan]), None)
+        weights = [i for i, k in enumerate(kinds) if k.weight]
+        if not weights:
+            return self.activity(eqn, bind, kinds, fan, lengths)
         if compat.has_jaxpr(eqn):
             return self.opaque(eqn, bind, kinds, lengths)
-        if not weights:
-            out = activation(kinds)._replace(gain=carried_gain(eqn, kinds))
-            same_shape = eqn.outvars[0].aval.shape == eqn.invars[0].aval.shape
-            if name in compat.LAYOUT and same_shape and name not in {"transpose", "rev"}:
-                out = out._replace(product=kinds[0].product)
-            out = cut(eqn, kinds, out)
-            smooth = name != "stop_gradient" and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact)
-            if not smooth and not self.custom:
-                out = Kind(data=True)
-            return Step(eqn, "bind", bind), [out] * count
-        statics = [i for i, k in enumerate(kinds) if k.static]
-        joint = [i for i in statics if kinds[i].joint and any(kinds[i].varying)]
-        if joint and any(k.data for k in kinds) and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
-            # A network of parameters alone (a learned code times W), whose errors come back from the activities that it meets.
-            product = Product(eqn, bind, joint[0], kinds, kinds[joint[0]].joint, lengths)
-            return Step(eqn, "bind", bind, (), product), [activation(kinds)] * count
-        if statics and any(k.data for k in kinds) and name not in compat.LOCAL:
-            product = Product(eqn, bind, statics[0], kinds, name, lengths)
-            return Step(eqn, "bind", bind, (), product), [activation(kinds)] * count
-        if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.complexfloating) and name == "mul" and union_of(kinds).data:
-            product = Product(
-                eqn, bind, [k.weight for k in kinds].index(True), kinds, "mul of complex numbers", lengths
-            )
-            return Step(eqn, "bind", bind, (), product), [activation(kinds)] * count
+        if name in compat.BILINEAR and not is_elementwise(eqn):
+            return self.bilinear(eqn, bind, kinds, lengths)
+        if gain_operand(eqn, kinds) is None and any(k.activity for k in kinds):
+            return self.beside(eqn, bind, kinds, fan, lengths, plan)
         if name in compat.AFFINE:
-            self.note_bias(eqn, kinds, plan)
-        out = cut(eqn, kinds, weight_kind(eqn, kinds, self.custom))
+            note_bias(eqn, kinds, plan)
+        outs = [self.one(eqn, kinds, i)._replace(fan=fan) for i in range(len(eqn.outvars))]
+        out = outs[0]
+        if out.activity or not out.weight:
+            self.note(kinds, "added")
         action = "follow" if out.weight and not out.obstacle else "own" if out.static else "bind"
         gain = gain_operand(eqn, kinds) if action == "follow" else None
+        if gain is not None and kinds[gain].activity:
+            made = [k if i != gain else k._replace(active=True) for i, k in enumerate(kinds)]
+            product = Product(eqn, bind, 1 - gain, made, f"{name} by an activation", lengths)
+            product.pending = product.gain = True
+            axes = varies(kinds[gain], eqn.invars[gain].aval) or (False,) * eqn.outvars[0].aval.ndim
+            outs = [out._replace(fan=(product, axes, True))]
+            return Step(eqn, action, bind, gain=gain, product=product), outs
         norm = gain is not None and bool(kinds[0].params & kinds[1].params)
-        return Step(eqn, action, bind, gain=gain, norm=norm), [out] * count
+        by_hand = name in compat.MULTIPLIED and out.activity
+        guarded = tuple(i for i, k in enumerate(kinds) if by_hand and k.data and not k.active)
+        return Step(eqn, action, bind, gain=gain, norm=norm, guarded=guarded), outs
+
+    def one(self, eqn: Any, kinds: Sequence[Kind], result: int) -> Kind:
+        """The kind of one result of an equation in which no activation meets a weight."""
+        if not any(k.weight for k in kinds):
+            return activation(kinds) if any(k.active for k in kinds) else _inactive(eqn, kinds, result)
+        return weight_kind(eqn, kinds, result)
+
+    def refused(
+        self, eqn: Any, bind: Bind, kinds: list[Kind], weight: int, reason: str, lengths: tuple[int, ...]
+    ) -> tuple[Step, list[Kind]]:
+        """A use that sends errors through the weight: a product with an obstacle."""
+        product = Product(eqn, bind, weight, kinds, reason, lengths)
+        product.needs_feedback = True
+        return Step(eqn, "bind", bind, (), product), [activation(kinds)] * len(eqn.outvars)
+
+    def activity(
+        self, eqn: Any, bind: Bind, kinds: list[Kind], fan: Any, lengths: tuple[int, ...]
+    ) -> tuple[Step, list[Kind]]:
+        """Activations, constants and data alone."""
+        name = compat.primitive_name(eqn)
+        terms, axes = summed(eqn, kinds)
+        gain = kinds[terms].gain
+        if gain and any(gain[1][a] for a in axes):  # x * w, then a sum along w
+            made = [k._replace(params=gain[0], active=True) if i == terms else CONSTANT for i, k in enumerate(kinds)]
+            product = Product(eqn, bind, terms, made, f"mul, then {name}", lengths)
+            product.needs_feedback = product.gain = True
+            return Step(eqn, "bind", bind, (), product), [activation(kinds)] * len(eqn.outvars)
+        joined = max(k.joined for k in kinds)
+        meets = joined == 2 and name in compat.BILINEAR | compat.MULTIPLIED and sum(k.active for k in kinds) > 1
+        if meets or (joined and name in {"reduce_prod", "cumprod"}):
+            cut = next(k for k in kinds if k.joined == joined)
+            made = [k._replace(params=k.within) if k is cut else k for k in kinds]
+            return self.refused(
+                eqn, bind, made, kinds.index(cut), f"{name} with a part of what it was joined to", lengths
+            )
+        if name in compat.TAKES and joined:
+            joined = 2
+        elif name not in compat.LAYOUT | compat.JOINED | compat.WRITTEN:
+            joined = 0
+        within = frozenset().union(*(k.within for k in kinds)) if joined else frozenset()
+        outs = []
+        for i, v in enumerate(eqn.outvars):
+            smooth = name != "stop_gradient" and jnp.issubdtype(v.aval.dtype, jnp.inexact)
+            gain, varying = carried_gain(eqn, kinds), result_varying(eqn, kinds, i)
+            outs.append(
+                Kind(
+                    data=True,
+                    active=smooth or self.within,
+                    varying=varying,
+                    gain=gain,
+                    fan=fan,
+                    joined=joined,
+                    within=within,
+                )
+            )
+        same = name in compat.LAYOUT and eqn.outvars[0].aval.shape == eqn.invars[0].aval.shape
+        if same and name not in {"transpose", "rev"}:
+            outs[0] = outs[0]._replace(product=kinds[0].product)
+        return Step(eqn, "bind", bind), outs
+
+    def beside(
+        self, eqn: Any, bind: Bind, kinds: list[Kind], fan: Any, lengths: tuple[int, ...], plan: Plan
+    ) -> tuple[Step, list[Kind]]:
+        """A weight beside an activation, in a primitive that is no product: added, a gain, or refused."""
+        name = compat.primitive_name(eqn)
+        step = Step(eqn, "bind", bind)
+        weights = [i for i, k in enumerate(kinds) if k.weight]
+        if not any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars):
+            return step, [Kind(data=True)] * len(eqn.outvars)  # a comparison
+        masks = name == "select_n" and kinds[0].weight
+        joint = [i for i in weights if kinds[i].joint and any(varies(kinds[i], eqn.invars[i].aval))]
+        if joint:
+            return self.refused(eqn, bind, kinds, joint[0], str(kinds[joint[0]].obstacle), lengths)
+        if len(eqn.outvars) == 1 and name in compat.BESIDE and not masks:
+            if kinds[weights[0]].breadth > 1 and _shifts(eqn, kinds):
+                return self.refused(eqn, bind, kinds, weights[0], f"{name} of an activation to a matrix", lengths)
+            if name in compat.AFFINE:
+                note_bias(eqn, kinds, plan)
+            self.note(kinds, "added")
+            out = activation(kinds)._replace(varying=result_varying(eqn, kinds), fan=fan)
+            if name in compat.JOINED | compat.WRITTEN and any(k.breadth > 1 for k in kinds):
+                out = out._replace(joined=1, within=union_of(kinds).params)
+            return step, [out]
+        widest = max(weights, key=lambda i: kinds[i].breadth)
+        if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.complexfloating):
+            return self.refused(eqn, bind, kinds, widest, f"{name} of complex numbers", lengths)
+        if len(eqn.outvars) > 1 or not (name in compat.MULTIPLIED or masks or is_elementwise(eqn)):
+            return self.refused(eqn, bind, kinds, widest, name, lengths)
+        if kinds[widest].breadth > 1:
+            step, outs = self.refused(eqn, bind, kinds, widest, f"{name}, element by element", lengths)
+            assert step.product is not None
+            step.product.gain = True
+            return step, outs
+        self.note(kinds, "gain")
+        ours, theirs = _split_varying(eqn, kinds)
+        kind = activation(kinds)._replace(
+            gain=(union_of(kinds).params, ours, True), varying=tuple(a or b for a, b in zip(ours, theirs, strict=True))
+        )
+        if any(w and not a for w, a in zip(ours, theirs, strict=True)):
+            product = Product(eqn, bind, widest, kinds, f"{name} by copies of an activation", lengths)
+            product.pending = product.gain = True
+            axes = tuple(w and not a for w, a in zip(ours, theirs, strict=True))
+            return step._replace(product=product), [kind._replace(fan=(product, axes, True))]
+        return step, [kind]
 
     def bilinear(self, eqn: Any, bind: Bind, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
-        name = eqn.primitive.name
-        union = union_of(kinds)
-        if (scaled := scaled_by_data(eqn, kinds)) is not None:  # as a multiplication by a mask
-            kind = kinds[scaled]
-            out = kind._replace(data=True, plain=False, masked=True, unmirrored=kind.unmirrored or "data")
-            return Step(eqn, "follow", bind), [out._replace(varying=everywhere(eqn.outvars[0].aval))]
-        statics = [i for i, k in enumerate(kinds) if k.static]
+        name, out = eqn.primitive.name, eqn.outvars[0].aval
         weights = [i for i, k in enumerate(kinds) if k.weight]
-        if not union.data or (union.masked and any(not k.data and not k.weight for k in kinds)):
-            # A map of weights alone, or of one that data has masked. With a constant it is linear, but it mixes elements.
-            reason = f"{name} of two parameters" if len(weights) == 2 else f"{name} with a constant array"
-            out = union._replace(obstacle=union.obstacle or reason, varying=everywhere(eqn.outvars[0].aval))
-            if len(weights) == 2 and not kinds[0].params & kinds[1].params:
-                matrices = [i for i in weights if is_matrix_operand(eqn, i, kinds[i].varying)]
-                if len(matrices) == 2:  # (a vector may be the weights of one neuron)
-                    matrices = [i for i in matrices if sum(kinds[i].varying) > 1] or matrices
-                if len(matrices) == 1 and not kinds[matrices[0]].obstacle:
-                    # A vector (a learned initial state, a code) has the part of an activity.
-                    product = Product(eqn, bind, matrices[0], kinds, None, lengths)
-                    return Step(eqn, "product", bind, (), product), [out]
-                if matrices:
-                    out = out._replace(joint=out.joint or reason)
-            return Step(eqn, "own" if out.static else "bind", bind), [out]
-        out = Kind(data=True, active=True)
-        # A weight that data has touched is an activity of neurons (a looked-up embedding, a bias added) to weights, and
-        # to other activities too unless it is a matrix between the summed axes and those that remain.
-        candidates = statics
-        if all(k.data for k in kinds):
-            candidates = [i for i in weights if is_matrix_operand(eqn, i, kinds[i].varying)]
+        candidates = [i for i in weights if kinds[i].static]
+        matrices = [i for i in weights if is_matrix_operand(eqn, i, varies(kinds[i], eqn.invars[i].aval))]
+        reason = None
+        if len(weights) == 2 and not any(k.data for k in kinds):
+            wide = [i for i in matrices if kinds[i].breadth > 1] or matrices
+            if len(wide) == 1 and not kinds[0].params & kinds[1].params and not kinds[wide[0]].obstacle:
+                # A vector (a learned initial state, a code) has the part of an activity.
+                product = Product(eqn, bind, wide[0], kinds, None, lengths)
+                union = union_of(kinds)._replace(obstacle=name, varying=result_varying(eqn, kinds))
+                return Step(eqn, "product", bind, (), product), [union._replace(breadth=sum(union.varying or ()))]
+            union = union_of(kinds)
+            kind = union._replace(obstacle=f"{name} of two parameters", joint=union.joint or bool(matrices))
+            return Step(eqn, "own", bind), [kind]
+        if len(weights) == 1 and not kinds[1 - weights[0]].data:  # with a constant: a map of the weight
+            kind = weight_kind(eqn, kinds)
+            return Step(eqn, "follow" if not kind.obstacle else "own" if kind.static else "bind", bind), [kind]
         if not candidates:
-            return Step(eqn, "bind", bind), [out]
+            # What data has touched is an activity of neurons to weights, and to other activities too, unless it is a matrix
+            # between the summed axes and those that remain.
+            candidates = matrices
+            if len(candidates) == 2:
+                reason = f"{name} of two parameters that data has touched"
+        if not candidates:
+            if any(k.breadth > 1 and not k.per_example for k in kinds) and any(k.activity for k in kinds):
+                return self.refused(eqn, bind, kinds, weights[0], name, lengths)
+            return Step(eqn, "bind", bind), [activation(kinds)]
         weight = candidates[0]
-        obstacle = kinds[weight].joint or kinds[weight].obstacle
-        if len(candidates) == 2:
-            obstacle = f"{name} of two parameters that data has touched"
-        if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.complexfloating):
-            obstacle = f"{name} of complex numbers"
-        product = Product(eqn, bind, weight, kinds, obstacle, lengths)
-        step = Step(eqn, "bind" if obstacle else "product", bind, (), product)
-        return step, [out._replace(product=product)]
+        reason = reason or kinds[weight].obstacle
+        if jnp.issubdtype(out.dtype, jnp.complexfloating):
+            reason = f"{name} of complex numbers"
+        product = Product(eqn, bind, weight, kinds, reason, lengths)
+        if reason and not product.needs_feedback:
+            product.obstacle, product.followed = None, False
+        action = "bind" if product.obstacle else "product"
+        return Step(eqn, action, bind, (), product), [activation(kinds)._replace(product=product)]
+
+    def note(self, kinds: Sequence[Kind], role: str) -> None:
+        for kind in kinds:
+            for leaf in kind.params:
+                self.roles.setdefault(leaf, set()).add(role)
 
     def note_uses(self, step: Step, kinds: list[Kind], outs: list[Kind]) -> None:
         """A weight may be laid out anew and multiply an activation; any other use adds a gradient that B has not."""
         for i, kind in enumerate(kinds):
             multiplies = step.action == "product" and step.product is not None and step.product.weight == i
-            if (
-                kind.weight
-                and outs
-                and not multiplies
-                and not (step.action == "follow" and all(k.static for k in outs))
-            ):
+            followed = step.action == "follow" and all(k.static for k in outs if k.params)
+            if kind.weight and outs and not multiplies and not followed:
                 self.shared |= kind.params
 
     def note_joined(self, kinds: Sequence[Kind], joined: Sequence[Kind]) -> None:
@@ -256,85 +417,61 @@ class Analyser:
         for kind, out in zip(kinds, joined, strict=True):
             if kind.weight and not out.static:
                 self.shared |= kind.params
-
-    def note_bias(self, eqn: Any, kinds: list[Kind], plan: Plan) -> None:
-        """A weight added to a product's output, and varying along nothing but its outputs, is that layer's bias."""
-        for i in (0, 1):
-            y, b, var = kinds[i], kinds[1 - i], eqn.invars[1 - i]
-            if y.product is None or not b.static or b.obstacle or eqn.primitive.name == "sub":
-                continue
-            if all(not v or a in y.product.output_axes() for a, v in enumerate(b.varying)):
-                y.product.bias = (plan, var)
-                y.product.scaled |= bool(b.scaled)
+                self.note([kind], "added")
 
     def opaque(self, eqn: Any, bind: Bind, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
         """A call that cannot be opened: a custom derivative (its backward pass would be lost), a while, a kernel."""
         name, count = compat.primitive_name(eqn), len(eqn.outvars)
         weights = [i for i, k in enumerate(kinds) if k.weight]
-        step = Step(eqn, "own" if weights and not union_of(kinds).data else "bind", bind)
-        if not weights:
-            return step, [activation(kinds)] * count
-        if name in compat.CUSTOM:
-            within = Analyser(custom=True)
+        union = union_of(kinds)
+        widest = max(weights, key=lambda i: kinds[i].breadth)
+        if (
+            name == "while" and not self.within and any(k.activity for k in kinds)
+        ):  # JAX itself has no backward pass through it
+            return Step(eqn, "own" if not union.data else "bind", bind), [activation(kinds)] * count
+        if not any(k.activity for k in kinds) and union.per_example == 1:  # of rows looked up
+            self.note(kinds, "added")
+            return Step(eqn, "bind", bind), [activation(kinds)] * count
+        if not any(k.activity for k in kinds):
+            outs = [union._replace(obstacle=union.obstacle or name) for _ in eqn.outvars]
+            guarded = tuple(i for i, k in enumerate(kinds) if k.data and not k.active)
+            return Step(eqn, "own" if union.static else "bind", bind, guarded=guarded), outs
+        if name in compat.CUSTOM and kinds[widest].breadth < 2:  # a gain or a threshold may be in it, but no product
+            within = Analyser(within=True)
             inner = within.plan(compat.inner_jaxpr(eqn), kinds, lengths)
-            self.shared |= within.shared
+            self.shared |= within.shared.union(*(k.params for k in kinds))
             settle(inner.outputs)
-            hidden = sorted(inner.products(), key=lambda p: p.obstacle is None)
-            reason = union_of(kinds).obstacle or name
-            outs = [k._replace(obstacle=reason) if k.weight else k for k in inner.outputs]
-            if not hidden:
-                return step, outs
-            weights = [i for i in weights if kinds[i].params & hidden[0].params] or weights
-            product = Product(eqn, bind, weights[0], kinds, name, lengths)
-            product.params = frozenset().union(*(p.params for p in hidden))  # of its operands, those in products
-            return step._replace(product=product), outs
-        if not any(k.data for k in kinds):
-            union = union_of(kinds)
-            return step, [union._replace(obstacle=name, varying=everywhere(v.aval)) for v in eqn.outvars]
-        outs = [activation(kinds)] * count
-        if name == "while" and not self.custom:  # JAX itself has no backward pass through it
-            return step, outs
-        return step._replace(product=Product(eqn, bind, weights[0], kinds, name, lengths)), outs
+            if not any(p.needs_feedback for p in inner.products()):
+                self.note(kinds, "gain")
+                return Step(eqn, "bind", bind), [activation(kinds)] * count
+        return self.refused(eqn, bind, kinds, widest, name, lengths)
 
     def shard_map(self, eqn: Any, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
         """Each device's part of a weight has its part of B."""
-        inner = [outside(k)._replace(copied=()) for k in kinds]
+        inner = [outside(k) for k in kinds]
         plan = self.plan(compat.inner_jaxpr(eqn), inner, (*lengths, compat.sharding(eqn.params).devices))
-        outs = [k._replace(obstacle=k.obstacle or "shard_map") if k.weight else k for k in plan.outputs]
-        settle([*kinds, *outs])
-        return Step(eqn, "shard_map", None, (plan,)), [outside(k)._replace(copied=()) for k in outs]
+        settle(plan.outputs)
+        outs = [outside(k._replace(obstacle=k.obstacle or "shard_map") if k.weight else k) for k in plan.outputs]
+        return Step(eqn, "shard_map", None, (plan,)), outs
 
     def cond(self, eqn: Any, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
         plans = tuple(self.plan(branch, kinds[1:], lengths) for branch in eqn.params["branches"])
-        outs = plans[0].outputs
+        for plan in plans:
+            settle(plan.outputs)
+        outs = list(plans[0].outputs)
         for plan in plans[1:]:
-            avals = [v.aval for v in eqn.outvars]
-            outs = [join(a, b, everywhere(v), "cond") for a, b, v in zip(outs, plan.outputs, avals, strict=True)]
+            outs = [join(a, b, "cond") for a, b in zip(outs, plan.outputs, strict=True)]
         if kinds[0].data:
-            outs = [k._replace(data=True, unmirrored="cond" if k.weight else None, masked=k.synaptic) for k in outs]
+            outs = [k._replace(data=True, unmirrored="cond") if k.weight else k for k in outs]
         for plan in plans:
             self.note_joined(plan.outputs, outs)
-        outs = [outside(k) for k in outs]
-        for plan in plans:  # what fans out in a branch goes on behind it, as long as there are copies; and so do gains
-            for i, kind in enumerate(plan.outputs):
-                fans = tuple(f for f in kind.fans if any(map(all, zip(outs[i].copied, f.along, strict=False))))
-                settle([kind._replace(fans=tuple(f for f in kind.fans if f not in fans))])
-                outs[i] = outs[i]._replace(fans=outs[i].fans + fans, gain=_either(outs[i].gain, kind.gain))
-        return Step(eqn, "cond", None, plans), outs
+        gains = [_either([plan.outputs[i].gain for plan in plans]) for i in range(len(outs))]
+        return Step(eqn, "cond", None, plans), [outside(k)._replace(gain=g) for k, g in zip(outs, gains, strict=True)]
 
     def scan(self, eqn: Any, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
         jaxpr, _ = compat.open_jaxpr(eqn.params["jaxpr"])
         consts, carries = compat.scan_sizes(eqn.params)
-        avals = [v.aval for v in jaxpr.invars]
-        inner = list(kinds)
-        for i, kind in enumerate(kinds):
-            sliced = i >= consts + carries
-            varying = kind.varying[1:] if sliced else kind.varying
-            stack = (*kind.stack, eqn.params["length"]) if sliced and kind.weight else kind.stack
-            copied = kind.copied[1:] if sliced else kind.copied
-            scaled = tuple(axes[1:] for axes in kind.scaled) if sliced else kind.scaled
-            inner[i] = outside(kind)._replace(varying=varying, stack=stack, copied=copied, scaled=scaled)
-        settle(kinds)
+        inner = [_sliced(k, eqn.params["length"]) if i >= consts + carries else outside(k) for i, k in enumerate(kinds)]
         lengths = (*lengths, eqn.params["length"])
         changed = [c for c in range(carries) if jaxpr.outvars[c] is not jaxpr.invars[consts + c]]
         start, shared = list(inner), set(self.shared)
@@ -355,29 +492,23 @@ class Analyser:
             for c in changed:
                 i = consts + c
                 old = inner[i]
-                inner[i] = join(old, plan.outputs[c], everywhere(avals[i]), "scan")
+                inner[i] = join(old, plan.outputs[c], "scan")
                 if inner[i].static:
                     inner[i] = inner[i]._replace(unmirrored="scan")
                 settled &= inner[i] == old
             if settled:
                 break
-        if any(kind.static and not inner[consts + c].static for c, kind in enumerate(kinds[consts : consts + carries])):
+        carried = inner[consts : consts + carries]
+        if any(a.static and not b.static for a, b in zip(kinds[consts : consts + carries], carried, strict=True)):
             # The first turn meets the weight itself, whatever its carry is from then on.
             _keep_obstacles(first, plan)
-        self.note_joined(kinds[consts : consts + carries], inner[consts : consts + carries])
+        self.note_joined(kinds[consts : consts + carries], carried)
         # What the last turn multiplied may be summed behind the loop.
-        outs = [
-            kind._replace(gain=out.gain)
-            for kind, out in zip(inner[consts : consts + carries], plan.outputs[:carries], strict=True)
-        ]
-        same = _invariant(plan.jaxpr, consts, carries)
-        for kind, var in zip(plan.outputs[carries:], plan.jaxpr.outvars[carries:], strict=True):
-            varying = (kind.weight, *kind.varying)
-            copied = ()
-            if kind.active and not kind.synaptic:
-                copied = (var in same, *(kind.copied or (False,) * len(var.aval.shape)))
-            stack = kind.stack[: len(lengths) - 1]
-            gain = kind.gain and (kind.gain[0], (False, *kind.gain[1]))
-            scaled = tuple((True, *axes) for axes in kind.scaled)  # each turn has its own
-            outs.append(outside(kind)._replace(varying=varying, stack=stack, copied=copied, gain=gain, scaled=scaled))
+        outs = [k._replace(gain=out.gain) for k, out in zip(carried, plan.outputs[:carries], strict=True)]
+        for kind in plan.outputs[carries:]:
+            gain = kind.gain and (kind.gain[0], (False, *kind.gain[1]), False)
+            kind = outside(kind)._replace(stack=kind.stack[: len(lengths) - 1], gain=gain)
+            if kind.weight and kind.gained:
+                kind = kind._replace(obstacle=kind.obstacle or "scan of a weight with gains", gained=None)
+            outs.append(kind)
         return Step(eqn, "scan", None, (plan,)), outs

@@ -14,6 +14,10 @@ from wmkp.program.kinds import Kind
 Bind = Callable[..., list[Any]]
 
 
+class WeightTransportError(ValueError):
+    """An error signal would have to travel back through a forward weight, because feedback weights cannot follow it."""
+
+
 class Product:
     """One equation that multiplies a weight with an activation (or an obstacle to doing so without transport)."""
 
@@ -35,6 +39,8 @@ class Product:
         if obstacle:
             self.params = self.params.union(*(k.params for k in kinds if k.static or kind.data))
         self.obstacle = obstacle
+        self.gain = False  # whether the obstacle is a scaling element by element, which ``local`` allows
+        self.followed = True  # whether B can follow the weight; if not, no error passes here
         self.unmirrored = (
             "data multiplies, adds to or selects from it" if kind.unmirrored == "data" else kind.unmirrored
         )
@@ -55,7 +61,7 @@ class Product:
         self.pending = False  # whether what comes next may yet show it to be a gain (``Kind.fans``)
         self.bias: Any = None  # the weight added to its output, if one is: (plan, variable)
         # Whether a gain scales the weight, or the bias (what else data does to a weight is ``unmirrored``).
-        self.scaled = bool(kind.scaled) or kind.data
+        self.scaled = kind.gained is not None or kind.data
 
     def multiply(self, x: jax.Array, w: jax.Array) -> jax.Array:
         """The product itself, the equation's own."""

@@ -10,15 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from wmkp import checks
-from wmkp.program.copies import settle
 from wmkp.program.interpreter import collect
-from wmkp.program.kinds import Kind, everywhere
-from wmkp.program.plans import Analyser, Plan
-from wmkp.program.products import Product
-
-
-class WeightTransportError(ValueError):
-    """An error signal would have to travel back through a forward weight, because feedback weights cannot follow it."""
+from wmkp.program.kinds import Kind
+from wmkp.program.plans import Analyser, Plan, settle
+from wmkp.program.products import Product, WeightTransportError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +48,10 @@ class Projection:
         """
         return self.analysis.matrix_axes(self.path, shape)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: what the analysis answers, in its place."""
+        return {**self.__dict__, "analysis": _answers(self)}
+
     def direct_shape(self) -> tuple[int, ...]:
         """The shape of feedback from the network's output straight to this projection's input.
 
@@ -65,6 +64,39 @@ class Projection:
         return self.analysis.direct_shape(self.path)
 
 
+class _Answers(NamedTuple):
+    """What an analysis says of one projection: axes and a shape, or the errors in their place."""
+
+    axes: Any
+    direct: Any
+
+    def matrix_axes(self, path: str, shape: tuple[int, ...]) -> Any:
+        return _or_raise(self.axes)
+
+    def direct_shape(self, path: str) -> Any:
+        return _or_raise(self.direct)
+
+
+def _or_raise(answer: Any) -> Any:
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _answers(projection: Projection) -> _Answers:
+    if isinstance(projection.analysis, _Answers):
+        return projection.analysis
+    analysis = projection.analysis
+    found: list[Any] = []
+    shape = analysis.plan.jaxpr.invars[analysis.paths.index(projection.path)].aval.shape
+    for ask in (lambda: projection.matrix_axes(shape), projection.direct_shape):
+        try:
+            found.append(ask())
+        except ValueError as error:
+            found.append(ValueError(*error.args))
+    return _Answers(*found)
+
+
 class Analysis(NamedTuple):
     """A function's plan, beside the paths of its parameters."""
 
@@ -72,6 +104,7 @@ class Analysis(NamedTuple):
     paths: list[str]
     out_tree: Any
     shared: frozenset[int]  # the parameters (leaf numbers) with uses beside the products they are weights of
+    others: dict[int, set[str]]  # of parameters (leaf numbers), what they do beside these products: "added", "gain"
 
     def sites(self) -> dict[str, list[Product]]:
         """The products that each parameter takes part in, keyed by its path, in the parameters' own order."""
@@ -175,11 +208,11 @@ def named_leaves(params: Any, *, shapes_will_do: bool = False) -> dict[str, Any]
         if path in leaves:
             raise ValueError(f"params has two leaves whose path is {path!r}; rename one, so that a path names one")
         leaves[path] = leaf
-        floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+        floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
         if not is_array(leaf) or not floating or (isinstance(leaf, jax.ShapeDtypeStruct) and not shapes_will_do):
             found = leaf.dtype if is_array(leaf) and not floating else type(leaf).__name__
             raise TypeError(
-                f"params[{path!r}] is {found}; parameters must be real floating-point arrays. Pass "
+                f"params[{path!r}] is {found}; parameters must be floating-point arrays. Pass "
                 "anything else as a later argument of fun (wmkp.nnx.pure parts an NNX model so)."
             )
         if jnp.finfo(leaf.dtype).bits < 16:
@@ -247,14 +280,15 @@ def analyse(fun: Callable[..., Any], params: Any, *args: Any) -> Analysis:
         check_traceable("args", [x if is_array(x) else None for x in leaves])
         raise
     kinds = [
-        Kind(frozenset({i}), active=True, varying=everywhere(leaf) if hasattr(leaf, "shape") else ())
+        Kind(frozenset({i}), active=True, breadth=sum(n > 1 for n in leaf.shape))
         for i, leaf in enumerate(named.values())
     ]
+    keys = (jax.dtypes.issubdtype(leaves[i].dtype, jax.dtypes.prng_key) for i in traced)
     analyser = Analyser()
-    plan = analyser.plan(jaxpr, kinds + [Kind(data=True)] * len(traced), ())
+    plan = analyser.plan(jaxpr, kinds + [Kind(data=True, noise=key) for key in keys], ())
     settle(plan.outputs)
     shared = analyser.shared.union(*(kind.params for kind in plan.outputs))
-    return Analysis(plan, paths, out_tree, frozenset(shared))
+    return Analysis(plan, paths, out_tree, frozenset(shared), analyser.roles)
 
 
 def check_traceable(name: str, tree: Any) -> None:
@@ -274,6 +308,67 @@ def check_traceable(name: str, tree: Any) -> None:
 def is_array(leaf: Any) -> bool:
     """Whether an argument's leaf is traced: an array, a NumPy array or scalar, or a ShapeDtypeStruct."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+READS = {
+    "projection": "B",
+    "first layer": "nothing",
+    "added": "nothing",
+    "gain": "itself, neuron by neuron",
+    "refused": "an error: give it wmkp.local() or wmkp.backprop()",
+    "unused": "nothing",
+}
+
+
+class Roles(dict[str, tuple[str, ...]]):
+    """``{path: roles}``, which prints as a table."""
+
+    def __str__(self) -> str:
+        """One line for each parameter: its path, its roles, and what the backward pass reads of it."""
+        rows = [("parameter", "role", "the backward pass reads")]
+        rows += [(path, role, READS[role]) for path, roles in self.items() for role in roles]
+        widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+        return "\n".join(f"{a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows)
+
+
+def roles(fun: Callable[..., Any], params: Any, *args: Any) -> Roles:
+    """What each parameter of ``fun`` does, and so what the backward pass reads of it.
+
+    A parameter can have several roles, one for each kind of use:
+
+    - "projection": it multiplies an activation that an error must reach. The backward pass reads B.
+    - "first layer": it multiplies data. No error passes, and the backward pass reads nothing.
+    - "added": it is added to activations, joined to them, looked up, or a threshold. The backward pass reads nothing.
+    - "gain": it scales activations neuron by neuron. The backward pass reads the parameter itself.
+    - "refused": an error would pass through it. Give it ``wmkp.local()`` or ``wmkp.backprop()``.
+    - "unused": it does not enter what ``fun`` returns through any activation.
+
+    Args:
+      fun: any JAX function ``fun(params, *args)``.
+      params: its parameters, a pytree of floating-point arrays (or ShapeDtypeStructs).
+      *args: its further arguments.
+
+    Returns:
+      ``{path: (role, ...)}`` in the order of the parameters, which prints as a table.
+
+    Raises:
+      TypeError, ValueError: as ``projections``.
+
+    Example:
+      >>> print(wmkp.roles(lambda p, x: jnp.tanh(x @ p["w"] + p["b"]), params, x))
+      parameter  role         the backward pass reads
+      b          added        nothing
+      w          first layer  nothing
+    """
+    analysis = analyse(fun, params, *args)
+    sites, found = analysis.sites(), Roles()
+    for leaf, path in enumerate(analysis.paths):
+        names = {
+            "refused" if p.obstacle and p.needs_feedback else "projection" if p.needs_feedback else "first layer"
+            for p in sites.get(path, [])
+        } | analysis.others.get(leaf, set())
+        found[path] = tuple(name for name in READS if name in names) or ("unused",)
+    return found
 
 
 def projections(fun: Callable[..., Any], params: Any, *args: Any) -> dict[str, Projection]:
