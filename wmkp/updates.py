@@ -81,6 +81,8 @@ def same_hyperparams(opt_state: Any, feedback_opt_state: Any) -> Any:
       opt_state: W's.
       feedback_opt_state: B's, of the same optimizer by ``kolen_pollack``.
     """
+    if type(opt_state) is not type(feedback_opt_state):  # a B of several arrays, beside one W
+        return feedback_opt_state
     if hasattr(feedback_opt_state, "hyperparams"):
         inner = same_hyperparams(opt_state.inner_state, feedback_opt_state.inner_state)
         return opt_state._replace(inner_state=inner)
