@@ -313,7 +313,14 @@ def test_checkpoint(policy):
             x = jax.checkpoint(block, policy=policy)(w, x)
         return jnp.sum(x**2)
 
-    check(loss, list(layers(3, 6)), jax.random.normal(KEY, (3, 6)), paths=["1", "2"])
+    params, x = list(layers(3, 6)), jax.random.normal(KEY, (3, 6))
+    check(loss, params, x, paths=["1", "2"])
+    # What is not kept is computed again on the way back, as in backprop.
+    rule = wmkp.kolen_pollack()
+    feedback = wmkp.init_feedback(KEY, rule, loss, params, x)
+    engaged = jax.make_jaxpr(wmkp.value_and_grad(loss, rule))(params, feedback, x)
+    plain = jax.make_jaxpr(jax.value_and_grad(loss))(params, x)
+    assert str(engaged).count("= tanh") >= str(plain).count("= tanh") > 3
 
 
 def test_linen_remat_scan_and_lstm():
