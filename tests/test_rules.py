@@ -392,7 +392,7 @@ def unpacked(b):
 VARIANTS = {
     "FA, wider", "PFA, smaller population", "amplitude", "decay", "null", "sparse", "self", "amplitude on activity",
     "decay on activity", "null on activity", "sparse on activity", "self on activity", "all five, over the square",
-    "WM, other noise", "activity mirror, whitened", "DKP under BP", "brSF under WM",
+    "activity mirror, whitened", "DKP under BP", "brSF under WM",
 }  # fmt: skip
 
 
