@@ -317,3 +317,43 @@ def test_delta_angles_errors():
         wmkp.delta_angles(lambda p, x, t: x @ p[0]["w"] @ p[1]["w"], rule, params, feedback, x, target)
     with pytest.raises(ValueError, match=r"feedback\['1/w'\] is None"):
         wmkp.delta_angles(loss, rule, params, [{"w": None, "b": None}] * 4, x, target)
+
+
+def test_delta_norms_are_the_norms_by_hand():
+    """Two layers under FA: what is carried is (B delta) phi', beside W delta; their angle is that of delta_angles."""
+    keys = jax.random.split(jax.random.key(3), 5)
+    w, v, b, x = (jax.random.normal(k, s) for k, s in zip(keys, ((5, 7), (7, 3), (7, 3), (11, 5)), strict=False))
+    params, feedback = {"a": w, "b": v}, {"a": None, "b": b}
+    target = jax.random.normal(keys[4], (11, 3))
+    loss = lambda p, x: jnp.sum((jnp.tanh(x @ p["a"]) @ p["b"] - target) ** 2)
+    rule = wmkp.feedback_alignment()
+    found = wmkp.delta_norms(loss, rule, params, feedback, x)
+    h = np.tanh(np.asarray(x, np.float64) @ np.asarray(w, np.float64))
+    error = 2 * (h @ np.asarray(v, np.float64) - np.asarray(target, np.float64))
+    ours, theirs = ((error @ np.asarray(m, np.float64).T) * (1 - h**2) for m in (b, v))
+    assert found["a"].ratio == pytest.approx(np.linalg.norm(ours) / np.linalg.norm(theirs), rel=1e-5)
+    assert found["a"].reference == pytest.approx(np.linalg.norm(theirs), rel=1e-5)
+    assert found["b"].ratio == 1 and found["b"].reference == pytest.approx(np.linalg.norm(error), rel=1e-5)
+    angles = wmkp.delta_angles(loss, rule, params, feedback, x)
+    assert {path: float(norms.angle) for path, norms in found.items()} == {p: float(a) for p, a in angles.items()}
+    assert not any(norms.is_rounding for norms in found.values())
+
+
+def test_delta_norms_flag_an_error_of_rounding_alone():
+    """A target that is met but for rounding: backprop's error is noise, and zero where it is met to the bit."""
+    w = jax.random.normal(jax.random.key(0), (64, 64))
+    x = jax.random.normal(jax.random.key(1), (8, 64))
+    met = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    flagged = lambda target: (
+        wmkp.delta_norms(
+            lambda p, x: jnp.sum((x @ p["w"] - target) ** 2), wmkp.feedback_alignment(), {"w": w}, {"w": None}, x
+        )["w"].is_rounding
+    )
+    assert flagged(met.astype(np.float32)) and not flagged(met.astype(np.float32) + 1)
+    zero = wmkp.delta_norms(lambda p, x: 0 * jnp.sum(x @ p["w"]), wmkp.feedback_alignment(), {"w": w}, {"w": None}, x)
+    assert zero["w"].is_rounding and zero["w"].reference == 0
+
+
+def test_stream_growth_is_the_ratio_of_root_mean_squares():
+    x = jax.random.normal(jax.random.key(0), (4, 5))
+    np.testing.assert_allclose(wmkp.stream_growth([x, 3 * x, 1e-30 * x, x]), [3, 1e-30 / 3, 1e30], rtol=1e-5)

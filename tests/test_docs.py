@@ -166,7 +166,7 @@ def test_commands_are_understood(monkeypatch, arguments):
     ends = ((cli.compare, "compare"), (cli.train, "train"), (cli.evaluate, "evaluate"), (cli.data, "prepare"))
     for module, name in (*ends, (cli.reproduce, "reproduce")):
         monkeypatch.setattr(module, name, lambda *args: called.append(args))
-    monkeypatch.setattr(cli.figures, "runs", lambda runs: called.append(runs))
+    monkeypatch.setattr(cli.figures, "runs", lambda runs, suffix: called.append(runs))
     monkeypatch.setattr(cli.outputs, "write_atomically", lambda files: None)
     monkeypatch.setattr(sys, "argv", ["wmkp", *arguments])
     cli.main()

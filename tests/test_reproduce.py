@@ -332,7 +332,7 @@ def test_steps_are_for_throughput(tmp_path):
     """Each step's own rate is kept, and the mirror period is no longer than the run."""
     short, whole = (Reproduce("akrout-imagenet", steps=steps, out=tmp_path) for steps in (8, None))
     short, whole = (reproduce.settings(config, "resnet18-imagenet-wm") for config in (short, whole))
-    assert (short.log_every, short.mirror_steps) == (1, 8) and (whole.log_every, whole.mirror_steps) == (100, 100)
+    assert (short.log_every, short.mirror_steps) == (1, None) and (whole.log_every, whole.mirror_steps) == (100, None)
 
 
 def test_a_figure_uses_machines_as_its_config_says(tmp_path):

@@ -585,7 +585,10 @@ def test_damaged_config(content, message, tmp_path):
         ("mlp-digits-wm --mirror-angle 1e-9", "--mirror-angle must be between 0 and 90 degrees (from 1e-6 on)"),
         ("mlp-digits-wm --mirror-samples 99999999999", "--mirror-samples must be below 2^31"),
         ("mlp-digits-kp --steps 99999999999", "--steps must be below 2^31"),
-        ("mlp-digits-wm --mirror-angle 1e-5", "--rule wm cannot train --model mlp: target_angle=1e-05 takes"),
+        (
+            "mlp-digits-wm --mirror-noise gaussian --mirror-angle 1e-5",
+            "--rule wm cannot train --model mlp: target_angle=1e-05 takes",
+        ),
         (
             "mlp-digits-kp --accumulate 9 --steps 8",
             "--accumulate 9 is more than the run's 8 steps: W would never change",
@@ -812,6 +815,30 @@ def test_loss_by_definition():
     assert float(total) == pytest.approx(-logs_[range(3), counted["label"]].sum(), rel=1e-4)
     assert int(errors) == wrong.sum()
     np.testing.assert_array_equal(labels, np.bincount([3, 1, 4], minlength=10))
+
+
+def test_seeds_are_runs_of_their_own_and_one_curve(tmp_path, capsys, monkeypatch):
+    run(tmp_path / "many", seeds=2, seed=3, epochs=1)
+    alone = run(tmp_path / "alone", seed=4, epochs=1)
+    many = dataclasses.replace(alone, out=tmp_path / "many" / "seed4")
+    assert_same_bits(end_state(alone), end_state(many))
+    drawn = []
+    monkeypatch.setattr(cli.figures, "_curves", lambda lines, *rest: drawn.append(lines) or b"png")
+    cli.figures.runs([tmp_path / "many"])
+    cli.figures.runs([tmp_path / "many", tmp_path / "alone"])
+    cli.figures.runs([tmp_path / "many" / "seed3"])
+    assert [[(label, len(curves)) for label, _, curves in lines] for lines in drawn] == [
+        [("WM", 2)], [("WM", 3)], [("WM", 1)]
+    ]  # fmt: skip
+
+
+def test_frozen_trains_the_readout_alone(tmp_path):
+    config = run(tmp_path / "frozen", rule="frozen", epochs=1, optimizer="adamw", mirror_steps=None)
+    built = train.build(config)
+    before, after = by_path(built.init()), end_state(config)
+    layers = {path for path in before if path.startswith(".params")}
+    changed = {path for path in layers if not np.array_equal(before[path], after[path])}
+    assert changed == {path for path in layers if "output" in path}
 
 
 def test_every_recipe_is_sound():

@@ -2,7 +2,7 @@
 
 from wmkp import updates
 from wmkp.alignment import activation_alignment, activity_mirror, alignment, information_alignment, symmetric_alignment
-from wmkp.angles import delta_angles, input_covariances, matrix_angles
+from wmkp.angles import delta_angles, delta_norms, input_covariances, matrix_angles, stream_growth
 from wmkp.engaged import engage, init_feedback, value_and_grad
 from wmkp.law import mirror_angle, mirror_gain, samples_for_angle
 from wmkp.mirror import mirror_signals
@@ -46,6 +46,7 @@ __all__ = [
     "alignment",
     "backprop",
     "delta_angles",
+    "delta_norms",
     "direct_feedback_alignment",
     "direct_kolen_pollack",
     "engage",
@@ -68,6 +69,7 @@ __all__ = [
     "roles",
     "samples_for_angle",
     "sign_symmetry",
+    "stream_growth",
     "symmetric_alignment",
     "transport",
     "updates",

@@ -1,7 +1,8 @@
 """What to watch: matrix angles and delta angles, in degrees, and the covariances of what projections get."""
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,21 +91,123 @@ def delta_angles(
     Raises:
       ValueError, TypeError, WeightTransportError: as ``value_and_grad``.
     """
+    analysis, ours = _carried_deltas(fun, rule, params, feedback, args, has_aux)
+    leaves = jax.tree.leaves(params)
+    theirs = _by_path(analysis, _deltas(analysis, {}, leaves, leaves, args, has_aux))
+    return {path: angle(delta, theirs[path]) for path, delta in ours.items()}
+
+
+class DeltaNorms(NamedTuple):
+    """The error that a rule carries to one projection's output, beside backprop's error there: scalars.
+
+    Attributes:
+      angle: between the two, in degrees, as ``delta_angles`` has it.
+      ratio: the carried error's norm over that of backprop's error.
+      reference: the norm of backprop's error, over the whole batch, in units of the loss over the output's.
+      rounding: the angle, in degrees, by which backprop's own error turns if every parameter moves by one rounding.
+    """
+
+    angle: jax.Array
+    ratio: jax.Array
+    reference: jax.Array
+    rounding: jax.Array
+
+    @property
+    def is_rounding(self) -> jax.Array:
+        """Whether backprop's error is zero or turns by more than 5 degrees: then ``angle`` and ``ratio`` mean nothing."""
+        return ~(self.rounding < 5.0)
+
+
+def delta_norms(
+    fun: Callable[..., Any], rule: RuleOrRules, params: Any, feedback: Any, *args: Any, has_aux: bool = False
+) -> dict[str, DeltaNorms]:
+    """How large the error is that a rule carries, compared with backprop's, and whether that comparison means anything.
+
+    An angle says nothing of size: an error in the right direction may vanish or explode on its way back. Nor does an
+    angle mean anything where backprop's own error is made of rounding alone. It costs a third backward pass.
+
+    Args:
+      fun: a loss ``fun(params, *args) -> scalar``, or ``-> (scalar, aux)`` with ``has_aux``.
+      rule: a rule, or a mapping from path patterns to rules.
+      params: the parameters.
+      feedback: the feedback weights.
+      *args: fun's further arguments.
+      has_aux: whether ``fun`` returns auxiliary data beside the loss.
+
+    Returns:
+      ``{path: DeltaNorms}``, one for each projection, a first layer included: ``angle`` (degrees), ``ratio`` (the carried
+      error's norm over backprop's), ``reference`` (the norm of backprop's error), ``rounding`` (degrees by which
+      backprop's error turns if every parameter moves by one rounding) and ``is_rounding``, true where that is above 5
+      degrees: there angle and ratio mean nothing.
+
+    Raises:
+      ValueError, TypeError, WeightTransportError: as ``value_and_grad``.
+
+    Example:
+      >>> norms = wmkp.delta_norms(loss_fn, rule, params, feedback, batch)
+      >>> {path: float(n.ratio) for path, n in norms.items() if not n.is_rounding}
+    """
+    analysis, ours = _carried_deltas(fun, rule, params, feedback, args, has_aux)
+    leaves = jax.tree.leaves(params)
+    nudged = _nudged(leaves, [p.output_aval.dtype for p in analysis.plan.products()])
+    theirs, moved = (_by_path(analysis, _deltas(analysis, {}, w, w, args, has_aux)) for w in (leaves, nudged))
+    result = {}
+    for path, delta in ours.items():
+        reference = norm(theirs[path])
+        turned = angle(theirs[path], moved[path])
+        result[path] = DeltaNorms(angle(delta, theirs[path]), norm(delta) / reference, reference, turned)
+    return result
+
+
+def norm(a: jax.Array) -> jax.Array:
+    """The Euclidean norm of all entries, without underflow or overflow of their squares."""
+    a = a.astype(jnp.promote_types(a.dtype, jnp.float32))
+    largest = jnp.max(jnp.abs(a))
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return scale * jnp.sqrt(jnp.sum((a / scale) ** 2))
+
+
+def _nudged(leaves: list[Any], dtypes: list[Any]) -> list[Any]:
+    """Parameters moved by the coarsest rounding of the computation, each up or down."""
+    step = max(float(jnp.finfo(dtype).eps) for dtype in [*dtypes, *(jnp.result_type(w) for w in leaves)])
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    signs = [jax.random.rademacher(key, jnp.shape(w), jnp.float32) for key, w in zip(keys, leaves, strict=True)]
+    return [(w * (1 + step * sign)).astype(w.dtype) for w, sign in zip(leaves, signs, strict=True)]
+
+
+def stream_growth(activations: Sequence[jax.Array]) -> jax.Array:
+    """How much a residual stream grows from block to block.
+
+    In a pre-norm network nothing bounds the stream, and a rule whose updates do not fit lets it grow until the blocks'
+    errors vanish behind the last normalization.
+
+    Args:
+      activations: the stream before the first block and after each block, ``n + 1`` arrays.
+
+    Returns:
+      ``(n,)``: the root mean square after each block over that before it.
+    """
+    sizes = jnp.stack([norm(x) / math.sqrt(x.size) for x in activations])
+    return sizes[1:] / sizes[:-1]
+
+
+def _carried_deltas(
+    fun: Callable[..., Any], rule: RuleOrRules, params: Any, feedback: Any, args: Any, has_aux: bool
+) -> tuple[Analysis, dict[str, jax.Array]]:
+    """The analysis, and by path the errors as the rule carries them."""
     checks.flag("has_aux", has_aux)
     checks.values("args", args)
     analysis = analyse(fun, params, *args)
     rules = resolve(rule, analysis)
     leaves = jax.tree.leaves(params)
     carriers = companions(analysis, rules, leaves, feedback_leaves(params, feedback))
-    ours = _deltas(analysis, rules, leaves, carriers, args, has_aux)
-    theirs = _deltas(analysis, {}, leaves, leaves, args, has_aux)
-    result = {}
-    for path, products in analysis.sites().items():
-        products = [p for p in products if p in ours]
-        if products:
-            a, b = (jnp.concatenate([d[p].ravel() for p in products]) for d in (ours, theirs))
-            result[path] = angle(a, b)
-    return result
+    return analysis, _by_path(analysis, _deltas(analysis, rules, leaves, carriers, args, has_aux))
+
+
+def _by_path(analysis: Analysis, deltas: dict[Product, jax.Array]) -> dict[str, jax.Array]:
+    """Each parameter's deltas as one vector."""
+    sites = {path: [deltas[p] for p in products if p in deltas] for path, products in analysis.sites().items()}
+    return {path: jnp.concatenate([d.ravel() for d in found]) for path, found in sites.items() if found}
 
 
 def _deltas(

@@ -18,7 +18,7 @@ RULES = {
     "kpm": "Kolen-Pollack, mirrored start",
     "mkp": "mirrored Kolen-Pollack",
     "wm": "weight mirror",
-    "wmo": "weight mirror, orthogonal noise",
+    "frozen": "readout alone",
     "frsf": "sign symmetry, fixed magnitudes",
     "brsf": "sign symmetry, batch magnitudes",
     "kpt": "Kolen-Pollack, changes transported",
@@ -55,30 +55,35 @@ class Compare:
     """Where TFDS has its datasets prepared. Nothing is ever downloaded."""
     out: Path = Path("comparison")
     """The directory that comparison.png and comparison.csv are written to."""
-    rules: tuple[str, ...] = ("bp", "fa", "ss", "kp", "kpm", "wm")
-    """The rules to train: bp (backprop), fa (feedback alignment), ss (sign symmetry), kp (Kolen-Pollack), kpm (the same
-    from a mirrored start), mkp (mirrored Kolen-Pollack), wm (weight mirror), and wmo, frsf, brsf, kpt, pfa, dfa, dkp, ia, sa, aa, am, amw; or all."""
+    rules: tuple[str, ...] = ("bp", "fa", "ss", "kp", "mkp", "wm", "frozen")
+    """The rules to train: bp (backprop), fa (feedback alignment), ss (sign symmetry), kp (Kolen-Pollack), mkp (mirrored
+    Kolen-Pollack), wm (weight mirror), frozen (hidden layers as drawn, the readout learns), and kpm, frsf, brsf, kpt, pfa, dfa, dkp, ia, sa, aa, am, amw; or all."""
+    seeds: int = 5
+    """How many times each rule is trained: from --seed and the seeds after it. All rules share initial weights and data
+    order seed by seed."""
+    model: Literal["conv", "mlp"] = "conv"
+    """The network: five 3x3 convolutions, or a tanh perceptron."""
     hidden: tuple[int, ...] = (128,) * 12
-    """The width of each hidden layer of the network, a tanh perceptron."""
+    """mlp: the width of each hidden layer."""
     epochs: Annotated[
         int | None,
         tyro.conf.arg(constructor=int, metavar="INT", help_behavior_hint="(default: by the size of the dataset)"),
     ] = None
-    """Passes over the training set. By default as many as make 6,000 steps, and at least 10."""
+    """Passes over the training set. By default as many as make 555 steps (mlp: 6,000), and at least 10."""
     batch_size: int = 32
     """Examples in a step."""
-    learning_rate: float = 0.02
-    """Of SGD, the same for all rules; falls to a tenth along half a cosine."""
+    learning_rate: float | None = None
+    """Of SGD: by default 0.05 (mlp: 0.02). The same for all rules; falls to a tenth along half a cosine."""
     momentum: float = 0.9
     """Of SGD."""
     weight_decay: float = 5e-3
     """lambda: added to the gradient as lambda W (and lambda B). Without it, Kolen-Pollack does not align."""
-    mirror_steps: int = 100
-    """Weight mirror: mirror steps before training."""
-    mirror_every: int = 8
-    """Weight mirror: engaged steps from one mirror step to the next."""
-    mirror_angle: float = 8.0
-    """Weight mirror: the angle in degrees between B and W^T that a mirror step draws enough noise for."""
+    mirror_steps: int | None = None
+    """Weight mirror: mirror steps before training. By default the rule's own."""
+    mirror_every: int | None = None
+    """Weight mirror: engaged steps from one mirror step to the next. By default 1 for wm, 16 for mkp."""
+    mirror_angle: float | None = None
+    """Weight mirror: by default exact. Otherwise the angle in degrees between B and W^T that a mirror step draws enough noise for."""
     seed: int = 0
     """Of the initial weights, the order of the data, the feedback weights and the noise."""
 
@@ -94,11 +99,12 @@ class Compare:
             self,
             epochs=(lambda x: x is None or 1 <= x <= 1e6, "at least 1, and at most 1e6"),
             batch_size=_SIZE,
-            mirror_every=_SIZE,
-            learning_rate=_POSITIVE,
+            seeds=_SIZE,
+            mirror_every=_OPTIONAL_SIZE,
+            learning_rate=(lambda x: x is None or 0 < x < math.inf, "positive and finite"),
             weight_decay=_FINITE,
             momentum=_SHARE,
-            mirror_steps=_COUNT,
+            mirror_steps=_OPTIONAL_COUNT,
             mirror_angle=_ANGLE,
             seed=_SEED,
         )
@@ -138,10 +144,16 @@ class Train:
     max_bad: float = 0.001
     """The share of examples that may be unreadable; they are counted and left out. Beyond it the run ends."""
 
-    model: Literal["mlp", "lenet", "resnet20", "resnet56", "resnet18", "resnet50", "vit-ti", "decoder"] = "mlp"
+    model: Literal[
+        "mlp", "residual-mlp", "lenet", "resnet20", "resnet56", "resnet18", "resnet50", "vit-ti", "decoder"
+    ] = "mlp"
     """The network."""
     hidden: tuple[int, ...] = (500,)
     """mlp: the width of each hidden layer."""
+    width: Annotated[int | None, _optional(int, "the model's own")] = None
+    """residual-mlp, decoder: the width of the residual stream. ResNets: the features of the first stage."""
+    depth: Annotated[int | None, _optional(int, "the model's own")] = None
+    """residual-mlp, decoder: how many blocks."""
     patch: int = 16
     """vit-ti: height and width of a patch."""
     norm_last: bool = False
@@ -151,17 +163,19 @@ class Train:
 
     rule: str = "kp"
     """The learning rule, one of those that wmkp compare --rules takes."""
-    mirror_steps: int = 100
+    mirror_noise: Annotated[str | None, _optional(str, "the rule's: orthogonal")] = None
+    """Weight mirror: the noise, such as gaussian or orthogonal."""
+    mirror_steps: Annotated[int | None, _optional(int, "the rule's")] = None
     """Weight mirror: mirror steps before training."""
     mirror_every: int = 1
     """Weight mirror: updates of the weights from one mirror period to the next."""
     mirror_repeat: int = 1
     """Weight mirror: mirror steps in a period."""
-    mirror_angle: float = 6.0
+    mirror_angle: Annotated[float | None, _optional(float, "the rule's: exact")] = None
     """Weight mirror: the angle in degrees between B and W^T that a mirror step draws enough noise for."""
     mirror_samples: Annotated[int | None, _optional(int, "as many as --mirror-angle takes")] = None
     """Weight mirror: samples in a mirror step."""
-    mirror_rate: float = 0.1
+    mirror_rate: Annotated[float | None, _optional(float, "the rule's: all of it")] = None
     """Weight mirror: the share of the way to its estimate that B goes in a mirror step."""
 
     epochs: float = 10.0
@@ -196,6 +210,8 @@ class Train:
     """The share of the target that is spread over all labels."""
     seed: int = 0
     """Of the weights, the order of the data, its augmentation, the feedback weights and the noise."""
+    seeds: int = 1
+    """Runs to make, one after another: of --seed and the seeds after it, each in a directory of its own, OUT/seed0, OUT/seed1, ..."""
 
     on_nan: Literal["stop", "skip"] = "stop"
     """What a loss or gradient that is not finite does: end the run, or have the step left out and counted."""
@@ -235,18 +251,19 @@ class Train:
         _check_machines(self)
         _check(
             self,
-            **dict.fromkeys(("image_size", "steps", "mirror_samples"), _OPTIONAL_SIZE),
+            **dict.fromkeys(("image_size", "steps", "mirror_samples", "width", "depth"), _OPTIONAL_SIZE),
             **dict.fromkeys(
-                ("batch_size", "accumulate", "patch", "mirror_every", "mirror_repeat", "log_every", "keep"), _SIZE
+                ("batch_size", "accumulate", "patch", "mirror_every", "mirror_repeat", "log_every", "keep", "seeds"),
+                _SIZE,
             ),
             **dict.fromkeys(("learning_rate", "eval_every", "save_every"), _POSITIVE),
             epochs=(lambda x: 0 < x <= 1e6, "positive, and at most 1e6"),
             warmup_epochs=(lambda x: 0 <= x <= 1e6, "at least 0, and at most 1e6"),
             weight_decay=_FINITE,
             **dict.fromkeys(("momentum", "label_smoothing", "max_bad"), _SHARE),
-            mirror_steps=_COUNT,
+            mirror_steps=_OPTIONAL_COUNT,
             final_rate=(lambda x: 0 <= x <= 1, "between 0 and 1"),
-            mirror_rate=(lambda x: 0 < x <= 1, "above 0 and at most 1"),
+            mirror_rate=(lambda x: x is None or 0 < x <= 1, "above 0 and at most 1"),
             clip_norm=(lambda x: x is None or 1e-15 <= x <= 1e15, "positive, from 1e-15 to 1e15"),
             mirror_angle=_ANGLE,
             seed=_SEED,
@@ -269,6 +286,9 @@ class Reproduce:
                 "akrout-tiny",
                 "akrout-imagenet",
                 "biotorch-lenet",
+                "language",
+                "residual",
+                "hundred-classes",
             ],
             tyro.conf.arg(metavar="FIGURE"),
         ]
@@ -276,7 +296,8 @@ class Reproduce:
     """akrout-mnist and akrout-cifar10: the curves published with the paper's NumPy code. akrout-orders: how far their first
     epochs hang on the order of the data. akrout-mended: what each of that code's quirks changes. akrout-jpeg: what JPEG does
     to CIFAR-10's. akrout-resnet20, akrout-tiny, akrout-imagenet: the paper's figures, test error and every layer's angles, with ResNet-20 on CIFAR-10,
-    ResNet-18 on Tiny ImageNet-100, ResNet-18 and -50 on ImageNet. biotorch-lenet: BioTorch's table for LeNet on MNIST."""
+    ResNet-18 on Tiny ImageNet-100, ResNet-18 and -50 on ImageNet. biotorch-lenet: BioTorch's table for LeNet on MNIST. language, residual, hundred-classes: a character
+    Transformer, a pre-norm residual perceptron on CIFAR-10, and a narrow ResNet on a hundred classes of photographs."""
     data_dir: DataDir = None
     """Where TFDS has its datasets prepared. Nothing is downloaded."""
     reference: Annotated[
@@ -303,6 +324,8 @@ class Reproduce:
     """Of the computation. Not for the NumPy code's curves."""
     seed: int = 0
     """Of weights, order, feedback weights and noise."""
+    seeds: Annotated[int | None, _optional(int, "the figure's")] = None
+    """Runs of each rule, of --seed and the seeds after it. Not for the NumPy code's curves."""
 
     workers: int = 0
     """Processes that decode images; 0 for threads of this one. This and what follows: not for the NumPy code's curves."""
@@ -322,14 +345,14 @@ class Reproduce:
         _check_machines(self)
         _check(
             self,
-            **dict.fromkeys(("steps", "batch_size", "image_size"), _OPTIONAL_SIZE),
+            **dict.fromkeys(("steps", "batch_size", "image_size", "seeds"), _OPTIONAL_SIZE),
             epochs=(lambda x: x is None or 0 < x <= 1e6, "positive, and at most 1e6"),
             seed=_SEED,
         )
         if len(set(self.only)) < len(self.only):
             raise InputError(f"--only must name no run twice; got {' '.join(self.only)}")
         if self.figure in ("akrout-mnist", "akrout-cifar10", "akrout-orders", "akrout-mended", "akrout-jpeg"):
-            for name in ("steps", "batch_size", "image_size", "dtype", *MACHINES):
+            for name in ("steps", "batch_size", "image_size", "dtype", "seeds", *MACHINES):
                 if getattr(self, name):
                     raise InputError(f"{flag(name)} is not for {self.figure}, whose settings are the published ones")
             if self.epochs is not None and self.epochs % 1:
@@ -343,9 +366,10 @@ _POSITIVE = (lambda x: 0 < x < math.inf, "positive and finite")
 _FINITE = (lambda x: 0 <= x < math.inf, "at least 0 and finite")
 _SHARE = (lambda x: 0 <= x < 1, "at least 0 and below 1")
 _COUNT = (lambda x: x >= 0, "at least 0")
+_OPTIONAL_COUNT = (lambda x: x is None or x >= 0, "at least 0")
 _SIZE = (lambda x: x >= 1, "at least 1")
 _OPTIONAL_SIZE = (lambda x: x is None or x >= 1, "at least 1")
-_ANGLE = (lambda x: 1e-6 <= x < 90, "between 0 and 90 degrees (from 1e-6 on)")
+_ANGLE = (lambda x: x is None or 1e-6 <= x < 90, "between 0 and 90 degrees (from 1e-6 on)")
 _SEED = (lambda x: 0 <= x < 2**32, "at least 0 and below 2^32")
 
 

@@ -52,9 +52,9 @@ with _interruptible():
 
         import wmkp
         from wmkp.experiments.commands import compare, evaluate, help, recipes, reproduce, train
-        from wmkp.experiments.config import Compare, DataDir, InputError, Reproduce, Train, first_line
+        from wmkp.experiments.config import Compare, DataDir, InputError, Reproduce, Train, first_line, refusals
         from wmkp.experiments.data import datasets as data
-        from wmkp.experiments.runs import figures, outputs
+        from wmkp.experiments.runs import figures, outputs, style
     except ImportError as error:
         _end_missing(error)
 
@@ -110,14 +110,16 @@ def run_plot(
     ],
     out: Path = Path("runs.png"),
 ) -> None:
-    """Test error and angles of runs over their epochs, in one picture.
+    """Test error and angles of runs over their epochs, in one picture; runs that differ in their seed alone are one line.
 
     Args:
-        runs: The runs' directories.
-        out: The PNG file.
+        runs: The runs' directories, or those that hold a run of each seed.
+        out: The file: .png, .pdf or .svg.
     """
+    with refusals("--out"):
+        style.check_format(out)
     outputs.check_file(out)
-    outputs.write_atomically({out: figures.runs(runs)})
+    outputs.write_atomically({out: figures.runs(runs, out.suffix)})
     print(f"Written: {out}")
 
 

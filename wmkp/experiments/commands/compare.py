@@ -1,20 +1,22 @@
-"""wmkp compare: the learning rules side by side, from the same initial weights, on the same data in the same order."""
+"""wmkp compare: the learning rules side by side, seed by seed from the same initial weights, on the same data in the same order."""
 
 import csv
 import dataclasses
 import io
 import itertools
 import math
-import statistics
+import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -23,51 +25,56 @@ from rich.table import Table
 import wmkp
 from wmkp.experiments.config import RULES, Compare, InputError, refusals
 from wmkp.experiments.data import datasets as data
+from wmkp.experiments.models import tasks
+from wmkp.experiments.models.convnet import ConvNet
 from wmkp.experiments.models.mlp import MLP
-from wmkp.experiments.models.tasks import make_rule
 from wmkp.experiments.runs import figures, outputs
 
 LAST_EPOCHS = 5  # that the table's test error is taken over, or half of a shorter run
-PROBE = 256  # training examples that delta angles are measured on
+PROBE = 64  # training examples that delta angles and norms are measured on
+READOUT = "output/kernel"  # where delta is the loss's own, whatever the rule
+# What each network is trained by, unless told otherwise: the learning rate, and the steps that set how many epochs.
+RATES = {"conv": 0.05, "mlp": 0.02}
+STEPS = {"conv": 555, "mlp": 6000}
+MIRROR_EVERY = {
+    "wm": 1,
+    "mkp": 16,
+}  # engaged steps from one mirror step to the next: a weight mirror must not lag behind W
 
 
 class Row(NamedTuple):
-    """A rule after an epoch: a line of comparison.csv. NaN stands for what a rule does not have."""
+    """A rule and a seed after an epoch: a line of comparison.csv. NaN stands for what a rule does not have.
+
+    ``layers`` has the norms of ``wmkp.delta_norms`` layer by layer, each a column of its own.
+    """
 
     rule: str
+    seed: int
     epoch: int
     train_loss: float
     test_error_percent: float
-    matrix_angle_mean_deg: float
-    matrix_angle_worst_deg: float
-    delta_angle_mean_deg: float
-    delta_angle_worst_deg: float
-
-
-class Cost(NamedTuple):
-    """What a rule cost.
-
-    Attributes:
-      seconds: of each epoch.
-      memory: the bytes of B and its optimizer's state over those of the parameters and theirs.
-    """
-
-    seconds: list[float]
-    memory: float
+    matrix_angle_mean_deg: float = math.nan
+    matrix_angle_worst_deg: float = math.nan
+    delta_angle_mean_deg: float = math.nan
+    delta_angle_worst_deg: float = math.nan
+    delta_norm_ratio_least: float = math.nan
+    delta_norm_ratio_most: float = math.nan
+    rounding_layers: float = math.nan
+    layers: dict[str, float] = {}  # noqa: RUF012
 
 
 class Trial(NamedTuple):
-    """A rule in training.
+    """A rule ready to train, whatever the seed.
 
     Attributes:
-      state: the TrainState.
-      run_epoch: ``(state, train, order) -> (state, mean loss)``, an epoch in one compiled call; donates the state.
-      measure: ``(state, train, test) -> (test error, matrix angles, delta angles)``, compiled; percent and degrees.
+      init: ``key -> TrainState``.
+      run_epoch: ``(state, train, order) -> (state, mean loss)``; donates the state.
+      measure: ``(state, train, test) -> (test error, matrix angles, delta norms)``, compiled; percent and degrees.
     """
 
-    state: wmkp.TrainState
+    init: Callable[[jax.Array], wmkp.TrainState]
     run_epoch: Callable[..., tuple[wmkp.TrainState, jax.Array]]
-    measure: Callable[..., tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]]
+    measure: Callable[..., tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]]
 
 
 def compare(config: Compare) -> None:
@@ -87,20 +94,15 @@ def compare(config: Compare) -> None:
         raise InputError(f"--batch-size must be at most the {examples} training examples; got {config.batch_size}")
     outputs.make_directory(config.out)
     steps = examples // config.batch_size
-    epochs = config.epochs or max(10, math.ceil(6000 / steps))
-    # Eq. 14: W - B^T shrinks by exp(-shrinkage) over the run.
-    rates = jax.vmap(schedule(config, epochs * steps))(jnp.arange(epochs * steps))
-    shrinkage = float(rates.sum()) * config.weight_decay / (1 - config.momentum)
-    if "kp" in config.rules and shrinkage < 3:
-        print(
-            f"wmkp: warning: too short for Kolen-Pollack to align: W - B^T will only shrink by exp(-{shrinkage:.2g}); "
-            "its clock is steps x learning rate x weight decay / (1 - momentum)",
-            file=sys.stderr,
-        )
+    epochs = config.epochs or max(10, math.ceil(STEPS[config.model] / steps))
+    _warn_of_short_runs(config, epochs * steps)
 
-    rows, costs = train(config, dataset, epochs)
-    title = f"{config.dataset}, layers {dataset.train['image'][0].size}-{layers(config.hidden)}-{dataset.num_classes}"
-    lines = summary(config, rows, costs)
+    rows, memory = train(config, dataset, epochs)
+    network = f"layers {dataset.train['image'][0].size}-{layers(config.hidden)}-{dataset.num_classes}"
+    if config.model == "conv":
+        network = "five 3x3 convolutions"
+    title = f"{config.dataset}, {network}, {epochs} epochs, {config.seeds} seed{'s' * (config.seeds > 1)}"
+    lines = summary(config, rows, memory)
     files = {
         config.out / "comparison.png": figures.comparison(rows, title),
         config.out / "comparison.csv": to_csv(rows),
@@ -111,61 +113,108 @@ def compare(config: Compare) -> None:
     wide = to_table(lines, title, HEADINGS._fields)
     fits = console.measure(wide, options=console.options.update(width=1000)).maximum <= console.width
     console.print(wide if fits else to_table(lines, title, NARROW))
-    if "bp" in costs:
-        console.print(f"A step of BP took {1000 * statistics.median(costs['bp'].seconds) / steps:.2g} ms.")
     console.print(f"Written: {', '.join(map(str, files))}", soft_wrap=True)
 
 
-def train(config: Compare, dataset: data.Dataset, epochs: int) -> tuple[list[Row], dict[str, Cost]]:
-    """Trains every rule, an epoch of each in turn, so that what slows the machine slows all of them.
+def _warn_of_short_runs(config: Compare, steps: int) -> None:
+    """Eq. 14: W - B^T shrinks by exp(-shrinkage) over the run."""
+    rates = jax.vmap(schedule(config, steps))(jnp.arange(steps))
+    shrinkage = float(rates.sum()) * config.weight_decay / (1 - config.momentum)
+    if "kp" in config.rules and shrinkage < 3:
+        print(
+            f"wmkp: warning: too short for Kolen-Pollack to align: W - B^T will only shrink by exp(-{shrinkage:.2g}); "
+            "its clock is steps x learning rate x weight decay / (1 - momentum)",
+            file=sys.stderr,
+        )
+
+
+def train(config: Compare, dataset: data.Dataset, epochs: int) -> tuple[list[Row], dict[str, float]]:
+    """Trains every rule from every seed: on CPUs, whose convolutions here are small, two rules at a time.
 
     Returns:
-      The rows, and by rule what it cost.
+      The rows, rule by rule and seed by seed, and by rule the bytes of B and its optimizer's state over those of the
+      parameters and theirs.
     """
     dataset = dataset._replace(train=jax.device_put(dataset.train), test=jax.device_put(dataset.test))
-    examples = len(dataset.train["label"])
-    steps = examples // config.batch_size
-    order_key, trial_key = jax.random.split(jax.random.key(config.seed))
-
-    @jax.jit
-    def shuffled(epoch: jax.Array) -> jax.Array:
-        """The examples of each step, the same for every rule."""
-        order = jax.random.permutation(jax.random.fold_in(order_key, epoch), examples)
-        return order[: steps * config.batch_size].reshape(steps, config.batch_size)
-
-    rows: list[Row] = []
-    seconds: dict[str, list[float]] = {name: [] for name in config.rules}
-    memory: dict[str, float] = {}
+    seeds = range(config.seed, config.seed + config.seeds)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-        bars = {name: progress.add_task(RULES[name], total=epochs, note="") for name in config.rules}
-        trials = {}
-        for name in config.rules:
+        total = config.seeds * epochs
+        bars = {name: progress.add_task(RULES[name], total=total, note="") for name in config.rules}
+        # What a rule cannot do is said before any is trained.
+        trials = {name: start(name, config, epochs, dataset) for name in config.rules}
+
+        def one(name: str) -> tuple[list[Row], float]:
             progress.update(bars[name], note="compiling")
-            trials[name] = start(name, config, epochs, dataset, shuffled(0), trial_key)
-            state = trials[name].state
-            extra, own = ((state.feedback, state.feedback_opt_state), (state.params, state.opt_state))
-            memory[name] = sum(x.nbytes for x in jax.tree.leaves(extra)) / sum(x.nbytes for x in jax.tree.leaves(own))
-        for epoch in range(epochs + 1):
-            order = shuffled(epoch)
-            for name, trial in trials.items():
-                loss = math.nan
-                if epoch > 0:
-                    begin = time.perf_counter()
-                    state, mean_loss = jax.block_until_ready(trial.run_epoch(trial.state, dataset.train, order))
-                    seconds[name].append(time.perf_counter() - begin)
-                    trial, loss = trial._replace(state=state), float(mean_loss)
-                    trials[name] = trial
-                error, matrix, delta = jax.device_get(trial.measure(trial.state, dataset.train, dataset.test))
-                angles = (*mean_and_worst(list(matrix.values())), *mean_and_worst(list(delta.values())))
-                rows.append(Row(name, epoch, loss, float(error), *angles))
-                progress.update(bars[name], completed=epoch, note=f"test error {error:.1f}%")
-    return rows, {name: Cost(seconds[name], memory[name]) for name in config.rules}
+            rows: list[Row] = []
+            ratio = 0.0
+            for seed in seeds:
+                order_key, trial_key = jax.random.split(jax.random.key(seed))
+                state = trials[name].init(trial_key)
+                extra, own = ((state.feedback, state.feedback_opt_state), (state.params, state.opt_state))
+                ratio = sum(x.nbytes for x in jax.tree.leaves(extra)) / sum(x.nbytes for x in jax.tree.leaves(own))
+                for row in _run(name, seed, trials[name], state, order_key, config.batch_size, dataset, epochs):
+                    rows.append(row)
+                    note = f"seed {seed}: test error {row.test_error_percent:.1f}%"
+                    progress.update(bars[name], advance=int(row.epoch > 0), note=note)
+            return rows, ratio
+
+        at_a_time = min(2, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
+        with ThreadPoolExecutor(at_a_time) as pool:
+            found = dict(zip(config.rules, pool.map(one, config.rules), strict=True))
+    rows = [row for mine, _ in found.values() for row in mine]
+    return rows, {name: ratio for name, (_, ratio) in found.items()}
 
 
-def start(name: str, config: Compare, epochs: int, dataset: data.Dataset, order: jax.Array, key: jax.Array) -> Trial:
-    """A rule's trial, compiled. With the same ``key`` every rule starts from the same weights."""
-    model = MLP(config.hidden, dataset.num_classes)
+def _run(
+    name: str,
+    seed: int,
+    trial: Trial,
+    state: wmkp.TrainState,
+    order_key: jax.Array,
+    batch_size: int,
+    dataset: data.Dataset,
+    epochs: int,
+) -> Iterator[Row]:
+    """A row after each epoch, the first one before training."""
+    examples = len(dataset.train["label"])
+    steps = examples // batch_size
+    for epoch in range(epochs + 1):
+        loss = math.nan
+        if epoch:
+            order = jax.random.permutation(jax.random.fold_in(order_key, epoch), examples)
+            order = order[: steps * batch_size].reshape(steps, batch_size)
+            state, mean_loss = trial.run_epoch(state, dataset.train, order)
+            loss = float(mean_loss)
+        error, matrix, delta = jax.device_get(trial.measure(state, dataset.train, dataset.test))
+        deep = [norms for path, norms in delta.items() if path != READOUT]
+        ratios = [float(norms.ratio) for norms in deep]
+        matrix_mean, matrix_worst = mean_and_worst(list(matrix.values()))
+        delta_mean, delta_worst = mean_and_worst([norms.angle for norms in deep])
+        layered = {f"delta_norm_ratio/{path}": float(norms.ratio) for path, norms in delta.items()}
+        layered |= {f"delta_reference/{path}": float(norms.reference) for path, norms in delta.items()}
+        yield Row(
+            name,
+            seed,
+            epoch,
+            loss,
+            float(error),
+            matrix_mean,
+            matrix_worst,
+            delta_mean,
+            delta_worst,
+            min(ratios, default=math.nan),
+            max(ratios, default=math.nan),
+            float(sum(norms.is_rounding for norms in delta.values())) if delta else math.nan,
+            layered,
+        )
+
+
+def start(name: str, config: Compare, epochs: int, dataset: data.Dataset) -> Trial:
+    """A rule's trial. From the same key every rule starts from the same weights."""
+    model: nn.Module = ConvNet(dataset.num_classes)
+    if config.model == "mlp":
+        model = MLP(config.hidden, dataset.num_classes)
     mean, std = float(dataset.train["image"].mean()), float(dataset.train["image"].std())
 
     def forward(params: Any, images: jax.Array) -> jax.Array:
@@ -176,50 +225,75 @@ def start(name: str, config: Compare, epochs: int, dataset: data.Dataset, order:
         logits = forward(params, batch["image"])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean(), (model_state, {})
 
-    rule = make_rule(name, target_angle=config.mirror_angle)
-    params_key, state_key = jax.random.split(key)
-    params = model.init(params_key, dataset.train["image"][:1])["params"]
-    rate = schedule(config, epochs * len(order))
-    optimizer = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(rate, config.momentum))
+    initial = jax.jit(lambda key: model.init(key, dataset.train["image"][:1])["params"])
+    rule = make_rule(name, config)
+    rate = schedule(config, epochs * (len(dataset.train["label"]) // config.batch_size))
+    learns = tasks.is_readout if name == "frozen" else None
+    optimizer = optax.chain(optax.add_decayed_weights(config.weight_decay, learns), optax.sgd(rate, config.momentum))
     mirrors = rule.mirror is not None and rule.mirror.each_step
+    every = config.mirror_every or MIRROR_EVERY.get(name, 1)
+    trained = tasks.frozen(loss_fn) if name == "frozen" else loss_fn
     with refusals(f"--rules {name} cannot train this network"):
-        steps = wmkp.make_steps(loss_fn, rule, optimizer, params, first(config.batch_size, dataset.train))
-        # A mirrored start is exact after one mirror step, which is what init takes by itself.
-        state = steps.init(state_key, params, mirror_steps=config.mirror_steps if mirrors else None)
+        steps = wmkp.make_steps(
+            trained,
+            rule,
+            optimizer,
+            jax.eval_shape(initial, jax.random.key(0)),
+            first(config.batch_size, dataset.train),
+        )
 
-    def run_epoch(state: wmkp.TrainState, train: data.Examples, order: jax.Array) -> tuple[wmkp.TrainState, jax.Array]:
-        def step(state: wmkp.TrainState, index: jax.Array) -> tuple[wmkp.TrainState, jax.Array]:
-            state, metrics = steps.engaged_step(state, jax.tree.map(lambda x: x[index], train))
-            if mirrors:
-                due = state.step % config.mirror_every == 0
-                state = jax.lax.cond(due, lambda s: steps.mirror_step(s)[0], lambda s: s, state)
-            return state, metrics["loss"]
+    def init(key: jax.Array) -> wmkp.TrainState:
+        params_key, state_key = jax.random.split(key)
+        with refusals(f"--rules {name} cannot train this network"):
+            return steps.init(state_key, initial(params_key), mirror_steps=config.mirror_steps if mirrors else None)
 
-        state, losses = jax.lax.scan(step, state, order)
+    def step(state: wmkp.TrainState, train: data.Examples, index: jax.Array) -> tuple[wmkp.TrainState, jax.Array]:
+        state, metrics = steps.engaged_step(state, jax.tree.map(lambda x: x[index], train))
+        if mirrors:
+            due = state.step % every == 0
+            state = jax.lax.cond(due, lambda s: steps.mirror_step(s)[0], lambda s: s, state)
+        return state, metrics["loss"]
+
+    def scanned(state: wmkp.TrainState, train: data.Examples, order: jax.Array) -> tuple[wmkp.TrainState, jax.Array]:
+        state, losses = jax.lax.scan(lambda s, index: step(s, train, index), state, order)
         return state, losses.mean()
 
-    def measure(state: wmkp.TrainState, train: data.Examples, test: data.Examples) -> Any:
-        wrong = forward(state.params, test["image"]).argmax(-1) != test["label"]
-        matrix: dict[str, jax.Array] = {}
-        delta: dict[str, jax.Array] = {}
-        if rule.backward is not None:
-            matrix = wmkp.matrix_angles(state.params, state.feedback, rule)
-            delta = wmkp.delta_angles(
-                loss_fn, rule, state.params, state.feedback, None, first(PROBE, train), state.key, has_aux=True
-            )
-            del delta["output/kernel"]  # at the output delta is the loss's own, whatever the rule
-        return 100 * wrong.mean(), matrix, delta
+    jitted = jax.jit(step, donate_argnums=0)
 
-    return Trial(
-        state,
-        jax.jit(run_epoch, donate_argnums=0).lower(state, dataset.train, order).compile(),
-        jax.jit(measure).lower(state, dataset.train, dataset.test).compile(),
-    )
+    def looped(state: wmkp.TrainState, train: data.Examples, order: jax.Array) -> tuple[wmkp.TrainState, jax.Array]:
+        losses = []
+        for index in np.asarray(order):
+            state, loss = jitted(state, train, index)
+            losses.append(loss)
+        return state, jnp.stack(losses).mean()
+
+    # XLA's convolutions on CPUs are slow inside of a loop of its own.
+    slow = config.model == "conv" and jax.default_backend() == "cpu"
+    run_epoch = looped if slow else jax.jit(scanned, donate_argnums=0)
+    return Trial(init, run_epoch, jax.jit(partial(_measure, rule, loss_fn, forward)))
+
+
+def _measure(
+    rule: wmkp.Rule, loss_fn: Any, forward: Any, state: wmkp.TrainState, train: data.Examples, test: data.Examples
+) -> Any:
+    wrong = forward(state.params, test["image"]).argmax(-1) != test["label"]
+    matrix: dict[str, jax.Array] = {}
+    delta: dict[str, wmkp.angles.DeltaNorms] = {}
+    if rule.backward is not None:
+        matrix = wmkp.matrix_angles(state.params, state.feedback, rule)
+        args = (state.params, state.feedback, None, first(PROBE, train), state.key)
+        delta = wmkp.delta_norms(loss_fn, rule, *args, has_aux=True)
+    return 100 * wrong.mean(), matrix, delta
+
+
+def make_rule(name: str, config: Compare) -> wmkp.Rule:
+    """A row's rule."""
+    return tasks.make_rule(name, target_angle=config.mirror_angle)
 
 
 def schedule(config: Compare, steps: int) -> optax.Schedule:
     """The learning rate at each step: down to a tenth along half a cosine."""
-    return optax.cosine_decay_schedule(config.learning_rate, steps, alpha=0.1)
+    return optax.cosine_decay_schedule(config.learning_rate or RATES[config.model], steps, alpha=0.1)
 
 
 def layers(widths: Sequence[int]) -> str:
@@ -239,9 +313,11 @@ def mean_and_worst(angles: Sequence[float]) -> tuple[float, float]:
 def to_csv(rows: list[Row]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(Row._fields)
+    layered = list(dict.fromkeys(name for row in rows for name in row.layers))
+    writer.writerow([*Row._fields[:-1], *layered])
     for row in rows:
-        writer.writerow([row.rule, row.epoch, *("" if math.isnan(x) else f"{x:.6g}" for x in row[2:])])
+        numbers = [*row[3:-1], *(row.layers.get(name, math.nan) for name in layered)]
+        writer.writerow([*row[:3], *("" if math.isnan(x) else f"{x:.6g}" for x in numbers)])
     return text.getvalue().encode()
 
 
@@ -252,9 +328,10 @@ class Line(NamedTuple):
     transports: str
     second_mode: str
     test_error: str
+    above: str
     matrix_angle: str
     delta_angle: str
-    time: str
+    ratio: str
     memory: str
 
 
@@ -263,41 +340,64 @@ HEADINGS = Line(
     "transports",
     "second mode",
     "test error %",
-    "matrix angle, mean, worst",
-    "delta angle, mean, worst",
-    "time, a step",
+    "above BP, in standard errors",
+    "matrix angle, mean / max",
+    "delta angle, mean / max",
+    "|δ| over BP's, min / max",
     "extra memory",
 )
-NARROW = ("rule", "test_error", "matrix_angle", "delta_angle", "time")  # what 80 columns have room for
+NARROW = ("rule", "test_error", "matrix_angle", "delta_angle")  # what 80 columns have room for
 CAPTION = (
-    "Test error: mean and std over the last epochs of one run; another seed's may come in another order. Angles: degrees, over the "
-    "layers, after the last. Time: over BP's. "
-    "Extra memory: of B and its optimizer state, over that of the weights and theirs."
+    "Test error: over the last epochs, mean ± standard error over seeds. Above BP: the mean difference from BP's error, seed "
+    "by seed, over its standard error. Angles (degrees) and |δ| (norm of the error that a rule carries): over the layers, "
+    "mean over seeds, at the end. Extra memory: of B and its optimizer state, over that of the weights and theirs."
 )
 
 
-def summary(config: Compare, rows: list[Row], costs: dict[str, Cost]) -> list[Line]:
-    """A line a rule: test error over the last epochs, angles after the last one, time and memory relative to BP's."""
+def last_errors(rows: Sequence[Row], rule: str) -> np.ndarray:
+    """A rule's test error in percent, a mean over the last epochs, of each seed."""
+    found = []
+    for seed in dict.fromkeys(row.seed for row in rows):
+        mine = [row for row in rows if row.rule == rule and row.seed == seed]
+        taken = mine[-max(1, min(LAST_EPOCHS, math.ceil(mine[-1].epoch / 2))) :]
+        found.append(float(np.mean([row.test_error_percent for row in taken])))
+    return np.array(found)
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean; NaN of a single value."""
+    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def above_backprop(rows: Sequence[Row], rule: str) -> float:
+    """How far a rule's test error is above backprop's: the mean difference over seeds, in its standard errors."""
+    difference = last_errors(rows, rule) - last_errors(rows, "bp")
+    error = standard_error(difference)
+    return float(difference.mean()) / error if error > 0 else math.nan
+
+
+def summary(config: Compare, rows: list[Row], memory: dict[str, float]) -> list[Line]:
+    """A line a rule, over seeds: test error over the last epochs, angles and norms after the last one."""
     lines = []
-    for name, cost in costs.items():
-        mine, rule = [row for row in rows if row.rule == name], make_rule(name, target_angle=config.mirror_angle)
-        last = mine[-1]
-        errors = [row.test_error_percent for row in mine[-min(LAST_EPOCHS, math.ceil(last.epoch / 2)) :]]
-        ratio = "-"
-        if "bp" in costs:
-            pairs = zip(cost.seconds, costs["bp"].seconds, strict=True)
-            ratio = f"{statistics.median(t / bp for t, bp in pairs):.2f}"
+    for name, extra in memory.items():
+        mine, rule = [row for row in rows if row.rule == name], make_rule(name, config)
+        ends = [row for row in mine if row.epoch == mine[-1].epoch]
+        errors = last_errors(rows, name)
+        spread = standard_error(errors)
+        above = above_backprop(rows, name) if "bp" in memory and name != "bp" else math.nan
         mode = "-" if rule.mirror is None else "yes" if rule.mirror.each_step else "once"
+        mean = lambda field, ends=ends: float(np.mean([getattr(row, field) for row in ends]))
         lines.append(
             Line(
                 f"{name.upper()}  {RULES[name]}",
-                rule.transports,
+                rule.transports if name != "frozen" else "nothing",
                 mode,
-                f"{statistics.fmean(errors):.2f} ± {statistics.pstdev(errors):.2f}",
-                degrees(last.matrix_angle_mean_deg, last.matrix_angle_worst_deg),
-                degrees(last.delta_angle_mean_deg, last.delta_angle_worst_deg),
-                ratio,
-                f"{cost.memory:.2f}",
+                f"{errors.mean():.2f}" + ("" if math.isnan(spread) else f" ± {spread:.2f}"),
+                "-" if math.isnan(above) else f"{above:+.1f}",
+                pair(mean("matrix_angle_mean_deg"), mean("matrix_angle_worst_deg")),
+                pair(mean("delta_angle_mean_deg"), mean("delta_angle_worst_deg")),
+                pair(mean("delta_norm_ratio_least"), mean("delta_norm_ratio_most"), "{:.2g}"),
+                f"{extra:.2f}",
             )
         )
     return lines
@@ -319,9 +419,10 @@ def to_table(lines: list[Line], title: str, columns: Sequence[str]) -> Table:
 def to_markdown(lines: list[Line]) -> bytes:
     """The summary for a page."""
     bar = ["---"] * 3 + ["---:"] * (len(HEADINGS) - 3)
-    text = "\n".join("| " + " | ".join(cells) + " |" for cells in (HEADINGS, bar, *lines))
+    headings = [heading.replace("|", "\\|") for heading in HEADINGS]
+    text = "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, bar, *lines))
     return f"{text}\n\n{CAPTION}\n".encode()
 
 
-def degrees(mean: float, worst: float) -> str:
-    return "-" if math.isnan(mean) else f"{mean:.1f}, {worst:.1f}"
+def pair(one: float, other: float, form: str = "{:.1f}") -> str:
+    return "-" if math.isnan(one) else f"{form.format(one)} / {form.format(other)}"

@@ -45,10 +45,11 @@ def evaluate(
     console.print(f"step {progress['step']}: test loss {score.loss:.4f}, test error {score.shown()}")
     if numbers:
         table = Table(box=box.SIMPLE_HEAD)
-        for heading in ("projection", "matrix angle", "delta angle", "|B| / |W|"):
+        for heading in ("projection", "matrix angle", "delta angle", "|B| / |W|", "|δ| / BP's |δ|"):
             table.add_column(heading, justify="left" if heading == "projection" else "right")
-        for path in dict.fromkeys(name.split("/", 1)[1] for name in numbers):
-            cells = [numbers.get(f"{kind}/{path}") for kind in ("matrix_angle_deg", "delta_angle_deg", "norm_ratio")]
+        kinds = ("matrix_angle_deg", "delta_angle_deg", "norm_ratio", "delta_norm_ratio")
+        for path in [name.split("/", 1)[1] for name in numbers if name.startswith("delta_reference/")]:
+            cells = [numbers.get(f"{kind}/{path}") for kind in kinds]
             table.add_row(path, *("-" if x is None else f"{x:.2f}" for x in cells))
         console.print(table)
     if export is not None:

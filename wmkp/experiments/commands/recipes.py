@@ -20,7 +20,6 @@ _IMAGENET = Train(
     warmup_epochs=5,
     norm_last=True,
     dtype="bfloat16",
-    mirror_every=4,
     log_every=100,
 )
 
@@ -45,12 +44,11 @@ _LENET = Train(
     schedule="step",
     drop_epochs=(50, 75),
     clip_norm=1.0,  # unclipped, FA and DFA run away at this learning rate
-    mirror_every=4,
 )
 
 _BASES: dict[str, tuple[str, Train]] = {
     "mlp-digits": ("seconds on a CPU", Train(hidden=(128, 128), epochs=20, batch_size=32, learning_rate=0.05)),
-    "mlp-mnist": ("784-500-10", Train(dataset="mnist", weight_decay=1e-4, mirror_every=4)),
+    "mlp-mnist": ("784-500-10", Train(dataset="mnist", weight_decay=1e-4)),
     "lenet-mnist": ("BioTorch's recipe", _LENET),
     "lenet-fashion": ("BioTorch's recipe, Fashion-MNIST", replace(_LENET, dataset="fashion_mnist")),
     "resnet20-cifar10": ("BioTorch's recipe", replace(_CIFAR, model="resnet20")),
@@ -72,7 +70,6 @@ _BASES: dict[str, tuple[str, Train]] = {
             learning_rate=5e-4,
             weight_decay=0.05,
             warmup_epochs=0.2,
-            mirror_every=8,
         ),
     ),
     "decoder-characters": (
@@ -86,16 +83,33 @@ _BASES: dict[str, tuple[str, Train]] = {
             learning_rate=1e-3,
             weight_decay=0.05,
             warmup_epochs=0.2,
-            mirror_every=4,
+        ),
+    ),
+    "residual-cifar10": (
+        "a pre-norm residual perceptron, 4 blocks of 256",
+        Train(
+            dataset="cifar10",
+            model="residual-mlp",
+            epochs=100,
+            batch_size=128,
+            optimizer="adamw",
+            learning_rate=1e-3,
+            weight_decay=0.01,
         ),
     ),
 }
-_RULES = ("bp", "fa", "ss", "kp", "kpm", "wm")
+_RULES = ("bp", "fa", "ss", "kp", "mkp", "kpm", "wm", "frozen")
+_MORE = {"lenet": ("dfa", "frsf", "brsf"), "decoder": ("dfa",), "residual": ("dfa", "pfa")}
+MIRROR_EVERY = 16  # steps from one mirror step of mkp, whose B has no lag, to the next
 
 # LeNet under all that BioTorch publishes: DFA, and sign symmetry of three kinds.
-_PAIRS = [(base, rule) for base in _BASES for rule in _RULES + (("dfa", "frsf", "brsf") if "lenet" in base else ())]
+_PAIRS = [(base, rule) for base in _BASES for rule in _RULES + _MORE.get(base.split("-")[0], ())]
 
-RECIPES: dict[str, Train] = {
-    f"{base}-{rule}": replace(_BASES[base][1], rule=rule, out=Path("runs") / f"{base}-{rule}") for base, rule in _PAIRS
-}
+
+def _recipe(base: str, rule: str) -> Train:
+    recipe = replace(_BASES[base][1], rule=rule, out=Path("runs") / f"{base}-{rule}")
+    return replace(recipe, mirror_every=MIRROR_EVERY) if rule == "mkp" else recipe
+
+
+RECIPES: dict[str, Train] = {f"{base}-{rule}": _recipe(base, rule) for base, rule in _PAIRS}
 DESCRIPTIONS: dict[str, Any] = {f"{base}-{rule}": f"{RULES[rule]}; {_BASES[base][0]}" for base, rule in _PAIRS}

@@ -38,6 +38,9 @@ IMAGENET_EXAMPLES = 1_281_167
 # Top-1 test error in percent, LeNet on MNIST, as BioTorch's own README has it; it has neither KP nor WM.
 BIOTORCH = {"bp": 0.91, "fa": 1.7, "dfa": 1.61, "ss": 0.94, "brsf": 0.91, "frsf": 0.97}
 
+# Test error in percent of a pre-norm residual perceptron on CIFAR-10 after 100 epochs (arXiv 2606.21126).
+RESIDUAL = {"bp": 38.3, "fa": 59.8, "dfa": 69.4, "frozen": 65.1}
+
 
 class Battery(NamedTuple):
     """Runs of ``wmkp train`` that make one figure.
@@ -46,11 +49,13 @@ class Battery(NamedTuple):
       runs: recipes, by name.
       changes: of the recipes' settings.
       published: the test error in percent that was published, by rule.
+      seeds: how many runs of each rule.
     """
 
     runs: tuple[str, ...]
     changes: dict[str, Any]
     published: dict[str, float] = {}  # noqa: RUF012
+    seeds: int = 1
 
 
 def _runs(base: str, rules: str) -> tuple[str, ...]:
@@ -64,8 +69,15 @@ _ALIGNING = {
     "drop_epochs": (),
     "epochs": verdicts.EPOCHS,
     "mirror_every": 1,
+    "mirror_noise": "gaussian",
     "mirror_angle": 5.0,
+    "mirror_rate": 0.1,
+    "mirror_steps": 100,
 }
+# What two CPU cores can do in an hour: a figure's runs are a fraction of the published ones' length.
+_SMALL_TEXT = {"width": 64, "depth": 2, "batch_size": 8, "epochs": 1.0, "eval_every": 0.2, "learning_rate": 2e-3}
+_SMALL_RESIDUAL = {"batch_size": 256, "epochs": 3.0, "eval_every": 0.5, "save_every": 3.0}
+_SMALL_CLASSES = {"width": 16, "image_size": 32, "epochs": 4.0}
 
 BATTERIES = {
     "akrout-resnet20": Battery(_runs("resnet20-cifar10", "bp wm kp kpm ss fa"), _ALIGNING),
@@ -74,6 +86,11 @@ BATTERIES = {
         _runs("resnet18-imagenet", "bp wm kp ss fa") + _runs("resnet50-imagenet", "bp wm kp ss fa"), {}
     ),
     "biotorch-lenet": Battery(_runs("lenet-mnist", "bp fa dfa ss brsf frsf kp kpm wm"), {}, BIOTORCH),
+    "language": Battery(_runs("decoder-characters", "bp fa dfa ss kp mkp kpm wm frozen"), _SMALL_TEXT, seeds=3),
+    "residual": Battery(
+        _runs("residual-cifar10", "bp fa dfa ss kp mkp wm pfa frozen"), _SMALL_RESIDUAL, RESIDUAL, seeds=3
+    ),
+    "hundred-classes": Battery(_runs("resnet18-tiny", "bp wm mkp kp ss fa"), _SMALL_CLASSES),
 }
 ORDERS, ORDERS_EPOCHS = 8, 3  # how many fixed orders of the data are compared, and for how long
 CURVES = {  # dataset, variants
@@ -303,8 +320,9 @@ def settings(config: Reproduce, name: str) -> Train:
     epochs = config.epochs or recipe.epochs
     share = epochs / recipe.epochs
     assert config.out is not None
+    seeds = config.seeds or BATTERIES[config.figure].seeds
     if config.steps:  # to measure throughput, step by step
-        mirror_steps = min(recipe.mirror_steps, config.steps)
+        mirror_steps = None if recipe.mirror_steps is None else min(recipe.mirror_steps, config.steps)
         recipe = dataclasses.replace(recipe, log_every=1, mirror_steps=mirror_steps)
     return dataclasses.replace(
         recipe,
@@ -319,6 +337,7 @@ def settings(config: Reproduce, name: str) -> Train:
         drop_epochs=tuple(share * epoch for epoch in recipe.drop_epochs),
         warmup_epochs=share * recipe.warmup_epochs,
         seed=config.seed,
+        seeds=seeds,
         **{name: getattr(config, name) for name in MACHINES},
     )
 
@@ -329,42 +348,82 @@ def _battery(config: Reproduce, out: Path) -> list[dict[str, Any]]:
     runs = {name: settings(config, name) for name in config.only}
     kept = {name: {k: v for k, v in dataclasses.asdict(run).items() if k not in FREE} for name, run in runs.items()}
     _started(config, out, runs=kept)
-    lines = []
+    lines, tests = [], {}
     for name, run in runs.items():
-        begin = time.perf_counter()
-        if not train.train(run):  # by SIGTERM or Ctrl-C, which are meant for all of them
-            raise KeyboardInterrupt
-        seconds = time.perf_counter() - begin
+        found = []
+        each = each_seed(run)
+        for one in each:
+            begin = time.perf_counter()
+            if not train.train(one):  # by SIGTERM or Ctrl-C, which are meant for all of them
+                raise KeyboardInterrupt
+            if devices.is_first():
+                found.append(_measured(one) | {"seconds": time.perf_counter() - begin})
         # Of the recipe's batch, however small those were that were run: so many of them, which devices divide as well.
         whole = run.batch_size * math.ceil(recipes.RECIPES[name].batch_size / run.batch_size)
-        needed = memory(run, whole) if "imagenet" in config.figure else {}  # compiled by all processes together
+        needed = memory(each[0], whole) if "imagenet" in config.figure else {}  # compiled by all processes together
         if not devices.is_first():
             continue
-        last = _rows(run.out / "test.csv", "epoch", "test_error_percent", *figures.ANGLES)[-1]
-        rates = [row["examples_per_second"] for row in _rows(run.out / "train.csv", "examples_per_second")]
-        rates = rates[run.mirror_every * run.accumulate :] or rates  # the first steps of either kind compile them
-        rate = len(rates) / sum(1 / rate for rate in rates)
-        line = {"run": name, "what": RULES[run.rule], "epoch": last["epoch"], "test_error": last["test_error_percent"]}
+        line: dict[str, Any] = {"run": name, "what": RULES[run.rule], **_over_seeds(found)}
         if battery.published:
             line["test_error_published"] = battery.published.get(run.rule, math.nan)
-        for kind in ("matrix", "delta"):
-            line |= {f"{kind}_{which}": last[f"{kind}_angle_{which}_deg"] for which in ("mean", "worst")}
-        line |= {"examples_per_second": rate, "seconds": seconds}
         if "imagenet" in config.figure:
-            line["hours_for_90_epochs"] = 90 * IMAGENET_EXAMPLES / rate / 3600
+            line["hours_for_90_epochs"] = 90 * IMAGENET_EXAMPLES / line["examples_per_second"] / 3600
             line |= {f"{part}_GB": size / 1e9 for part, size in needed.items()} | {"memory_batch": whole}
         lines.append(line)
+        tests[name] = [logs.read(one.out / "test.csv") for one in each]
+        for one, rows in zip(each, tests[name], strict=True):
+            write(out / (f"{name}.csv" if len(each) == 1 else f"{name}-seed{one.seed}.csv"), rows)
     if devices.is_first():
-        tests = {name: logs.read(run.out / "test.csv") for name, run in runs.items()}
-        for name, rows in tests.items():
-            write(out / f"{name}.csv", rows)
-        draw(out, tests, {name: run.rule for name, run in runs.items()})
+        draw(out, tests, {name: run.rule for name, run in runs.items()}, _measure(next(iter(runs.values()))))
     return lines
 
 
-def draw(out: Path, tests: Mapping[str, figures.Curve], rules: Mapping[str, str]) -> None:
-    """A battery's pictures, of its runs' evaluations."""
-    pictures = {"curves": figures.curves(tests, rules), "layers": figures.layers(tests, rules)}
+def each_seed(run: Train) -> list[Train]:
+    """A battery's runs of one recipe: itself, or one of each seed."""
+    return [run] if run.seeds == 1 else train.each_seed(run)
+
+
+def _measure(run: Train) -> str:
+    """What a run is judged by."""
+    return "test_loss" if run.dataset == "characters" else "test_error_percent"
+
+
+def _measured(run: Train) -> dict[str, float]:
+    """The numbers of a finished run: its last evaluation, and its throughput."""
+    last = _rows(run.out / "test.csv", "epoch", "test_error_percent", *figures.ANGLES)[-1]
+    rates = [row["examples_per_second"] for row in _rows(run.out / "train.csv", "examples_per_second")]
+    rates = rates[run.mirror_every * run.accumulate :] or rates  # the first steps of either kind compile them
+    line = {"epoch": last["epoch"], "test_error": last["test_error_percent"]}
+    if _measure(run) == "test_loss":
+        line["test_loss"] = last["test_loss"]
+    for kind in ("matrix", "delta"):
+        line |= {f"{kind}_{which}": last[f"{kind}_angle_{which}_deg"] for which in ("mean", "worst")}
+    ratios = [
+        x for name, x in last.items() if name.startswith("delta_norm_ratio/") and not name.endswith(figures.OUTPUT)
+    ]
+    if "rounding_layers" in last:
+        line |= {"ratio_least": min(ratios, default=math.nan), "ratio_most": max(ratios, default=math.nan)}
+        line["rounding_layers"] = last["rounding_layers"]
+    if "stream_growth" in last:
+        line["stream_growth"] = last["stream_growth"]
+    return line | {"examples_per_second": len(rates) / sum(1 / rate for rate in rates)}
+
+
+def _over_seeds(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each number over seeds; of test error and loss the standard error too, where there are several."""
+    line = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+    if len(found) > 1:
+        line["seeds"] = len(found)
+        for name in ("test_error", "test_loss"):
+            if name in line:
+                line[f"{name}_se"] = float(np.std([one[name] for one in found], ddof=1)) / math.sqrt(len(found))
+    return line
+
+
+def draw(out: Path, tests: Mapping[str, Sequence[figures.Curve]], rules: Mapping[str, str], measure: str) -> None:
+    """A battery's pictures, of its runs' evaluations, one curve or more (a seed each) a run."""
+    first = {name: curves[0] for name, curves in tests.items()}
+    pictures = {"curves": figures.curves(tests, rules, measure), "layers": figures.layers(first, rules)}
     outputs.write_atomically({out / f"{name}.png": png for name, png in pictures.items() if png is not None})
 
 

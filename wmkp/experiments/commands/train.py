@@ -39,12 +39,14 @@ def train(config: Train) -> bool:
     """Runs a config, or goes on with it, and prints a line an evaluation.
 
     Returns:
-      Whether it came to its end; False if SIGTERM or Ctrl-C stopped it.
+      Whether it (with ``--seeds``, each of the runs) came to its end; False if SIGTERM or Ctrl-C stopped it.
 
     Raises:
       InputError: what is asked for cannot be done, a step was not finite, or another process was lost.
     """
     config.check()
+    if config.seeds > 1:
+        return all(train(one) for one in each_seed(config))
     devices.start(config)
     with contextlib.ExitStack() as stack:
         if devices.is_first():
@@ -58,6 +60,12 @@ def train(config: Train) -> bool:
             # The others cannot be waited for: leaving by the usual way would.
             sys.stdout.flush()
             os._exit(1)
+
+
+def each_seed(config: Train) -> list[Train]:
+    """The runs that ``--seeds`` asks for, each with its own directory."""
+    seeds = range(config.seed, config.seed + config.seeds)
+    return [dataclasses.replace(config, seed=seed, seeds=1, out=config.out / f"seed{seed}") for seed in seeds]
 
 
 @dataclasses.dataclass

@@ -71,9 +71,15 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "delta angle": lambda line: _held_against(line, "delta_angle"),
     f"delta angle of {published.EXAMPLES}: mean, sd": lambda line: _numbers(line, "delta_angle_mean", "delta_angle_sd"),
     "published, in sd from the mean": lambda line: _numbers(_in_sd(line), "published_in_sd") or "-",
-    "error %": lambda line: _numbers(line, "test_error", "test_error_published"),
+    "seeds": lambda line: _numbers(line, "seeds", form="{:.0f}"),
+    "test loss, nats": lambda line: _with_error(line, "test_loss", "{:.3f}"),
+    "error %": lambda line: _with_error(line, "test_error"),
+    "published error %": lambda line: _numbers(line, "test_error_published"),
     "matrix angle, mean, worst": lambda line: _numbers(line, "matrix_mean", "matrix_worst"),
     "delta angle, mean, worst": lambda line: _numbers(line, "delta_mean", "delta_worst"),
+    "|δ| / BP's |δ|, least, most": lambda line: _numbers(line, "ratio_least", "ratio_most", form="{:.2g}"),
+    "layers of rounding": lambda line: _numbers(line, "rounding_layers", form="{:.2g}"),
+    "stream's growth": lambda line: _numbers(line, "stream_growth"),
     "examples/s": lambda line: _numbers(line, "examples_per_second"),
     "hours, 90 epochs": lambda line: _numbers(line, "hours_for_90_epochs", form="{:,.0f}"),
     "GB: state, step": lambda line: _numbers(line, "state_GB", "step_GB"),
@@ -83,6 +89,11 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def _numbers(line: dict[str, Any], *names: str, form: str = "{:.2f}") -> str:
     return ", ".join(cell(float(line[name]), form) or "-" for name in names if name in line)
+
+
+def _with_error(line: dict[str, Any], name: str, form: str = "{:.2f}") -> str:
+    """A mean over seeds, with its standard error where there is one."""
+    return " ± ".join(_numbers(line, key, form=form) for key in (name, f"{name}_se") if key in line)
 
 
 def _held_against(line: dict[str, Any], name: str, form: str = "{:.2f}") -> str:

@@ -15,10 +15,13 @@ from wmkp.experiments.config import InputError, Train
 from wmkp.experiments.data.datasets import IGNORED
 from wmkp.experiments.models.lenet import LeNet
 from wmkp.experiments.models.mlp import MLP
-from wmkp.experiments.models.resnet import ResNet, ResNet18, ResNet20, ResNet50, ResNet56
-from wmkp.experiments.models.transformer import Decoder, ViT
+from wmkp.experiments.models.residual import ResidualBlock, ResidualMLP
+from wmkp.experiments.models.resnet import BasicBlock, Bottleneck, ResNet, ResNet18, ResNet20, ResNet50, ResNet56
+from wmkp.experiments.models.transformer import Block, Decoder, ViT
 
 RESNETS = {"resnet18": ResNet18, "resnet20": ResNet20, "resnet50": ResNet50, "resnet56": ResNet56}
+BLOCKS = (Block, ResidualBlock, BasicBlock, Bottleneck)  # what adds to a residual stream
+READOUT = "output"  # the name of every model's last layer
 
 
 class Task(NamedTuple):
@@ -29,11 +32,14 @@ class Task(NamedTuple):
       loss_fn: as ``wmkp.make_steps`` takes it; its metrics have "error", percent of wrong answers.
       score: ``(params, model_state, batch) -> (loss, wrong, labels)``, sums over a batch in evaluation, without label
         smoothing, and how often each label is there; what is labelled ``IGNORED`` is left out.
+      stream: ``(params, model_state, batch) -> {block: rms}``, the root mean square of what each residual block gives
+        to the next; empty where a model has no such blocks.
     """
 
     init: Callable[[jax.Array, Any], tuple[Any, Any]]
     loss_fn: Callable[..., Any]
     score: Callable[[Any, Any, Any], tuple[jax.Array, jax.Array, jax.Array]]
+    stream: Callable[[Any, Any, Any], dict[str, jax.Array]]
 
 
 def make_task(config: Train, shape: tuple[int, ...], num_classes: int, mean: Any, std: Any) -> Task:
@@ -46,11 +52,13 @@ def make_task(config: Train, shape: tuple[int, ...], num_classes: int, mean: Any
     """
     model = make_model(config, shape, num_classes)
 
-    def apply(params: Any, model_state: Any, batch: Any, train: bool) -> tuple[jax.Array, Any]:
+    def inputs(batch: Any) -> jax.Array:
         if "tokens" in batch:
-            x = jnp.maximum(batch["tokens"][:, :-1], 0)
-        else:
-            x = (batch["image"].astype(jnp.float32) - mean) / std
+            return jnp.maximum(batch["tokens"][:, :-1], 0)
+        return (batch["image"].astype(jnp.float32) - mean) / std
+
+    def apply(params: Any, model_state: Any, batch: Any, train: bool) -> tuple[jax.Array, Any]:
+        x = inputs(batch)
         mode: dict[str, Any] = {"train": train} if isinstance(model, ResNet) else {}
         variables = {"params": params, **model_state}
         if not train:
@@ -85,7 +93,19 @@ def make_task(config: Train, shape: tuple[int, ...], num_classes: int, mean: Any
         often = jnp.zeros(num_classes, jnp.int32).at[jnp.maximum(labels, 0)].add(counts)
         return jnp.where(counts, losses, 0).sum(), wrong.sum(), often
 
-    return Task(init, loss_fn, score)
+    def stream(params: Any, model_state: Any, batch: Any) -> dict[str, jax.Array]:
+        mode: dict[str, Any] = {"train": True} if isinstance(model, ResNet) else {}
+        _, found = model.apply(
+            {"params": params, **model_state},
+            inputs(batch),
+            **mode,
+            capture_intermediates=lambda module, method: isinstance(module, BLOCKS) and method == "__call__",
+            mutable=[*model_state, "intermediates"],
+        )
+        blocks: Any = found.get("intermediates", {})
+        return {name: jnp.sqrt(jnp.mean(jnp.square(kept["__call__"][0]))) for name, kept in blocks.items()}
+
+    return Task(init, loss_fn, score, stream)
 
 
 def make_model(config: Train, shape: tuple[int, ...], num_classes: int) -> nn.Module:
@@ -101,28 +121,37 @@ def make_model(config: Train, shape: tuple[int, ...], num_classes: int) -> nn.Mo
     if config.model == "vit-ti" and (shape[0] % config.patch or shape[1] % config.patch):
         raise InputError(f"--patch must divide the image, {shape[0]}x{shape[1]}; got {config.patch}")
     dtype = jnp.dtype(config.dtype)
+    size = {name: x for name in ("width", "depth") if (x := getattr(config, name)) is not None}
     if config.model in RESNETS:
-        return RESNETS[config.model](num_classes, norm_last=config.norm_last, dtype=dtype)
+        features = {} if config.width is None else {"features": config.width}
+        return RESNETS[config.model](num_classes, norm_last=config.norm_last, dtype=dtype, **features)
     models: dict[str, Callable[[], nn.Module]] = {
         "mlp": lambda: MLP(config.hidden, num_classes, dtype),
         "lenet": lambda: LeNet(num_classes, dtype),
         "vit-ti": lambda: ViT(num_classes, patch=config.patch, dtype=dtype),
-        "decoder": lambda: Decoder(num_classes, shape[0], dtype=dtype),
+        "decoder": lambda: Decoder(num_classes, shape[0], dtype=dtype, **size),
+        "residual-mlp": lambda: ResidualMLP(num_classes, dtype=dtype, **size),
     }
     return models[config.model]()
 
 
 def make_rule(name: str, **mirror: Any) -> wmkp.Rule:
-    """The rule that a key of ``RULES`` stands for; ``mirror``: what ``weight_mirror`` is to be told."""
+    """The rule that a key of ``RULES`` stands for.
+
+    Args:
+      name: the key.
+      **mirror: arguments of ``weight_mirror``, or of ``mirrored_kolen_pollack``; None leaves the rule's own.
+    """
+    told = {key: x for key, x in mirror.items() if x is not None}
     rules: dict[str, Callable[[], wmkp.Rule]] = {
         "bp": wmkp.backprop,
+        "frozen": wmkp.backprop,  # of what ``frozen`` leaves it
         "fa": wmkp.feedback_alignment,
         "ss": wmkp.sign_symmetry,
         "kp": wmkp.kolen_pollack,
         "kpm": partial(wmkp.kolen_pollack, start="mirror"),
-        "mkp": wmkp.mirrored_kolen_pollack,
-        "wm": partial(wmkp.weight_mirror, "gaussian", **mirror),
-        "wmo": partial(wmkp.weight_mirror, "orthogonal", **mirror),
+        "mkp": partial(wmkp.mirrored_kolen_pollack, **told),
+        "wm": partial(wmkp.weight_mirror, **told),
         "frsf": partial(wmkp.sign_symmetry, "fixed"),
         "brsf": partial(wmkp.sign_symmetry, "batch"),
         "kpt": wmkp.kolen_pollack_transported,
@@ -136,6 +165,22 @@ def make_rule(name: str, **mirror: Any) -> wmkp.Rule:
         "amw": partial(wmkp.activity_mirror, whiten=True),
     }
     return rules[name]()
+
+
+def is_readout(params: Any) -> Any:
+    """Which parameters are the readout's, in params' structure."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: getattr(path[0], "key", None) == READOUT, params)
+
+
+def frozen(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The loss with every parameter but the readout's held still, for an optimizer that decays nothing else."""
+
+    def readout_alone(params: Any, *args: Any) -> Any:
+        learns = is_readout(params)
+        held = jax.tree.map(lambda yes, x: x if yes else jax.lax.stop_gradient(x), learns, params)
+        return loss_fn(held, *args)
+
+    return readout_alone
 
 
 def make_schedule(config: Train, epoch_steps: int, steps: int) -> optax.Schedule:
@@ -160,7 +205,9 @@ def make_schedule(config: Train, epoch_steps: int, steps: int) -> optax.Schedule
 
 def make_optimizer(config: Train, schedule: optax.Schedule) -> optax.GradientTransformation:
     """The optimizer of W, and of B where it learns: decay falls on the same entries of both."""
-    mask = None if config.decay_all else partial(jax.tree.map, lambda x: x.ndim > 1)
+    mask: Any = None if config.decay_all else partial(jax.tree.map, lambda x: x.ndim > 1)
+    if config.rule == "frozen":
+        mask = is_readout
     if config.optimizer == "adamw":
         optimizer = optax.adamw(schedule, weight_decay=config.weight_decay, mask=mask)
     else:

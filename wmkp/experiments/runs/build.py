@@ -58,7 +58,8 @@ class Run(NamedTuple):
       steps: from ``wmkp.make_steps``.
       init: ``() -> TrainState``, at the beginning.
       advance: ``(state, tally, batch) -> (state, tally)``, an engaged step, jitted; both are donated.
-      measure: ``(state, batch) -> {name: number}``: angles in degrees, and |B| over |W|, of each projection.
+      measure: ``(state, batch) -> {name: number}``: of each projection angles in degrees, |B| over |W| and the norms of
+        ``wmkp.delta_norms``; of each residual block the size of what it gives to the next.
       evaluate: ``state -> Score``, on the test set.
       tally: an empty one.
       total: engaged steps in the run.
@@ -90,10 +91,13 @@ def build(config: Train) -> Run:
     mesh = devices.make_mesh(config.batch_size)
     feed = feeds.open_feed(config, mesh)
     task = tasks.make_task(config, feed.shape, feed.num_classes, feed.mean, feed.std)
-    mirror: dict[str, Any] = {"target_angle": config.mirror_angle, "rate": config.mirror_rate}
-    if config.mirror_samples is not None:
-        mirror["num_samples"] = config.mirror_samples
-    rule = tasks.make_rule(config.rule, **mirror)
+    rule = tasks.make_rule(
+        config.rule,
+        noise=config.mirror_noise,
+        num_samples=config.mirror_samples,
+        target_angle=config.mirror_angle,
+        rate=config.mirror_rate,
+    )
     total = config.steps or max(1, round(config.epochs * feed.epoch_steps))
     if total < config.accumulate:
         raise InputError(f"--accumulate {config.accumulate} is more than the run's {total} steps: W would never change")
@@ -101,9 +105,10 @@ def build(config: Train) -> Run:
 
     params_key, state_key = jax.random.split(jax.random.key(config.seed))
     params, model_state = task.init(params_key, feed.probe)
+    loss_fn = tasks.frozen(task.loss_fn) if config.rule == "frozen" else task.loss_fn
     with refusals(f"--rule {config.rule} cannot train --model {config.model}"):
         steps = wmkp.make_steps(
-            task.loss_fn,
+            loss_fn,
             rule,
             tasks.make_optimizer(config, schedule),
             params,
@@ -170,21 +175,21 @@ def _advance(steps: wmkp.Steps, on_nan: str) -> Callable[..., tuple[wmkp.TrainSt
 def _measure(rule: wmkp.Rule, task: tasks.Task) -> Callable[..., dict[str, jax.Array]]:
     @jax.jit
     def measure(state: wmkp.TrainState, batch: Any) -> dict[str, jax.Array]:
+        args = (state.params, state.feedback, state.model_state, batch, jax.random.key(0))
+        delta = wmkp.delta_norms(task.loss_fn, rule, *args, has_aux=True)
+        found = {f"delta_reference/{path}": x.reference for path, x in delta.items()}
+        found |= {f"delta_rounding_deg/{path}": x.rounding for path, x in delta.items()}
+        found["rounding_layers"] = jnp.stack([x.is_rounding for x in delta.values()]).sum()
+        stream = task.stream(state.params, state.model_state, batch)
+        found |= {f"stream_rms/{block}": x for block, x in stream.items()}
+        if stream:
+            found["stream_growth"] = [*stream.values()][-1] / next(iter(stream.values()))
         if rule.backward is None:
-            return {}
+            return found
         matrix = wmkp.matrix_angles(state.params, state.feedback, rule)
-        delta = wmkp.delta_angles(
-            task.loss_fn,
-            rule,
-            state.params,
-            state.feedback,
-            state.model_state,
-            batch,
-            jax.random.key(0),
-            has_aux=True,
-        )
-        found = {f"matrix_angle_deg/{path}": x for path, x in matrix.items()}
-        found |= {f"delta_angle_deg/{path}": x for path, x in delta.items()}
+        found |= {f"matrix_angle_deg/{path}": x for path, x in matrix.items()}
+        found |= {f"delta_angle_deg/{path}": x.angle for path, x in delta.items()}
+        found |= {f"delta_norm_ratio/{path}": x.ratio for path, x in delta.items()}
         weights = named_leaves(state.params)
         for path, b in jax.tree_util.tree_leaves_with_path(state.feedback):
             name = checks.path_name(path)
