@@ -40,6 +40,7 @@ class Case(NamedTuple):
       make: builds the model.
       local: a pattern of the parameters that are no projection though they have two axes and more (biases of heads).
       first: a pattern of the projections that no error must pass, so that they have no B.
+      declared: a pattern of gains of more than one axis, which need the word ``wmkp.local()``.
       refused: {path: primitive} of the parameters that B cannot follow: an error, and ``backprop()`` the way out.
       unmirrored: a pattern of the projections that noise alone cannot reach: an error in mirror mode, KP the way out.
       in_part: a pattern of the parameters whose gradient B's signal is not: tied ones, of which it is a part, and those under a
@@ -52,6 +53,7 @@ class Case(NamedTuple):
     make: Callable[[], Model]
     local: str = "bias|scale|offset|/b$"
     first: str = "$^"
+    declared: str = "$^"
     refused: Mapping[str, str] = MappingProxyType({})
     unmirrored: str = "$^"
     in_part: str = "$^"
@@ -171,15 +173,20 @@ def check(case: Case) -> None:
     """Everything that is asserted of a model."""
     fun, params, args = case.make()
     found = wmkp.projections(fun, params, *args)
+    gains = {path for path in found if re.search(case.declared, path)}
+    assert all("element by element" in str(found.pop(path).obstacle) for path in gains)
     obstacles = {path: p.obstacle for path, p in found.items() if p.obstacle}
     assert obstacles.keys() == case.refused.keys(), obstacles
     for path, primitive in case.refused.items():
         assert re.search(primitive, obstacles[path]), obstacles[path]
     matrices = {path for path, w in paths_of(params).items() if w.ndim >= 2 and not re.search(case.local, path)}
-    assert matrices - obstacles.keys() == found.keys() - obstacles.keys(), "each matrix is a projection"
+    vectors = {path for path in found if paths_of(params)[path].ndim == 1}  # laid out as matrices
+    assert matrices - obstacles.keys() == found.keys() - obstacles.keys() - vectors, "each matrix is a projection"
+    matrices |= vectors
     with_feedback = {p for p in matrices - obstacles.keys() if not re.search(case.first, p)}
 
     way_out = {f"^{re.escape(path)}$": wmkp.backprop() for path in case.refused}
+    way_out |= {f"^{re.escape(path)}$": wmkp.local() for path in gains}
     if case.refused:
         with pytest.raises(wmkp.WeightTransportError) as error:
             wmkp.init_feedback(KEY, wmkp.kolen_pollack(), fun, params, *args)

@@ -145,7 +145,7 @@ CASES = {
         lambda key: NeuralODE("RecursiveCheckpointAdjoint", key), 4, 6,
         refused={f"model/field/layers/{i}/{name}": "custom_vjp_call" for i in (0, 1) for name in ("weight", "bias")},
     ),
-    "normalizations": stateful(Normalizations, 4, 3, 6, 6, local="bias|layers/5"),
+    "normalizations": stateful(Normalizations, 4, 3, 6, 6, local="bias|layers/5", declared="layers/5/weight"),
 }  # fmt: skip
 
 
@@ -156,5 +156,5 @@ def test_equinox(case):
 
 def test_a_whole_module_as_params_is_an_error_that_names_what_is_no_array():
     model = nn.MLP(6, 3, 8, 2, key=KEY)
-    with pytest.raises(TypeError, match=r"params\['activation'\].*parameters must be real floating-point arrays"):
+    with pytest.raises(TypeError, match=r"params\['activation'\].*parameters must be floating-point arrays"):
         wmkp.projections(lambda model, x: jax.vmap(model)(x).sum(), model, normal(4, 6))

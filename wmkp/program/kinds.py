@@ -275,11 +275,11 @@ def gain_operand(eqn: Any, kinds: Sequence[Kind]) -> int | None:
         if not weight.weight or weight.obstacle or len(eqn.invars[1 - gain].aval.shape) != len(shape):
             continue
         axes = sum(varies(factor, aval))
-        if factor.static and weight.static:
+        if factor.weight and not factor.per_example and (weight.static or factor.data):
             # (Of a neuron with one synapse the gain would be that synapse.)
             if not (factor.cast or factor.joint) and axes < min(2, sum(varies(weight, eqn.invars[1 - gain].aval))):
                 return gain
-        elif factor.activity and axes < 2 and weight.breadth > 1:
+        elif factor.data and not factor.weight and axes < 2 and weight.breadth > 1:
             return gain
     return None
 
@@ -315,6 +315,7 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], result: int = 0) -> Kind:
             gained=gained,
             data=main.data or kinds[factor].data,
             varying=result_varying(eqn, kinds),
+            per_example=main.per_example or (main.breadth if repeated else 0),
             unmirrored=main.unmirrored or ("data" if repeated else None),
         )
     only = [

@@ -457,7 +457,7 @@ class Analyser:
     def cond(self, eqn: Any, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
         plans = tuple(self.plan(branch, kinds[1:], lengths) for branch in eqn.params["branches"])
         for plan in plans:
-            settle(plan.outputs)
+            settle([k for k in plan.outputs if not k.weight])
         outs = list(plans[0].outputs)
         for plan in plans[1:]:
             outs = [join(a, b, "cond") for a, b in zip(outs, plan.outputs, strict=True)]
@@ -466,7 +466,13 @@ class Analyser:
         for plan in plans:
             self.note_joined(plan.outputs, outs)
         gains = [_either([plan.outputs[i].gain for plan in plans]) for i in range(len(outs))]
-        return Step(eqn, "cond", None, plans), [outside(k)._replace(gain=g) for k, g in zip(outs, gains, strict=True)]
+        fans = [
+            next((p.outputs[i].fan for p in plans if p.outputs[i].fan and k.weight), None) for i, k in enumerate(outs)
+        ]
+        for i, k in enumerate(outs):
+            settle([p.outputs[i] for p in plans if not k.weight])
+        kept = zip(outs, gains, fans, strict=True)
+        return Step(eqn, "cond", None, plans), [outside(k)._replace(gain=g, fan=f) for k, g, f in kept]
 
     def scan(self, eqn: Any, kinds: list[Kind], lengths: tuple[int, ...]) -> tuple[Step, list[Kind]]:
         jaxpr, _ = compat.open_jaxpr(eqn.params["jaxpr"])

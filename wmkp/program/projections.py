@@ -286,7 +286,7 @@ def analyse(fun: Callable[..., Any], params: Any, *args: Any) -> Analysis:
     keys = (jax.dtypes.issubdtype(leaves[i].dtype, jax.dtypes.prng_key) for i in traced)
     analyser = Analyser()
     plan = analyser.plan(jaxpr, kinds + [Kind(data=True, noise=key) for key in keys], ())
-    settle(plan.outputs)
+    settle([k for k in plan.outputs if not k.weight])  # (a weight that is returned is state, to be used again)
     shared = analyser.shared.union(*(kind.params for kind in plan.outputs))
     return Analysis(plan, paths, out_tree, frozenset(shared), analyser.roles)
 
