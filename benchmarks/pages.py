@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PLACES = {
     "docs/performance.md": ("cost", "memory", "scaling", "mirror", "transforms", "peers"),
     "docs/mirror.md": ("mirrors",),
-    "README.md": ("resnet20", "training"),
+    "docs/results.md": ("resnet20", "training"),
 }
 
 
@@ -36,7 +36,7 @@ def pages(comparison: Path | None = None, every_rule: Path | None = None) -> Non
     fill("CITATION.cff", "address", address.citation())
     address.write_first_cells()
     if comparison is not None:
-        fill("README.md", "table", (comparison / "comparison.md").read_text())
+        fill("docs/results.md", "table", (comparison / "comparison.md").read_text())
         shutil.copy(comparison / "comparison.png", ROOT / "docs" / "comparison.png")
     if every_rule is not None:
         fill("docs/rules.md", "rules", (every_rule / "comparison.md").read_text())
@@ -139,7 +139,7 @@ def resnet20() -> str:
     lines, where = figures.section("akrout-resnet20").split("\n"), "benchmarks/results/figures/akrout-resnet20"
     table = [line for line in lines if line.startswith("|")]
     return "\n".join(
-        [*table, "", f"![Test error, matrix angles and delta angles against the epoch]({where}/curves.png)", ""]
+        [*table, "", f"![Test error, matrix angles and delta angles against the epoch](../{where}/curves.png)", ""]
     )
 
 
