@@ -4,11 +4,12 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 import benchmarks
-from benchmarks import address, engaged, figures, mirror_cost
+from benchmarks import address, compiled, engaged, figures, mirror_cost
 from benchmarks import mirrors as mirrors_table
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +19,7 @@ PLACES = {
     "docs/performance.md": ("cost", "memory", "scaling", "mirror", "transforms", "peers"),
     "docs/mirror.md": ("mirrors",),
     "docs/results.md": ("resnet20", "training"),
+    "docs/compiled.md": ("engaged_compiled", "mirror_compiled", "largest_compiled"),
 }
 
 
@@ -165,6 +167,74 @@ def training() -> str:
             cells.append("" if row is None else f"{row[name]:{form}}{angle}")
         lines.append(cells)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("|  |", "| |")
+
+
+def programs_compiled() -> list[tuple[str, str, str, dict[str, Any]]]:
+    """Each program of ``results/tpu.json`` and ``gpu_compiled.json``: target, model, step, figures."""
+    files = [benchmarks.RESULTS / f"{name}.json" for name in ("tpu", "gpu_compiled")]
+    programs = [json.loads(path.read_text())["programs"] for path in files if path.exists()]
+    return [(*key.split(": "), figures) for some in programs for key, figures in some.items()]  # type: ignore[misc]
+
+
+def engaged_compiled() -> str:
+    """Engaged steps on described devices, over backprop's."""
+    found, lines = programs_compiled(), []
+    plain = {(target, model): p for target, model, step, p in found if step == "BP"}
+    for target, model, step, p in found:
+        bp = plain.get((target, model))
+        if bp is None or "flops" not in p or step in ("BP", "pmap", "shard_map") or step.endswith("mirror"):
+            continue
+        own = p["arguments"] - bp["arguments"]
+        moved = own if step in ("FA", "WM") else 2 * own
+        sent, its = (sum(c["bytes"] for c in x["collectives"].values()) for x in (p, bp))
+        lines.append(
+            [
+                target, model, step, f"{p['flops'] / bp['flops']:.3f}",
+                f"{sum(p['products'].values())} / {sum(bp['products'].values())}",
+                f"{p['temporaries'] / bp['temporaries']:.3f}", f"{p['bytes'] / bp['bytes']:.3f}",
+                f"{p['bytes'] / (bp['bytes'] + moved):.3f}",
+                f"{p['copies']['of weights']} / {bp['copies']['of weights']}", f"{sent / its:.3f}" if its else "",
+            ]
+        )  # fmt: skip
+    head = [
+        "target",
+        "model",
+        "rule",
+        "operations",
+        "products",
+        "temporaries",
+        "bytes",
+        "allowed bytes",
+        "copies",
+        "collectives' bytes",
+    ]
+    return table(head, lines, 7)
+
+
+def mirror_compiled() -> str:
+    """Mirror steps on described devices, over the engaged steps between them."""
+    found, lines = programs_compiled(), []
+    plain = {(target, model): p for target, model, step, p in found if step == "BP"}
+    for target, model, step, p in found:
+        if (bp := plain.get((target, model))) is None or not step.endswith("mirror"):
+            continue
+        every = compiled.MODELS[model].every
+        percent = [f"{100 * p[what] / (every * bp[what]):.2f} %" for what in ("products' flops", "kernels' bytes")]
+        lines.append(
+            [target, model, step.removesuffix(" mirror"), str(every), *percent, f"{p['temporaries'] / 2**20:.0f} MiB"]
+        )
+    return table(["target", "model", "rule", "engaged steps between", "operations", "bytes", "temporaries"], lines, 4)
+
+
+def largest_compiled() -> str:
+    """The largest batch of a device."""
+    found = {f"{a}: {b}: {c}": p["batch"] for a, b, c, p in programs_compiled() if "batch" in p}
+    lines = [
+        [*key.split(": ")[:2], str(batch), str(found.get(key.replace(": BP,", ": KP,"), ""))]
+        for key, batch in found.items()
+        if ": BP," in key
+    ]
+    return table(["target", "model", "BP", "KP"], lines, 2)
 
 
 def fill(page: str, name: str, content: str) -> None:

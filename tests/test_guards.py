@@ -81,6 +81,17 @@ def test_an_engaged_step_has_backprops_products_copies_and_bytes(rule, backprop)
     assert programs.peak_bytes(ours) <= programs.peak_bytes(plain) + more + signs + 1000
 
 
+@pytest.mark.parametrize(("platform", "written"), [("cuda", 2), ("rocm", 2), ("cpu", 0), ("tpu", 0)])
+def test_gpus_lay_out_what_convolutions_share_with_an_update(platform, written):
+    """Two gradients, and the one B that learns, of one shape with its gradient. In one kernel with the update, XLA copies
+    W, B and their moments."""
+    steps, state = steps_and_state(case(), RULES["KP"])
+    traced = steps.engaged_step.trace(state, case().batch)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("call @laid_out") == 3
+    assert text.count("@LayoutConstraint") == text.count("stablehlo.optimization_barrier") == written
+
+
 def test_signs_are_made_a_matrix_at_a_time():
     """Sign symmetry's W of signs is there when its error is, not from the forward pass on."""
     params = [jax.random.normal(jax.random.fold_in(KEY, i), (64, 64)) / 8 for i in range(6)]

@@ -98,10 +98,7 @@ def _gaussian(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Ar
         return jax.random.normal(key, shape, dtype)
     a, b = _words(key, shape)
     angle = np.float32(np.pi) * _unit(b) - np.float32(np.pi / 2)
-    sine = jnp.zeros((), jnp.float32)
-    for power in (11, 9, 7, 5, 3, 1):
-        sine = sine * angle**2 + np.float32((-1) ** (power // 2) / math.factorial(power))
-    return jnp.sqrt(-2 * jnp.log(1 - _unit(a))) * (sine * angle)
+    return jnp.sqrt(-2 * jnp.log(1 - _unit(a))) * _sine(angle)
 
 
 def _signs(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
@@ -127,18 +124,47 @@ def hartley_draw(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> tup
     return _signs(sign_key, (blocks, whole + 1, fan_in), dtype), drawn
 
 
+def _cas_by_table(row: jax.Array, n: int, dtype: Any) -> jax.Array:
+    """cas(2 pi j k / n) for these rows j and every k, cas = cos + sin: on CPUs faster than to work it out."""
+    # With j = j1 m + j2 it is cos(j1 m) cas(j2) + sin(j1 m) cas(-j2): two tables of about sqrt(n) rows.
+    m = math.isqrt(n - 1) + 1
+    steps = np.arange(m, dtype=np.int64)[:, None] * np.arange(n) % n * (2 * np.pi / n)
+    strides = np.arange(m, dtype=np.int64)[:, None] * m * np.arange(n) % n * (2 * np.pi / n)
+    cos, sin = jnp.asarray(np.cos(strides), dtype), jnp.asarray(np.sin(strides), dtype)
+    ahead = jnp.asarray(np.cos(steps) + np.sin(steps), dtype)
+    back = jnp.asarray(np.cos(steps) - np.sin(steps), dtype)
+    # The barrier keeps the compiler from working all of them out beforehand.
+    j1, j2 = jax.lax.optimization_barrier((row // m, row % m))
+    return cos[j1] * ahead[j2] + sin[j1] * back[j2]
+
+
+def _cas_by_angle(j: jax.Array, k: jax.Array, n: int) -> jax.Array:
+    """cas(2 pi j k / n) in float32, element by element, for j, k < n < 2^16.
+
+    An accelerator makes it inside the product that takes it, as it does Gaussian noise; rows of a table it would look up,
+    write down and read again. It is sqrt(2) sin(2 pi (j k / n + 1/8)), the angle counted in integers, 8 n to a turn.
+    """
+    product = j.astype(jnp.uint32) * k.astype(jnp.uint32)
+    whole = (product.astype(jnp.float32) * np.float32(1 / n)).astype(jnp.uint32)  # of turns, or one off: no division
+    angle = 8 * (product - whole * np.uint32(n)).astype(jnp.int32) + n
+    angle = jnp.where(angle > 4 * n, angle - 8 * n, angle)
+    size = jnp.minimum(jnp.abs(angle), 4 * n - jnp.abs(angle))  # within a quarter of a turn, where the sine is the same
+    sine = _sine(jnp.where(angle < 0, -size, size).astype(jnp.float32) * np.float32(np.pi / (4 * n)))
+    return np.float32(math.sqrt(2)) * sine
+
+
+def _sine(angle: jax.Array) -> jax.Array:
+    """The sine to float32's rounding between -pi/2 and pi/2, by its series."""
+    sine = jnp.zeros((), jnp.float32)
+    for power in (11, 9, 7, 5, 3, 1):
+        sine = sine * angle**2 + np.float32((-1) ** (power // 2) / math.factorial(power))
+    return sine * angle
+
+
 def _hartley_rows(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> Callable[[jax.Array], jax.Array]:
     """Orthogonal noise of unit variance: ``places -> (K, places, fan_in)``, the samples at these of N places."""
     blocks, samples, fan_in = shape
     whole = samples // fan_in
-    # Row j of the matrix is cas(2 pi j k / fan_in), cas = cos + sin. With j = j1 m + j2 it is
-    # cos(j1 m) cas(j2) + sin(j1 m) cas(-j2): two tables of about sqrt(fan_in) rows, and no trigonometry at run time.
-    m = math.isqrt(fan_in - 1) + 1
-    steps = np.arange(m, dtype=np.int64)[:, None] * np.arange(fan_in) % fan_in * (2 * np.pi / fan_in)
-    strides = np.arange(m, dtype=np.int64)[:, None] * m * np.arange(fan_in) % fan_in * (2 * np.pi / fan_in)
-    cos, sin = jnp.asarray(np.cos(strides), dtype), jnp.asarray(np.sin(strides), dtype)
-    ahead = jnp.asarray(np.cos(steps) + np.sin(steps), dtype)
-    back = jnp.asarray(np.cos(steps) - np.sin(steps), dtype)
     signs, drawn = hartley_draw(key, shape, dtype)
     chosen = jnp.arange(fan_in)[None]
     if drawn is not None:
@@ -147,9 +173,13 @@ def _hartley_rows(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> Ca
     def rows(places: jax.Array) -> jax.Array:
         block, place = places // fan_in, places % fan_in
         row = chosen[:, place if drawn is None else jnp.where(block < whole, place, fan_in + place)]
-        # The barrier keeps the compiler from dividing for each element anew, and from working all of them out beforehand.
-        block, j1, j2 = jax.lax.optimization_barrier((block, row // m, row % m))
-        return (cos[j1] * ahead[j2] + sin[j1] * back[j2]) * signs[:, block]
+        # The barrier keeps the compiler from dividing for each element anew.
+        block, row = jax.lax.optimization_barrier((block, row))
+        by_table = lambda row: _cas_by_table(row, fan_in, dtype)
+        by_angle = lambda row: _cas_by_angle(row[..., None], jnp.arange(fan_in)[None, None], fan_in)
+        exact = dtype == jnp.float32 and fan_in < 2**16
+        x = jax.lax.platform_dependent(row, cpu=by_table, default=by_angle) if exact else by_table(row)
+        return x * (signs[:, :1] if samples <= fan_in else signs[:, block])
 
     return rows
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -207,3 +208,17 @@ def after(x: jax.Array, earlier: jax.Array) -> jax.Array:
         return x - zeros_of(first).astype(x.dtype)
 
     return jax.lax.platform_dependent(x, earlier, cpu=waiting, default=lambda x, _: x)
+
+
+@jax.jit
+def laid_out(x: jax.Array) -> jax.Array:
+    """``x`` to the bit; on GPUs written down in the layout of a step's arguments before anything else is made of it.
+
+    cuDNN has a layout of its own for a convolution's weight and its gradient. A kernel that lays one out anew and also
+    updates W, B or an optimizer's moments cannot write in place: XLA copied each of these arrays at every step.
+    """
+
+    def written(x: jax.Array) -> jax.Array:
+        return jax.lax.optimization_barrier(with_layout_constraint(x, Layout(tuple(range(x.ndim)))))
+
+    return jax.lax.platform_dependent(x, cuda=written, rocm=written, default=lambda x: x)

@@ -162,6 +162,8 @@ def through_feedback(
         x, b, key = kept[:3]
         if circuit.made:
             b = compat.after(b, delta)
+        if circuit.signal is not None:
+            b = product.laid_out(b)
         error = circuit.carried(delta, key)
         (dx,) = jax.linear_transpose(lambda x: product.multiply(x, b), x)(error)
         # B is read for dx, and overwritten (as W is, where B is made of it) by what comes of these.

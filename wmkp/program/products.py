@@ -73,12 +73,16 @@ class Product:
 
         def transpose(x: jax.Array, delta: jax.Array) -> jax.Array:
             (dw,) = jax.linear_transpose(lambda w: self.multiply(x, w), aval)(delta)
-            return dw
+            return self.laid_out(dw)
 
         if not self.by_patches:
             return transpose(x, delta)
         by_patches = lambda x, delta: patches.weight_gradient(self.eqn_params, x, delta, aval.shape)
         return jax.lax.platform_dependent(x, delta, cpu=by_patches, default=transpose)
+
+    def laid_out(self, w: jax.Array) -> jax.Array:
+        """An array in the weight's layout, as ``compat.laid_out`` where a library has a layout of its own for it."""
+        return compat.laid_out(w) if self.primitive == "conv_general_dilated" else w
 
     def axes(self) -> tuple[list[int], list[int], list[int], int]:
         """The weight's axes as (groups, inputs, outputs), and into how many groups a conv splits its outputs."""

@@ -1,0 +1,374 @@
+"""Engaged and mirror steps compiled for TPUs and GPUs that need not be here: what XLA makes of them, counted.
+
+Every program is compiled for the description of its device, and beside backprop's: operations, bytes, memory, products,
+copies and collectives. Nothing is run. A program that ``results/tpu.json`` or ``results/gpu_compiled.json`` has already (the
+same, to its last operation, by the same compiler) is not compiled again.
+"""
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import benchmarks
+from benchmarks import Row, hlo, models, targets  # targets first: what it sets is read when JAX starts
+
+import flax.linen as nn  # isort: skip
+import jax
+import jax.numpy as jnp
+import optax
+
+import wmkp
+from benchmarks.programs import peak_bytes
+from benchmarks.targets import TARGETS, Target
+from wmkp.experiments.models.resnet import ResNet18, ResNet50
+from wmkp.experiments.models.transformer import Block, ViT
+from wmkp.experiments.runs.provenance import provenance
+
+
+class GPT2(nn.Module):
+    """A decoder of GPT-2 small's size (124 M): 12 blocks of 768, a vocabulary of 50,257, the embedding tied to the output."""
+
+    vocabulary: int = 50257
+    length: int = 1024
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        embedding = nn.Embed(self.vocabulary, self.width, dtype=jnp.bfloat16, name="embedding")
+        positions = self.param("positions", nn.initializers.normal(0.02), (self.length, self.width))
+        x = embedding(tokens) + positions.astype(jnp.bfloat16)
+        for i in range(self.depth):
+            x = Block(self.heads, 4 * self.width, True, jnp.bfloat16, name=f"block{i + 1}")(x)
+        return embedding.attend(nn.LayerNorm(epsilon=1e-6, dtype=jnp.bfloat16)(x)).astype(jnp.float32)
+
+
+class Model(NamedTuple):
+    """Something to train in bf16.
+
+    Attributes:
+      build: the module.
+      optimizer: as ``wmkp.make_steps`` takes it.
+      batch: examples a device.
+      every: engaged steps to a mirror step, as the recipes have it for its kind.
+      shape: of an image, or of the tokens.
+      mode: whether it is told that it trains.
+    """
+
+    build: Callable[[], nn.Module]
+    optimizer: optax.GradientTransformation
+    batch: int
+    every: int
+    shape: tuple[int, ...] = (224, 224, 3)
+    mode: dict[str, bool] = {}  # noqa: RUF012 (never changed)
+
+
+MODELS = {
+    "ResNet-50": Model(lambda: ResNet50(1000, dtype=jnp.bfloat16), models.SGD, 128, 4, mode={"train": True}),
+    "ViT-B/16": Model(lambda: ViT(1000, width=768, heads=12, dtype=jnp.bfloat16), models.ADAMW, 64, 8),
+    "GPT-2 small": Model(GPT2, models.ADAMW, 4, 4, (1024,)),
+    "ResNet-18": Model(lambda: ResNet18(1000, dtype=jnp.bfloat16), models.SGD, 128, 4, mode={"train": True}),
+}
+RULES: dict[str, Callable[[], wmkp.Rule]] = {
+    "FA": wmkp.feedback_alignment,
+    "KP": wmkp.kolen_pollack,
+    "MKP": wmkp.mirrored_kolen_pollack,
+    "WM": wmkp.weight_mirror,
+    "WM, orthogonal": partial(wmkp.weight_mirror, "orthogonal", target_angle=0.01, rate=1.0),
+}
+MIRRORED = ("MKP", "WM", "WM, orthogonal")
+
+
+def case(name: str, batch_size: int) -> models.Case:
+    """The model with shapes in place of arrays."""
+    model = MODELS[name]
+    example = jax.ShapeDtypeStruct((batch_size, *model.shape), jnp.int32 if len(model.shape) == 1 else jnp.float32)
+    labels = example if len(model.shape) == 1 else jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    module = model.build()
+    variables = dict(jax.eval_shape(lambda key, x: module.init(key, x, **model.mode), jax.random.key(0), example))
+    batch = {"image": example, "label": labels}
+    return models.Case(models.loss_of(module, model.mode), variables.pop("params"), variables, model.optimizer, batch)
+
+
+def lowered(target: Target, name: str, step: str, batch_size: int | None = None) -> Any:
+    """A step for a target, not compiled yet: "BP", a rule's name, or that and "mirror"."""
+    this = case(name, (batch_size or MODELS[name].batch) * target.count)
+    batch = targets.placed(this.batch, target, batch=True)
+    if step == "BP":
+        plain, state = backprop(this, target)
+        return plain.lower(state, batch)
+    steps = wmkp.make_steps(
+        this.loss_fn, RULES[step.removesuffix(" mirror")](), this.optimizer, this.params, this.batch,
+        model_state=this.model_state, mesh=target.mesh(), fsdp=target.fsdp,
+    )  # fmt: skip
+    state = targets.placed(jax.eval_shape(steps.init, jax.random.key(0), this.params, this.model_state), target)
+    return steps.mirror_step.lower(state) if step.endswith("mirror") else steps.engaged_step.lower(state, batch)
+
+
+def backprop(this: models.Case, target: Target) -> tuple[Any, Any]:
+    """The yardstick for a target, jitted, and its state's shapes."""
+    found = []
+
+    def start(params: Any, model_state: Any) -> Any:
+        step, state = models.backprop_step(this._replace(params=params, model_state=model_state))
+        found.append(step)
+        return state
+
+    state = targets.placed(jax.eval_shape(start, this.params, this.model_state), target)
+
+    def step(state: Any, batch: Any) -> Any:
+        state, loss = found[0](state, batch)
+        mesh = target.mesh()
+        if mesh is not None:
+            where = wmkp.training.state_sharding(state, mesh, target.fsdp)
+            state = jax.tree.map(jax.lax.with_sharding_constraint, state, where)
+        return state, loss
+
+    return jax.jit(step, donate_argnums=0), state
+
+
+def inside(target: Target, name: str, how: str) -> Any:
+    """A Kolen-Pollack step inside a ``jax.pmap`` or ``jax.shard_map`` of one's own, not compiled yet."""
+    this = case(name, MODELS[name].batch)
+    mesh = target.mesh()
+    assert mesh is not None
+    steps = wmkp.make_steps(
+        this.loss_fn,
+        RULES["KP"](),
+        this.optimizer,
+        this.params,
+        this.batch,
+        model_state=this.model_state,
+        axis_name="data",
+    )
+    state = jax.eval_shape(steps.init, jax.random.key(0), this.params, this.model_state)
+    if how == "pmap":
+        many = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct((target.count, *x.shape), x.dtype), tree)
+        step = jax.pmap(steps.engaged_step, axis_name="data", devices=target.devices(), donate_argnums=0)
+        return step.lower(many(state), many(this.batch))
+    spec = jax.sharding.PartitionSpec
+    step = jax.shard_map(steps.engaged_step, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=(spec(), spec()))
+    whole = case(name, MODELS[name].batch * target.count).batch
+    state, batch = targets.placed(state, target), targets.placed(whole, target, batch=True)
+    return jax.jit(step, donate_argnums=0).lower(state, batch)
+
+
+# --- compiling, and what is kept --------------------------------------------------------------------------------------
+
+FILES = {"tpu": "tpu", "cuda": "gpu_compiled"}
+ENGAGED = ("BP", "FA", "KP", "MKP", "WM")
+MIRRORS = tuple(f"{rule} mirror" for rule in ("MKP", "WM", "WM, orthogonal"))
+FEW = ("BP", "KP")
+
+# What is compiled, the most telling first: target, model, steps.
+JOBS: list[tuple[str, str, tuple[str, ...]]] = [
+    ("H100", "ResNet-50", (*ENGAGED, *MIRRORS)),
+    ("v5e", "ResNet-50", (*ENGAGED, *MIRRORS)),
+    ("H100", "ViT-B/16", (*ENGAGED, *MIRRORS)),
+    ("H100", "GPT-2 small", (*ENGAGED, *MIRRORS)),
+    ("v5e 4x4", "ResNet-50", FEW),
+    ("v5e 4x4, fsdp", "ResNet-50", FEW),
+    ("v5e", "GPT-2 small", (*ENGAGED, *MIRRORS)),
+    ("v5e", "ViT-B/16", (*ENGAGED, *MIRRORS)),
+    ("v5e 4x4", "GPT-2 small", FEW),
+    ("v5e 4x4, fsdp", "GPT-2 small", FEW),
+    ("8 H100", "ResNet-50", FEW),
+    ("v5e 4x4", "ResNet-18", ("shard_map", "pmap")),
+    ("v5e 4x4", "ResNet-50", ("FA", "MKP", "WM", *MIRRORS)),
+    ("v5e 4x4, fsdp", "ResNet-50", ("FA", "MKP", "WM", *MIRRORS)),
+    ("v5e 4x4", "GPT-2 small", ("FA", "MKP", "WM", *MIRRORS)),
+    ("v5e 4x4, fsdp", "GPT-2 small", ("FA", "MKP", "WM", *MIRRORS)),
+    ("v5e 4x4", "ViT-B/16", (*ENGAGED, *MIRRORS)),
+    ("v5e 4x4, fsdp", "ViT-B/16", (*ENGAGED, *MIRRORS)),
+]
+# For which the largest batch is looked for: target, model, and of what the batch is a multiple.
+LARGEST = [("v5e", "ResNet-50", 8), ("H100", "ResNet-50", 8), ("H100", "ViT-B/16", 8), ("H100", "GPT-2 small", 1)]
+
+
+class Kept:
+    """The programs that a file of results holds, written anew after each."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.programs: dict[str, Any] = json.loads(path.read_text())["programs"] if path.exists() else {}
+
+    def put(self, key: str, program: dict[str, Any]) -> None:
+        self.programs[key] = program
+        rows = [{**r._asdict(), "target": r.target, "verdict": r.verdict} for r in rows_of(self.programs)]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        result = {**provenance(), "compiler": compiler(), "rows": rows, "programs": self.programs}
+        self.path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+@cache
+def compiler() -> dict[str, str]:
+    """Versions of what compiles."""
+    names = (
+        "jax",
+        "jaxlib",
+        "libtpu",
+        "jax-cuda12-plugin",
+        "jax-cuda12-pjrt",
+        "nvidia-cudnn-cu12",
+        "nvidia-cuda-nvcc-cu12",
+    )
+    return {name: version for name in names if (version := benchmarks.installed(name))}
+
+
+def digest(target: Target, low: Any) -> str:
+    """What a program and its compiler are known by."""
+    text = "\n".join((low.as_text(), repr(target), repr(compiler()), os.environ.get("XLA_FLAGS", ""), targets.H100))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def measure(kept: Kept, where: str, name: str, step: str) -> None:
+    """One program's figures, unless they are kept already."""
+    key, target = f"{where}: {name}: {step}", TARGETS[where]
+    low = inside(target, name, step) if step in ("pmap", "shard_map") else lowered(target, name, step)
+    known = digest(target, low)
+    if kept.programs.get(key, {}).get("digest") == known:
+        return
+    same = next((k for k, p in kept.programs.items() if p.get("digest") == known), None)
+    if same is not None:  # as a weight mirror's engaged step is feedback alignment's
+        kept.put(key, {**kept.programs[same], "same as": kept.programs[same].get("same as", same)})
+        return
+    start = time.perf_counter()
+    compiled = low.compile()
+    seconds = time.perf_counter() - start
+    if folder := os.environ.get("WMKP_HLO"):  # to look things up in
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / f"{key.replace('/', '')}.txt").write_text(compiled.as_text())
+    shapes = {x.shape for x in jax.tree.leaves(case(name, 1).params) if x.ndim > 1}
+    kept.put(key, {**hlo.figures(compiled, shapes), "digest": known, "seconds": round(seconds, 1)})
+    print(f"# {key}: {seconds:.0f} s", flush=True)
+
+
+def run(settings: benchmarks.Settings, where: Path, seconds: float) -> int:
+    """Compiles what is not kept yet, for as long as ``seconds`` allow; 1 if something failed."""
+    deadline, failed = time.monotonic() + seconds, 0
+    kept = {platform: Kept(where / f"{file}.json") for platform, file in FILES.items()}
+    jobs = [("v5e", "ResNet-18", FEW), ("H100", "ResNet-18", FEW)] if settings.quick else JOBS
+    for place, name, steps in jobs:
+        target = TARGETS[place]
+        if why := target.missing():
+            print(f"# {place}: {name}: {why}", flush=True)
+            continue
+        for step in steps:
+            if time.monotonic() > deadline:
+                print(f"# {place}: {name}: {step}: the group's {seconds:.0f} s were over", flush=True)
+                continue
+            try:
+                measure(kept[target.platform], place, name, step)
+            except Exception as error:
+                failed = 1
+                print(f"# {place}: {name}: {step}: {type(error).__name__}: {str(error)[:2000]}", flush=True)
+    for place, name, multiple in () if settings.quick else LARGEST:
+        for step in FEW:
+            found = kept[TARGETS[place].platform]
+            if (
+                not TARGETS[place].missing()
+                and f"{place}: {name}: {step}" in found.programs
+                and time.monotonic() < deadline
+            ):
+                largest(found, place, name, step, multiple)
+    return failed
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(programs: dict[str, Any]) -> list[Row]:
+    """Every program beside backprop's of the same target and model."""
+    rows: list[Row] = []
+    for key, program in programs.items():
+        place, name, step = key.split(": ")
+        if "batch" in program:
+            rows.append(Row(f"{key} of a device", program["batch"], detail=program["peaks"]))
+            continue
+        plain = programs.get(f"{place}: {name}: BP")
+        if plain is not None and step not in ("BP", "pmap", "shard_map"):
+            rows += (
+                mirror_rows(key, name, program, plain) if step.endswith("mirror") else engaged_rows(key, program, plain)
+            )
+    return rows
+
+
+def engaged_rows(key: str, program: dict[str, Any], plain: dict[str, Any]) -> list[Row]:
+    """Operations, memory, copies, bytes and collectives of an engaged step over backprop's."""
+    own = program["arguments"] - plain["arguments"]  # B and its optimizer's state, on one device
+    # B is read for the error; what learns is read and written by its optimizer, and then B has moments or is all of it.
+    moved = own if key.endswith((": FA", ": WM")) else 2 * own
+    ours, theirs = (sum(p["products"].values()) for p in (program, plain))
+    over = lambda what: program[what] / plain[what]
+    sent = [sum(c["bytes"] for c in p["collectives"].values()) for p in (program, plain)]
+    rows = [
+        Row(f"{key} over BP, operations", over("flops"), at_most=1.001),
+        Row(f"{key} over BP, products", ours / theirs, at_most=1.0),
+        Row(f"{key} over BP, temporaries", over("temporaries"), at_most=1.01),
+        Row(
+            f"{key} over BP and what B must move, bytes",
+            program["bytes"] / (plain["bytes"] + moved),
+            at_most=1.0,
+            note=f"over BP's alone {over('bytes'):.4f}",
+            detail={"bytes": program["bytes"], "backprop": plain["bytes"], "B and its optimizer": moved},
+        ),
+        Row(f"{key}, copies of W or B beyond BP's", copied(program) - copied(plain), at_most=0),
+    ]
+    if sent[1]:
+        rows.append(Row(f"{key} over BP, bytes of collectives", sent[0] / sent[1], at_most=1.0))
+    return rows
+
+
+def copied(program: dict[str, Any]) -> int:
+    """How many copies a program makes of float32 arrays with the shape of a weight."""
+    return int(program["copies"]["of weights"])
+
+
+def mirror_rows(key: str, name: str, program: dict[str, Any], plain: dict[str, Any]) -> list[Row]:
+    """A mirror step over the engaged steps from one to the next."""
+    every = MODELS[name].every
+    share = lambda what: program[what] / (every * plain[what])
+    return [
+        Row(f"{key} step over {every} engaged steps, {unit}", share(what), at_most=0.03)
+        for unit, what in (("operations", "products' flops"), ("bytes", "kernels' bytes"))
+    ]
+
+
+# --- the largest batch ------------------------------------------------------------------------------------------------
+
+
+def held(target: Target, name: str, step: str, batch_size: int) -> int:
+    """The bytes that a step of this batch takes at its peak on one device."""
+    try:
+        return peak_bytes(lowered(target, name, step, batch_size).compile())
+    except jax.errors.JaxRuntimeError as error:  # a TPU's compiler gives up, and says how much it would have been
+        used = re.search(r"Used ([\d.]+)([GM]) of", str(error))
+        if used is None:
+            raise
+        return int(float(used[1]) * {"G": 2**30, "M": 2**20}[used[2]])
+
+
+def largest(kept: Kept, place: str, name: str, step: str, multiple: int, tries: int = 4) -> None:
+    """The largest batch a device that fits, by as many compilations: each goes where a line through two of them leads."""
+    target, key = TARGETS[place], f"{place}: {name}: {step}, largest batch"
+    if key in kept.programs:
+        return
+    first = MODELS[name].batch
+    known = {first: kept.programs[f"{place}: {name}: {step}"]["peak"]}
+    batch = first * target.memory // known[first]
+    for _ in range(tries):
+        batch = max(multiple, batch // multiple * multiple)
+        if batch in known:
+            break
+        known[batch] = held(target, name, step, batch)
+        (a, x), (b, y) = sorted(known.items())[-2:]
+        batch = int(a + (target.memory - x) * (b - a) / max(1, y - x))
+    fits = [n for n, peak in known.items() if peak <= target.memory]
+    kept.put(key, {"batch": max(fits), "peaks": {str(n): peak for n, peak in sorted(known.items())}})
