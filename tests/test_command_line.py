@@ -54,7 +54,7 @@ def test_version(command):
 def test_recipes_are_on_one_screen(command):
     code, out, _ = command("train", "--help")
     assert code == 0 and len(out.splitlines()) <= 30 and max(map(len, out.splitlines())) <= 80
-    for word in ("mlp-digits ", "bp fa ss kp kpm wm", "kp Kolen-Pollack", "wmkp train RECIPE --help"):
+    for word in ("mlp-digits ", "bp fa ss kp mkp kpm wm frozen", "kp Kolen-Pollack", "wmkp train RECIPE --help"):
         assert word in out
 
 
@@ -181,7 +181,7 @@ def test_a_download_without_network_is_one_line_and_soon(command, tmp_path, monk
         ("hidden", 3, "hidden must be a list, each item an integer; got 3"),
         ("hidden", [3, True], "hidden must be a list, each item an integer"),
         ("hidden", [3] * 3000, "--hidden must name the widths of at least 1 layer and at most 256; got 3000"),
-        ("model", "nonsense", "model must be one of mlp, lenet"),
+        ("model", "nonsense", "model must be one of mlp, residual-mlp, lenet"),
         ("out", None, "out must be text; got null"),
     ],
 )

@@ -22,19 +22,23 @@ def print_recipes() -> None:
     for recipe in RECIPES:
         base, rule = recipe.rsplit("-", 1)
         rules.setdefault(base, []).append(rule)
+    common = [name for name in next(iter(rules.values())) if all(name in names for names in rules.values())]
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("base", no_wrap=True)
-    table.add_column("rules", no_wrap=True)
+    table.add_column("further rules", no_wrap=True)
     table.add_column("what it is")
     for base, names in rules.items():
-        table.add_row(base, " ".join(names), DESCRIPTIONS[f"{base}-{names[0]}"].split("; ", 1)[1])
+        table.add_row(
+            base, " ".join(n for n in names if n not in common), DESCRIPTIONS[f"{base}-{names[0]}"].split("; ", 1)[1]
+        )
     console = Console()
     with console.capture() as drawn:
         console.print(table)
     used = ", ".join(f"{rule} {RULES[rule]}" for rule in dict.fromkeys(itertools.chain(*rules.values())))
     print(
         "usage: wmkp train RECIPE [OPTIONS]\n\nTrains a network under a learning rule, by a recipe: a base and a rule, joined\n"
-        "by a dash, such as mlp-digits-kp. Settings: wmkp train RECIPE --help."
+        "by a dash, such as mlp-digits-kp. Settings: wmkp train RECIPE --help.\n\n"
+        f"Every base takes these rules: {' '.join(common)}"
     )
     print("\n".join(line.rstrip() for line in drawn.get().splitlines()))
     print(textwrap.fill(f"{used}. Any other rule: --rule NAME.", 79))

@@ -189,7 +189,7 @@ def prepare(name: str, data_dir: Path | None) -> Path:
     try:
         made = tfds.builder(name, data_dir=where, file_format="array_record")
         if not made.data_path.exists() and not any((where / "downloads").glob("*.INFO")):  # nor downloaded already
-            _check_reachable(name, made.url_infos)
+            _check_reachable(name, made.url_infos or ())
         made.download_and_prepare()
     except tfds.core.DatasetNotFoundError:
         raise InputError(f"unknown dataset {name!r}: TFDS does not know it") from None
