@@ -85,8 +85,9 @@ class Settings(SphinxDirective):
                 return "one of " + ", ".join(get_args(get_args(hints[field.name])[0]))
             if isinstance(field.default, bool):
                 return "(on by default)" if field.default else ""
-            if field.default is None:  # the command's own help says what stands for it
-                return str(hints[field.name].__metadata__[0].help_behavior_hint)
+            if field.default is None:  # the command's own help says what stands for it, or the field's docstring does
+                metadata = getattr(hints[field.name], "__metadata__", ())
+                return str(metadata[0].help_behavior_hint) if metadata else ""
             return " ".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
 
         return _definitions(
