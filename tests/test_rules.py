@@ -1314,7 +1314,8 @@ def test_b_equal_to_w_is_backprop(float64, rule):
     expected = jax.value_and_grad(convnet_loss)(params, x, target)
     chex.assert_trees_all_close((value, grads), expected, rtol=0, atol=1e-13)
     other = gradient(params, feedback, x, target)[1][0]["conv1"]["w"]
-    assert not np.allclose(other, grads["conv1"]["w"], rtol=0.01), "the B it starts from is not backprop"
+    if rule.mirror is None or not rule.mirror.start:
+        assert not np.allclose(other, grads["conv1"]["w"], rtol=0.01), "the B it starts from is not backprop"
 
 
 def test_product_feedback_equal_to_w_is_backprop(float64):

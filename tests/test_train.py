@@ -212,16 +212,18 @@ def test_files_that_cannot_be_written_are_named_before_the_work(finished, tmp_pa
     for module, work in ((evaluate, "build"), (cli.figures, "runs")):
         monkeypatch.setattr(module, work, lambda *args: pytest.fail("it was worked before the file was tried"))
     (tmp_path / "file").touch()
-    os.mkfifo(tmp_path / "pipe")  # as a device is, /dev/full for one
+    (tmp_path / "dir.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")  # as a device is, /dev/full for one
     for command in (["eval", finished.out, "--export"], ["plot", finished.out, "--out"]):
-        for bad in (tmp_path / "file" / "model", tmp_path, tmp_path / "pipe", tmp_path / ("x" * 250)):
+        for name in ("file/model.png", "dir.png", "pipe.png", "x" * 250 + ".png"):
+            bad = tmp_path / name
             monkeypatch.setattr(sys, "argv", ["wmkp", *map(str, [*command, bad])])
             with pytest.raises(SystemExit):
                 cli.main()
             said = capsys.readouterr().err
-            assert f"wmkp: cannot write to {bad.parent if bad.name == 'model' else bad}: " in said
+            assert f"wmkp: cannot write to {bad.parent if bad.name == 'model.png' else bad}: " in said
             assert said.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dir.png", "file", "pipe.png"]
 
 
 def test_a_run_that_is_not_there_leaves_no_directory_behind(finished, tmp_path):

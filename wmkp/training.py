@@ -268,7 +268,10 @@ def make_steps(
         key: jax.Array, chosen: dict[str, Rule], leaves: list[Any], entries: list[Any], count: jax.Array, before: bool
     ) -> tuple[list[Any], list[Any]]:
         """B after the mirror step number ``count`` (from 1) of these rules, and its signals."""
-        signals = mean(mirror.signals(own_key(key), chosen, analysis, own(leaves), own(entries), spread))
+        if before and not compat.is_bound(axis_name):  # ``init`` outside of the devices' map: one draw for all
+            signals = mirror.signals(key, chosen, analysis, leaves, entries, spread)
+        else:
+            signals = mean(mirror.signals(own_key(key), chosen, analysis, own(leaves), own(entries), spread))
         after = mirror.averaged(chosen, analysis, entries, signals, count, before)
         for i, (path, signal, b) in enumerate(zip(analysis.paths, signals, entries, strict=True)):
             if signal is not None and b is not None and by_hand(mirrors[path]):
@@ -291,6 +294,9 @@ def make_steps(
         parts = 1 if axis_name is None else jax.lax.psum(1, axis_name)
         if lags := mirror.lags(watched, analysis, leaves, entries, signals, count, parts):
             metrics["lag"] = lags
+            # B is read for the lag before it is overwritten; otherwise it would be copied.
+            waits = zip(analysis.paths, after, strict=True)
+            after = [compat.after(b, lags[path]) if path in lags else b for path, b in waits]
         return place(state._replace(feedback=tree.unflatten(after), mirrored=count, key=key)), metrics
 
     def init(key: jax.Array, params: Any, model_state: Any = None, mirror_steps: int | None = None) -> TrainState:

@@ -161,6 +161,14 @@ def binder(eqn: Any, parent: Any) -> Callable[..., list[Any]]:
     return bind
 
 
+def is_bound(axis_name: Any) -> bool:
+    """Whether this is inside a pmap or shard_map over the axis (or there is none to be inside of)."""
+    try:
+        return axis_name is None or jax.lax.axis_index(axis_name) is not None
+    except NameError:
+        return False
+
+
 def vary(x: jax.Array, axis_name: str) -> jax.Array:
     """A value that is the same on all devices of a manual axis, as each device's own."""
     try:

@@ -336,16 +336,21 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], result: int = 0) -> Kind:
     kind = union._replace(varying=varying, breadth=breadth, gained=gained)
     if name == "stop_gradient":
         kind = kind._replace(joint=False)
+    if name in compat.LAYOUT and kinds[0].cast:
+        kind = kind._replace(cast=True)
+    cast = any(k.cast for k in kinds)
     if not _follows(eqn, kinds) or split:
-        reason = CAST if any(k.cast for k in kinds) else f"{name} of a weight with gains" if split else name
+        reason = CAST if cast else f"{name} of a weight with gains" if split else name
         kind = kind._replace(obstacle=union.obstacle or reason)
+    elif cast:  # masked or chosen by its own size
+        kind = kind._replace(obstacle=None, unmirrored=kind.unmirrored or CAST)
     if union.data:
         return _touched(eqn, kinds, kind, looked_up)
     plain = union.plain and name not in {"mul", "div", "neg", *compat.WRITTEN}
     if name in {"broadcast_in_dim", "tile"}:
         plain = union.plain and math.prod(out.shape) == math.prod(eqn.invars[0].aval.shape)
     mixes = name in compat.AFFINE | compat.EXCHANGED | MIXING
-    return kind._replace(plain=plain, unmirrored=union.unmirrored or (name if mixes else None))
+    return kind._replace(plain=plain, unmirrored=kind.unmirrored or (name if mixes else None))
 
 
 # Linear in a weight, but its elements are mixed: mirror mode cannot undo them.
@@ -365,7 +370,7 @@ def _gained(eqn: Any, kinds: Sequence[Kind], result: int) -> tuple[bool, ...] | 
     own = [k.gained or (False,) * v.aval.ndim for k, v in zip(kinds, eqn.invars, strict=True)]
     name = eqn.primitive.name
     moved = result_varying(eqn, [Kind(varying=v) for v in own], result)
-    if name in compat.GROWN | compat.INDEXED:
+    if name in compat.GROWN | compat.INDEXED | compat.EXCHANGED:
         same = eqn.outvars[result].aval.ndim == eqn.invars[0].aval.ndim
         along = {eqn.params["dimension"]} if name == "concatenate" else set()
         axes = [any(v[a] for v in own if len(v) > a) or a in along for a in range(len(moved))]
@@ -403,8 +408,8 @@ def _touched(eqn: Any, kinds: Sequence[Kind], kind: Kind, looked_up: bool) -> Ki
         rows = rows or kind.breadth
     if kind.obstacle and rows == 1:
         return activation(kinds)
-    moved = name in compat.LAYOUT and kind.unmirrored
-    reason = kind.unmirrored if moved else name if name in compat.EXCHANGED else "data"
+    laid_out = name in compat.LAYOUT - compat.EXCHANGED
+    reason = None if laid_out else name if name in compat.EXCHANGED else "data"
     return kind._replace(per_example=rows, unmirrored=kind.unmirrored or reason, plain=False)
 
 

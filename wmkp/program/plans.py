@@ -73,8 +73,12 @@ def _inactive(eqn: Any, kinds: Sequence[Kind], result: int) -> Kind:
     data = random or any(k.data for k in kinds)
     noise = random or (data and all(k.noise for k in kinds if k.data))
     if not data and eqn.primitive.name in compat.INLINED:
-        return Analyser().plan(compat.inner_jaxpr(eqn), kinds, ()).outputs[result]
-    return Kind(data=data, noise=noise, varying=result_varying(eqn, kinds, result))
+        kind = Analyser().plan(compat.inner_jaxpr(eqn), kinds, ()).outputs[result]
+        return kind._replace(unmirrored=eqn.primitive.name if eqn.effects else kind.unmirrored)
+    unmirrored = next((k.unmirrored for k in kinds if k.unmirrored), None)
+    if eqn.effects and eqn.primitive.name not in compat.VARIED:  # it asks which device this is, or the others
+        unmirrored = eqn.primitive.name
+    return Kind(data=data, noise=noise, varying=result_varying(eqn, kinds, result), unmirrored=unmirrored)
 
 
 def _sliced(kind: Kind, length: int) -> Kind:
