@@ -276,7 +276,7 @@ def test_product_backward_does_not_depend_on_w(name):
     rng = np.random.default_rng(0)
     x, w, b, other = (rng.normal(size=s).astype(np.float32) for s in (x_shape, w_shape, w_shape, w_shape))
     transpose = lambda x, delta: jax.linear_transpose(lambda w: multiply(x, w), w)(delta)[0]
-    product = types.SimpleNamespace(multiply=multiply, weight_gradient=transpose)
+    product = types.SimpleNamespace(multiply=multiply, weight_gradient=transpose, laid_out=lambda w: w)
     through = functools.partial(pathways.through_feedback, product, circuit=pathways.Circuit(pathways.hebbian))
     y, pull_back = jax.vjp(through, x, w, b)
     np.testing.assert_array_equal(y, multiply(x, w))

@@ -252,7 +252,6 @@ WRONG = {
         }.items()
         for what, (bad, *words) in {
             "integer params": ((changed(w=jnp.ones((6, 2), int)), X), "params['w'] is int", "floating-point"),
-            "complex params": ((changed(w=jnp.ones((6, 2), complex)), X), "params['w'] is complex"),
             "a number among params": ((changed(b=1.0), X), "params['b'] is float", "floating-point arrays"),
             "a string among params": ((changed(b="zeros"), X), "params['b'] is str"),
             "a list in params": ((changed(b=[0.0] * 6), X), "params['b/0'] is float"),
@@ -267,6 +266,8 @@ WRONG = {
             "one argument too many": ((PARAMS, X, X), "fun(params, *args) raised TypeError", "positional"),
         }.items()
     },
+    "complex params": (
+        lambda: init(KP, changed(w=jnp.ones((6, 2), complex))), "params['w']", "feedback weights are real", "as two real arrays"),
     "feedback forgotten": (
         lambda: wmkp.value_and_grad(fun, KP)(PARAMS, X), "raised TypeError", "called with params, feedback, *args"),
     "data closed over": (lambda: init(KP, fun=lambda p, x: fun(p, X) + x.sum()), "Data must be an argument of fun"),
@@ -370,7 +371,7 @@ WRONG = {
         for what, fields, *words in (
             ("B is not used", {"backward": None}, "rule mine has no backward", "back through W"),
             ("B is not made", {"init": None}, "rule mine has no init"),
-            ("transports what there is not", {"transports": "half"}, "rule.transports must be one of"),
+            ("transports what there is not", {"transports": "half"}, "rule.transports must be", "got 'half'"),
             ("init takes two", {"init": lambda key, p: 0}, "rule.init of mine raised TypeError", "(key, projection, W) -> B"),
             ("init is no function", {"init": 3}, "rule.init must be a function"),
             ("init makes another shape", {"init": lambda k, p, w: jnp.zeros(3)}, "rule.init of mine made float32[3] for params['w']", "float32[6, 2]"),
