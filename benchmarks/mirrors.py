@@ -51,7 +51,7 @@ class Task(NamedTuple):
     Attributes:
       init: ``key -> (params, model_state)``.
       loss_fn: as ``wmkp.make_steps`` takes it.
-      score: ``(params, model_state, batch) -> (loss, wrong, count)``, sums.
+      score: ``(params, model_state, batch) -> (loss, wrong, count)``, sums or parts of them.
       data: the examples.
       steps: engaged steps.
       batch: examples in a step.
@@ -220,7 +220,7 @@ def test(task: Task, score: Any, state: wmkp.TrainState, rule: wmkp.Rule) -> dic
     total = len(jax.tree.leaves(task.data.test)[0])
     for start in range(0, total, size):
         part = jax.tree.map(lambda x, start=start: x[start : start + size], task.data.test)
-        sums += np.array([float(x) for x in score(state.params, state.model_state, part)])
+        sums += np.array([float(x.sum()) for x in score(state.params, state.model_state, part)])
     value = sums[0] / sums[2] if task.unit == "nats" else 100 * sums[1] / sums[2]
     if rule.backward is None:
         return {"value": float(value)}
