@@ -146,14 +146,14 @@ def evaluate(
             handler.channel, own = pathways.next_key(handler.channel)
             x, noise = pathways.noisy(x, 0.0 if rule is None else rule.noise, own)
             if isinstance(b, Direct):
-                error = handler.channel.error
-                y, error = pathways.directly(product, x, w, b.array, error, circuit, noise, own)
-                handler.channel = handler.channel._replace(error=error)
+                y, passed = pathways.directly(product, x, w, b.array, handler.channel.error, circuit, noise, own)
+                handler.channel = handler.channel._replace(error=passed)
             else:
                 entry = entries[leaf] if circuit.own and entries is not None else None
                 y = pathways.through_feedback(product, x, w, b, circuit, _whole(entry, product), noise, own)
         if product is last:
             y = pathways.emit_error(y, handler.channel.error)
+            handler.channel = handler.channel._replace(error=error)  # the next step of a scan has an error of its own
         return y if tap is None else tapped(product, x, y, tap)
 
     data = [leaf for leaf in jax.tree.leaves(args) if is_array(leaf)]

@@ -457,14 +457,15 @@ def direct_feedback_alignment(scale: float = 1.0) -> Rule:
     ``dL/dx := B_l e``, e the error at the network's output (that of the last projection), B_l fixed and random, of
     shape (size of x) by (outputs). Nothing passes between projections: the chain is cut there, and goes on only through
     what has no weights (activation functions, normalisations, skip connections). Nothing is transported. W's own
-    gradient stays delta x^T (eq. 4).
+    gradient stays delta x^T (eq. 4). Where a scan makes the output, each step's error goes to that step's projections.
+    wmkp computes the layers in sequence, not in parallel.
 
     Args:
       scale: B is Gaussian with standard deviation ``scale / sqrt(outputs)``.
 
     Raises:
-      ValueError: ``scale`` is not a positive number; from ``init_feedback``, an output inside a ``lax.scan``, or a
-        parameter whose inputs are of different sizes.
+      ValueError: ``scale`` is not a positive number; from ``init_feedback``, an output without one error (in a
+        ``lax.cond``, or on its way to a projection in the next step of a scan), or inputs of different sizes.
     """
     check_scale(scale)
     return Rule("direct_feedback_alignment", _RandomDirect(scale), fixed, direct=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from wmkp import checks
+from wmkp.program import compat
 from wmkp.program.interpreter import collect
 from wmkp.program.kinds import Kind
-from wmkp.program.plans import Analyser, Plan, settle
+from wmkp.program.plans import Analyser, Plan, Step, settle
 from wmkp.program.products import Product, WeightTransportError
 
 
@@ -132,10 +134,14 @@ class Analysis(NamedTuple):
         """See ``Projection.direct_shape``."""
         products = [p for p in self.sites()[path] if p.needs_feedback]
         error = self.last()
-        if error.lengths:
+        around = _around(self.plan, error)
+        self._check_output(error, around)
+        within = [step.plans[0] for step in around if step.action == "scan"]
+        if within and not {*products} <= {*within[-1].products()}:
             raise ValueError(
-                "direct feedback needs the last projection outside of any lax.scan or shard_map, so that its output has "
-                "one error"
+                f"params[{path!r}] is used outside of the lax.scan that makes the output, so there is no one error for direct "
+                "feedback to send it: the output has one at each step. Move its product into the scan, or give it another "
+                f'rule: rule={{"{re.escape(path)}": wmkp.feedback_alignment(), ".*": ...}}.'
             )
         for product in products:
             x, e = product.input_avals[0].shape, error.output_aval.shape
@@ -149,6 +155,20 @@ class Analysis(NamedTuple):
         if len(shapes) != 1 or len(stacks) != 1:
             raise ValueError(f"params[{path!r}] takes inputs of different sizes; direct feedback needs one size")
         return (*stacks.pop(), *shapes.pop())
+
+    def _check_output(self, product: Product, around: list[Step]) -> None:
+        """ValueError unless a product, inside these steps, has one error whenever it is evaluated, and none of a later step."""
+        if any(step.action in {"cond", "shard_map"} for step in around):
+            raise ValueError(
+                "direct feedback needs the last projection outside of any lax.cond or shard_map, so that its output has one "
+                "error. Compute the output after it, or use another rule."
+            )
+        if any(step.action == "scan" for step in around) and _reached(self.plan, product, set())[1]:
+            raise ValueError(
+                f"direct feedback takes the last projection, params[{self.paths[min(product.params)]!r}], for the output, but what "
+                "it makes goes on to a projection in the next step of its lax.scan. Compute the output after the state in the "
+                "scan's body; let an output that is fed back pass jax.lax.stop_gradient; or use another rule."
+            )
 
     def matrix_axes(self, path: str, shape: tuple[int, ...]) -> tuple[list[int], list[int], list[int]]:
         """See ``Projection.matrix_axes``."""
@@ -175,6 +195,38 @@ class Analysis(NamedTuple):
             else:
                 roles[0 if along <= {*range(lead), *(lead + a for a in groups)} else 2].append(axis)
         return roles
+
+
+def _around(plan: Plan, product: Product) -> list[Step]:
+    """The steps that a product is inside of, outermost first."""
+    for step in plan.steps:
+        for inner in step.plans:
+            if product in inner.products():
+                return [step, *_around(inner, product)]
+    return []
+
+
+def _reached(plan: Plan, product: Product, live: set[int]) -> tuple[set[int], bool]:
+    """Which results of a plan get errors from after a product (or after these inputs), and whether a projection is between."""
+    marked, met = {plan.jaxpr.invars[i] for i in live}, False
+    for step in plan.steps:
+        into = {i for i, v in enumerate(step.eqn.invars) if isinstance(v, compat.Var) and v in marked}
+        outs = {*range(len(step.eqn.outvars))} if into or step.product is product else set()
+        met |= bool(into) and step.product is not None
+        for inner in step.plans:
+            if product not in inner.products():
+                met |= bool(into) and any(True for _ in inner.products())
+                continue
+            consts, carries = compat.scan_sizes(step.eqn.params) if step.action == "scan" else (0, 0)
+            while True:  # what goes into a carry comes back in the next step
+                outs, within = _reached(inner, product, into)
+                again = {consts + i for i in outs if i < carries}
+                if again <= into:
+                    break
+                into |= again
+            met |= within
+        marked |= {v for i, v in enumerate(step.eqn.outvars) if i in outs and plan.kinds[v].active}
+    return {i for i, v in enumerate(plan.jaxpr.outvars) if isinstance(v, compat.Var) and v in marked}, met
 
 
 def direct_sizes(x: tuple[int, ...], error: tuple[int, ...]) -> tuple[int, int, int]:
