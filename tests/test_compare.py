@@ -67,7 +67,7 @@ def tfds_dir(tmp_path_factory):
 
 def test_a_run(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("COLUMNS", "220")
-    shown = ["bp", "fa", "kp", "kpm", "kpt", "dfa", "mkp", "wm", "frozen"]
+    shown = ["bp", "fa", "kp", "kpm", "dfa", "wm", "frozen"]
     assert wmkp(monkeypatch, "compare", "--rules", *shown, "--out", tmp_path / "deep" / "out", *TINY) == 0
     out, err = capsys.readouterr()
     assert "too short for Kolen-Pollack" in err
@@ -102,7 +102,7 @@ def test_a_run(monkeypatch, tmp_path, capsys):
     rows = [row for row in rows if row["seed"] == "1"]
     start, losses = ({row["rule"]: row for row in rows if row["epoch"] == str(epoch)} for epoch in (0, 2))
     losses = {rule: float(row["train_loss"]) for rule, row in losses.items()}
-    assert losses["kp"] == losses["kpt"] == losses["fa"], "these start from the same B"
+    assert losses["kp"] == losses["fa"], "these start from the same B"
     assert abs(losses["kpm"] - losses["bp"]) < 1e-5 < abs(losses["kp"] - losses["bp"])
     assert float(start["kpm"]["matrix_angle_worst_deg"]) < 0.01
     assert float(start["wm"]["matrix_angle_mean_deg"]) < 35 < 60 < float(start["fa"]["matrix_angle_mean_deg"])
@@ -152,6 +152,7 @@ def test_frozen_leaves_the_hidden_layers_as_they_were_drawn():
             assert same == (layer != "output"), (layer, name)
 
 
+@pytest.mark.slow
 def test_rules_are_told_apart():
     """The command's claim, on fewer epochs and seeds: FA and SS fail where WM and MKP follow backprop."""
     config = Compare(rules=("bp", "fa", "ss", "mkp", "wm"), seeds=3)

@@ -180,6 +180,7 @@ def test_processes_take_blocks_of_the_batch(stream):
         streaming.train_batches(stream, 6, 0, processes=4)
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing_and_go_away(stream):
     damaged = stream._replace(train=Damaged(stream.train, missing={3, 4}, garbled={7}))
     expected = take(9, damaged, 4, seed=1)

@@ -60,6 +60,7 @@ ELLIPSIS = "    ...\n"
 LOSS = "    loss, accuracy = plain(params, batch), 0.0\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
 def test_code_runs(page, quick_compile):
     """Every block of Python on a page, in the page's order and in one namespace; a traceback names the page's line."""

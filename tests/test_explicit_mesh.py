@@ -6,17 +6,15 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, reshard
+from marks import some_slow
 
 import wmkp
 
 KEY = jax.random.key(0)
 RULES = {
-    "bp": wmkp.backprop(),
-    "fa": wmkp.feedback_alignment(),
     "ss": wmkp.sign_symmetry(),
     "brsf": wmkp.sign_symmetry("batch"),
     "kp": wmkp.kolen_pollack(),
-    "kpm": wmkp.kolen_pollack(start="mirror"),
     "wm": wmkp.weight_mirror("gaussian", num_samples=40, rate=0.1, start=0),
     "wm bias": wmkp.weight_mirror("orthogonal+antithetic", num_samples=64, activation=jax.nn.relu, bias="kept"),
     "am": wmkp.activity_mirror(),
@@ -91,7 +89,9 @@ def close(ours, theirs, **how):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), **how)
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if name != "ss"])
+@pytest.mark.parametrize(
+    "name", some_slow([n for n in RULES if n != "ss"], {"brsf", "wm bias", "am", "pfa", "ia", "aa"})
+)
 def test_a_divided_net_learns_as_one_device_does(name, mesh, quick_compile):
     params, x = whole()
     losses, one = train(RULES[name], params, x)
@@ -111,6 +111,7 @@ def test_a_divided_net_learns_as_one_device_does(name, mesh, quick_compile):
             assert jax.typeof(b) == jax.typeof(w), "B is divided as W is"
 
 
+@pytest.mark.slow
 def test_what_is_watched_op_by_op_is_what_one_device_has(mesh, quick_compile):
     rule = RULES["kp"]
     loss_of = lambda p, x: loss(p, None, x, KEY)[0]
@@ -147,6 +148,7 @@ def test_gradients_are_not_backprops_unless_b_is_w(name, mesh):
                 assert b is None or jax.typeof(signal[path]) == jax.typeof(b)
 
 
+@pytest.mark.slow
 def test_mirror_signals_are_those_of_one_device(mesh):
     params, x = whole()
     loss_of = lambda p, x: loss(p, None, x, KEY)[0]

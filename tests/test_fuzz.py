@@ -619,18 +619,21 @@ SETTINGS = settings(
 )
 
 
+@pytest.mark.slow
 @settings(SETTINGS, max_examples=LARGE or 8)
 @given(programs())
 def test_random_programs(program):
     check(program)
 
 
+@pytest.mark.slow
 @settings(SETTINGS, max_examples=LARGE or 12)
 @given(programs(wild=True))
 def test_random_programs_that_feedback_cannot_always_follow(program):
     check(program)
 
 
+@pytest.mark.slow
 @settings(SETTINGS, max_examples=LARGE or 16)
 @given(programs())
 def test_orthogonal_noise_mirrors_random_programs_exactly(program):

@@ -142,6 +142,7 @@ class NNXCNN(nnx.Module):
         return self.head(self.dropout(self.attention(x)).mean(1))
 
 
+@pytest.mark.slow
 def test_nnx_cnn_with_batchnorm_and_dropout():
     apply, params, state = wmkp.nnx.pure(NNXCNN(nnx.Rngs(0)))
     x, y = jax.random.normal(KEY, (4, 8, 8, 3)), jnp.arange(4)
@@ -418,6 +419,7 @@ def test_layout_changes_on_the_way_to_the_product():
     check(loss, params, draw(3, 6), paths=["a", "b", "bank", "padded", "qkv", "scaled"])
 
 
+@pytest.mark.slow
 def test_tied_embedding_is_a_projection_where_it_is_attended_and_local_where_it_is_looked_up():
     class LM(nn.Module):
         @nn.compact
@@ -736,7 +738,9 @@ def selected_and_gated(params, x, s):
 GATED = (gated, gated_in_a_scan, gated_in_a_branch, gated_under_remat, selected_and_gated)
 
 
-@pytest.mark.parametrize("loss", GATED, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "loss", [GATED[0], *(pytest.param(f, marks=pytest.mark.slow) for f in GATED[1:])], ids=lambda f: f.__name__
+)
 def test_an_engaged_gradient_may_be_differentiated_by_data_that_scale_a_weight(loss):
     params, x = list(layers(3, 6)), jax.random.normal(KEY, (3, 6))
     s = 0.5 + jax.random.uniform(KEY, (6, 6))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marks import some_slow
 
 import wmkp
 from benchmarks import models, programs
@@ -64,7 +65,7 @@ def backprop():
     return compiled_backprop(case())
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", some_slow(RULES, {"FA", "WM"}))
 def test_an_engaged_step_has_backprops_products_copies_and_bytes(rule, backprop):
     """Beside B and its optimizer's state, a thousand bytes are allowed: addresses of results, and alignment.
 
@@ -121,6 +122,7 @@ def test_counts_see_what_they_are_for():
     assert programs.peak_bytes(fat) >= programs.peak_bytes(thin) + w.nbytes
 
 
+@pytest.mark.slow
 def test_weight_gradients_by_patches_lay_out_no_batch_anew():
     """At its peak an engaged step by patches holds no more than backprop and a chunk's patches, not the batch again."""
     big = case(batch_size=64, side=32)
@@ -135,6 +137,7 @@ def test_weight_gradients_by_patches_lay_out_no_batch_anew():
     assert programs.peak_bytes(ours) <= programs.peak_bytes(plain) + more + chunk + 1000
 
 
+@pytest.mark.slow
 def test_strided_positions_are_picked_out_when_delta_is_there(monkeypatch):
     """Shortcuts of one position and stride 2: what they read is not kept twice, whole and picked out."""
     monkeypatch.setattr(patches, "LEAST", 0)
@@ -172,7 +175,7 @@ def test_what_waits_is_the_same_to_the_bit():
     assert np.array_equal(compat.after(x, jnp.zeros((0, 3))), x, equal_nan=True)
 
 
-@pytest.mark.parametrize("noise", ["gaussian", "rademacher", "orthogonal"])
+@pytest.mark.parametrize("noise", some_slow(["gaussian", "orthogonal"], {"gaussian"}))
 def test_a_mirror_step_is_two_products_a_projection(noise):
     """Or two Fourier transforms, of the dense layer's 256 inputs: its noise is not written down."""
     steps, state = steps_and_state(case(), wmkp.weight_mirror(noise, target_angle=45.0, rate=1.0))
@@ -289,7 +292,7 @@ def test_no_tracer_is_leaked():
         assert list(wmkp.input_covariances(checkpointed, params, x)) == ["in", "w"]
 
 
-@pytest.mark.parametrize("what", ["engaged", "mirror"])
+@pytest.mark.parametrize("what", some_slow(["engaged", "mirror"], {"mirror"}))
 def test_tracing_work_is_linear_in_the_number_of_layers(what):
     """Lines that run, not seconds: as many more from the second to the third forty layers as from the first to the second."""
 

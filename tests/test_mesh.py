@@ -74,7 +74,7 @@ def on_one_device(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "fsdp"), [("bp", False), ("kp", False), ("kpm", True), ("wm", False), ("wm", True), ("wmo", True)]
+    ("name", "fsdp"), [("kp", False), ("kpm", True), ("wm", False), pytest.param("wmo", True, marks=pytest.mark.slow)]
 )
 def test_eight_devices_do_what_one_does(name, fsdp, caplog, quick_compile):
     losses, one = on_one_device(name)

@@ -317,8 +317,8 @@ def in_parts_of_60(monkeypatch):
 @pytest.mark.parametrize(
     ("noise", "samples"),
     [
-        *itertools.product(("gaussian", "orthogonal", "antithetic", "orthogonal+antithetic"), [997]),
-        *itertools.product(["orthogonal+antithetic"], (1000, 150, 96)),
+        *itertools.product(("gaussian", "orthogonal"), [997]),
+        *itertools.product(["orthogonal+antithetic"], (997, 150)),
     ],
 )
 def test_noise_drawn_in_parts(monkeypatch, noise, samples):
@@ -514,7 +514,8 @@ PARTS = {  # noise, samples over fan_in, activation
 @pytest.mark.parametrize(
     ("name", "fan_in", "written"),
     [
-        *itertools.product(PARTS, [256], [False, True]),
+        *itertools.product(PARTS, [256], [False]),
+        *itertools.product(("most of one", "part of one in pairs"), [256], [True]),
         *itertools.product(("most of one", "a block in pairs"), (255, 257, 509), [False]),
     ],
 )

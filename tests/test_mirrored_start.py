@@ -113,6 +113,7 @@ class Transformer(nn.Module):
         return nn.Dense(len(VOCABULARY))(nn.LayerNorm()(x))
 
 
+@pytest.mark.slow
 def test_transformer_follows_backprop_for_200_steps():
     rng = np.random.default_rng(1)
     characters = np.array([VOCABULARY.index(c) for c in TEXT], np.int32)
@@ -161,18 +162,17 @@ def with_statistics(model):
     return apply
 
 
-@pytest.mark.parametrize(("dtype", "rounding"), [(np.float32, 1e-5), (np.float64, 1e-12)])
-def test_resnet_follows_backprop(dtype, rounding):
-    """At every step no farther off than backprop has been from itself, each batch in another order; and that to rounding.
+@pytest.mark.slow
+def test_resnet_follows_backprop():
+    """In float64, at every step no farther off than backprop has been from itself, each batch in another order.
 
-    The order of samples changes nothing but the order of sums. Where a sum so changes the sign of what goes into a ReLU, a
-    ResNet's trajectories part: in float32 within ten steps or not at all, by machine; in float64 they do not.
+    In float32 a ResNet's trajectories part, by machine, where the order of a sum changes the sign of what goes into a ReLU.
     """
     rng = np.random.default_rng(2)
-    x = rng.normal(size=(25, 8, 8, 8, 3)).astype(dtype)
+    x = rng.normal(size=(25, 8, 8, 8, 3)).astype(np.float64)
     labels = rng.integers(0, 10, (25, 8))
-    with jax.enable_x64(dtype == np.float64):
-        variables = jax.tree.map(lambda a: a.astype(dtype), jax.jit(ResNet().init)(KEY, x[0]))
+    with jax.enable_x64(True):
+        variables = jax.tree.map(lambda a: a.astype(np.float64), jax.jit(ResNet().init)(KEY, x[0]))
         params, statistics = variables["params"], variables["batch_stats"]
         assert len([k for k in params if k.startswith("Conv")]) == 21  # 19, and 2 in shortcuts
         rest = as_step(with_statistics(ResNet()), cross_entropy), OPTIMIZERS["sgd"], params, statistics
@@ -182,10 +182,11 @@ def test_resnet_follows_backprop(dtype, rounding):
     assert len(set(bp)) == len(bp)
     assert np.max(angles) < LARGEST_ANGLE and np.isfinite(angles).all()
     ours, theirs = (np.abs(run / bp - 1) for run in (kp, other))
-    assert np.all(ours < 20 * np.maximum.accumulate(theirs) + rounding), (ours, theirs)
-    assert dtype == np.float32 or np.max(ours) < 1e-12
+    assert np.all(ours < 20 * np.maximum.accumulate(theirs) + 1e-12), (ours, theirs)
+    assert np.max(ours) < 1e-12
 
 
+@pytest.mark.slow
 def test_resnet_18_is_mirrored_in_one_step():
     """Orthogonal pairs, 2 fan_in of them, through ReLU: under 0.01 degrees at every projection, from shapes of data."""
     model = ResNet((64, 128, 256, 512), 2, 7, 100)

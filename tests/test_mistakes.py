@@ -846,6 +846,7 @@ def test_old_keys_do_as_typed_ones_do():
     steps(KP).engaged_step(state, X)
 
 
+@pytest.mark.slow
 def test_no_key_is_used_twice():
     """By JAX's own checker: B, mirror mode's noise, the starts of every rule, the loss's key and both steps."""
 

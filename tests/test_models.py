@@ -49,6 +49,7 @@ def test_parameters_and_projections(name, dtype):
     assert sum(p.feedback for p in found.values()) == weights
 
 
+@pytest.mark.slow
 def test_lenet_pools_as_flax_does():
     """Its own maximum gives what nn.max_pool does, and its gradient."""
 

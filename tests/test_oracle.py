@@ -227,6 +227,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_of_models_only_gains_are_read(name):
     fun, params, args = MODELS[name]()

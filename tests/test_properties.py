@@ -164,6 +164,7 @@ def close(model, ours, theirs, tolerance=1e-4):
 SETTINGS = settings(deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 
 
+@pytest.mark.slow
 @settings(SETTINGS, max_examples=5)
 @given(model=MODELS, choice=choices(RULES), seed=st.integers(0, 2**16))
 def test_shapes_dtypes_finiteness_purity_and_jit(model, choice, seed):

@@ -216,6 +216,7 @@ def read(path):
     return list(csv.DictReader(path.open()))
 
 
+@pytest.mark.slow
 def test_curves_are_held_against_the_published(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(published, "load", lambda name, data_dir: dataset)
     monkeypatch.setattr(published, "HIDDEN", {"mnist": HIDDEN})
@@ -508,6 +509,7 @@ def test_a_second_run_in_a_directory_is_refused(tmp_path, monkeypatch, capsys):
     assert "another run is at work" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_refused_command_leaves_what_says_how_the_figure_was_made(dataset, tmp_path, monkeypatch, capsys):
     """Nor does it shorten a curve that is there."""
     monkeypatch.setattr(published, "load", lambda name, directory: dataset)
@@ -529,6 +531,7 @@ def test_a_refused_command_leaves_what_says_how_the_figure_was_made(dataset, tmp
     assert run_command(monkeypatch, *curve, "--epochs", 4) == 0
 
 
+@pytest.mark.slow
 def test_a_battery_is_its_runs_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     battery = reproduce.Battery(
         ("mlp-digits-bp", "mlp-digits-wm"), {"hidden": (16, 16), "log_every": 5, "tensorboard": False}

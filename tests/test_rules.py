@@ -297,7 +297,6 @@ TERMS = {"amplitude": 0.9, "decay": 0.4, "null": 0.3, "sparse": 0.2, "self_align
 CASES = {
     "backprop": (wmkp.backprop(), BP()),
     "FA": (wmkp.feedback_alignment(), FA()),
-    "FA, wider": (wmkp.feedback_alignment(scale=1.7), FA()),
     "uSF": (wmkp.sign_symmetry(scale=1.5), SignSymmetry(1.5)),
     "frSF": (wmkp.sign_symmetry("fixed"), SignSymmetry()),
     "brSF": (wmkp.sign_symmetry("batch", scale=1.2), SignSymmetry()),
@@ -305,14 +304,8 @@ CASES = {
     "KP, mirrored start": (wmkp.kolen_pollack(start="mirror"), KP()),
     "KP, transported": (wmkp.kolen_pollack_transported(), TransportedKP()),
     "PFA": (wmkp.product_feedback_alignment(expansion=3.0), PFA()),
-    "PFA, smaller population": (wmkp.product_feedback_alignment(expansion=0.5, scale=1.4), PFA()),
     "DFA": (wmkp.direct_feedback_alignment(), DFA()),
     "DKP": (wmkp.direct_kolen_pollack(scale=0.8), DKP()),
-    "amplitude": (wmkp.alignment(amplitude=1.1, rate=0.2, **NOISY), Kunin(0.2, amplitude=1.1, on="noise")),
-    "decay": (wmkp.alignment(decay=0.7, rate=0.2, **NOISY), Kunin(0.2, decay=0.7, on="noise")),
-    "null": (wmkp.alignment(null=0.5, rate=0.2, **NOISY), Kunin(0.2, null=0.5, on="noise")),
-    "sparse": (wmkp.alignment(sparse=0.6, rate=0.2, **NOISY), Kunin(0.2, sparse=0.6, on="noise")),
-    "self": (wmkp.alignment(self_alignment=0.6, rate=0.2, **NOISY), Kunin(0.2, self_alignment=0.6, on="noise")),
     "all five on noise": (
         wmkp.alignment(**TERMS, rate=0.3, noise_std=1.3, **NOISY),
         Kunin(0.3, **TERMS, on="noise"),
@@ -321,19 +314,10 @@ CASES = {
         wmkp.alignment(amplitude=1, decay=1, noise="orthogonal", **NOISY),
         Kunin(0.1, amplitude=1, decay=1, on="noise"),
     ),
-    "amplitude on activity": (ALIGN(amplitude=1.1), Kunin(0.1, amplitude=1.1, on="activity")),
-    "decay on activity": (ALIGN(decay=1.1), Kunin(0.1, decay=1.1, on="activity")),
-    "null on activity": (ALIGN(null=0.8), Kunin(0.1, null=0.8, on="activity")),
-    "sparse on activity": (ALIGN(sparse=0.8), Kunin(0.1, sparse=0.8, on="activity")),
-    "self on activity": (ALIGN(self_alignment=0.8), Kunin(0.1, self_alignment=0.8, on="activity")),
     "all five on activity": (ALIGN(**TERMS, rate=0.2), Kunin(0.2, **TERMS, on="activity")),
     "all five, over the mean square": (
         ALIGN(**TERMS, normalize="mean"),
         Kunin(0.1, **TERMS, on="activity", normalize="mean"),
-    ),
-    "all five, over the square": (
-        ALIGN(**TERMS, normalize="total"),
-        Kunin(0.1, **TERMS, on="activity", normalize="total"),
     ),
     "all five, whitened": (ALIGN(**TERMS, whiten=True), Kunin(0.1, **TERMS, on="activity", whiten=True)),
     "SA": (wmkp.symmetric_alignment(1.2, 0.9, rate=0.3), Kunin(0.3, self_alignment=1.2, decay=0.9, on="activity")),
@@ -344,10 +328,6 @@ CASES = {
     "activity mirror": (
         wmkp.activity_mirror(rate=0.2),
         Kunin(0.2, amplitude=1, decay=1, on="activity", normalize="mean"),
-    ),
-    "activity mirror, whitened": (
-        wmkp.activity_mirror(whiten=True, rate=0.2),
-        Kunin(0.2, amplitude=1, decay=1, on="activity", whiten=True),
     ),
     "MKP": (wmkp.mirrored_kolen_pollack("gaussian", **NOISY, start=2), MKP(2)),
     "WM": (wmkp.weight_mirror("gaussian", **MIRROR | {"rate": 0.3}), WM(0.3)),
@@ -364,16 +344,11 @@ CASES = {
         WM(0.1, wmkp.mirror_gain(wmkp.weight_mirror(noise_std=0.3, activation=jnp.tanh)), np.tanh, bias=True),
     ),
     "KP under PFA": ({"1": wmkp.kolen_pollack(), ".*": wmkp.product_feedback_alignment()}, [BP(), KP(), PFA()]),
-    "DKP under BP": ({"2": wmkp.backprop(), ".*": wmkp.direct_kolen_pollack()}, [BP(), DKP(), BP()]),
     "WM under AA": (
         {"0|1": wmkp.weight_mirror("gaussian", **MIRROR), "2": wmkp.activation_alignment()},
         [BP(), WM(0.1), Kunin(1.0, amplitude=1, sparse=1, on="activity", normalize="total")],
     ),
     "DFA under KP": ({"0|1": wmkp.direct_feedback_alignment(), "2": wmkp.kolen_pollack()}, [BP(), DFA(), KP()]),
-    "brSF under WM": (
-        {"0|1": wmkp.sign_symmetry("fixed"), ".*": wmkp.weight_mirror("gaussian", **MIRROR)},
-        [BP(), SignSymmetry(), WM(0.1)],
-    ),
 }  # fmt: skip
 
 
@@ -388,15 +363,21 @@ def unpacked(b):
     return b.b[0] if isinstance(b, ProductFeedback) else b.array if isinstance(b, Direct) else b
 
 
-# Single terms are parts of all five; the others differ from a case above in a number or in their place.
-VARIANTS = {
-    "FA, wider", "PFA, smaller population", "amplitude", "decay", "null", "sparse", "self", "amplitude on activity",
-    "decay on activity", "null on activity", "sparse on activity", "self on activity", "all five, over the square",
-    "activity mirror, whitened", "DKP under BP", "brSF under WM",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", some_slow(CASES, VARIANTS))
+@pytest.mark.parametrize(
+    "name",
+    some_slow(
+        CASES,
+        {
+            "frSF",
+            "KP, transported",
+            "amplitude + decay on orthogonal noise",
+            "all five, whitened",
+            "SA",
+            "KP under PFA",
+            "WM under AA",
+        },
+    ),
+)
 def test_training_equals_numpy(float64, name):
     """Engaged step, mirror step, and again: W, biases and B are those of the equations, to 1e-9."""
     rule, equations = CASES[name]
@@ -558,6 +539,7 @@ def test_a_matrix_in_two_places_starts_at_the_scale_of_the_larger_fan_in():
         assert b.std() == pytest.approx(1 / 20, rel=0.05)
 
 
+@pytest.mark.slow
 def test_product_feedback_has_r_near_orthogonal():
     """R R^T is the identity to about 1 / sqrt(hidden) an entry, and B starts so that R B has the scale asked for."""
     feedback = wmkp.init_feedback(KEY, wmkp.product_feedback_alignment(8.0), mlp_loss, WIDE, *WIDE_DATA)
@@ -1387,6 +1369,7 @@ def test_direct_feedback_is_never_backprop(float64):
 MIXED = {"head": wmkp.backprop(), "conv": wmkp.weight_mirror(num_samples=50), ".*": wmkp.direct_feedback_alignment()}
 
 
+@pytest.mark.slow
 def test_mixed_rules_in_one_network_equal_numpy(float64):
     """Back through W at the head, directly to the dense layer's input, through a mirrored B at the conv."""
     params, x, target = convnet_params()

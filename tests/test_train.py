@@ -341,6 +341,7 @@ def test_a_checkpoint_of_another_model_or_rule_is_refused_by_path(finished):
         restore(rule="kp")
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_is_named_and_the_older_one_still_good(finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished.out, tmp_path / "run")
     config = dataclasses.replace(finished, out=tmp_path / "run", resume=True)
@@ -819,6 +820,7 @@ def test_loss_by_definition():
     np.testing.assert_array_equal(labels, np.bincount([3, 1, 4], minlength=10))
 
 
+@pytest.mark.slow
 def test_seeds_are_runs_of_their_own_and_one_curve(tmp_path, capsys, monkeypatch):
     run(tmp_path / "many", seeds=2, seed=3, epochs=1)
     alone = run(tmp_path / "alone", seed=4, epochs=1)
@@ -834,6 +836,7 @@ def test_seeds_are_runs_of_their_own_and_one_curve(tmp_path, capsys, monkeypatch
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_frozen_trains_the_readout_alone(tmp_path):
     config = run(tmp_path / "frozen", rule="frozen", epochs=1, optimizer="adamw", mirror_steps=None)
     built = train.build(config)
@@ -851,6 +854,7 @@ def test_every_recipe_is_sound():
         assert "mirror_steps" in settings.to_json(config)
 
 
+@pytest.mark.slow
 def test_text_and_bf16():
     """The decoder's loss at its start is that of chance; parameters stay float32."""
     config = dataclasses.replace(recipes.RECIPES["decoder-characters-kpm"], dtype="bfloat16")

@@ -381,6 +381,7 @@ def test_examples_may_be_shapes():
 # --- what the loss is given -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_key_and_model_state_are_threaded():
     """Dropout draws anew at each step; a running mean goes from step to step; metrics come out."""
 

@@ -126,15 +126,11 @@ def l2(*transformations):
 ACCEPTED = {
     "sgd": (optax.sgd(ETA), constant),
     "momentum": (optax.sgd(ETA, 0.9), constant),
-    "L2, sgd": (l2(optax.sgd(ETA)), plain(ETA * LAMBDA)),
     "L2, a decay of more than all": (optax.chain(optax.add_decayed_weights(1.5), optax.sgd(1.0)), plain(1.5)),
     "L2, momentum": (l2(optax.sgd(ETA, 0.9)), heavy_ball(0.9)),
     "L2, nesterov": (l2(optax.sgd(ETA, 0.9, nesterov=True)), heavy_ball(0.9, nesterov=True)),
-    "decay after momentum": (optax.chain(optax.trace(0.9), l2(optax.sgd(ETA))), plain(ETA * LAMBDA)),
     "adam": (optax.adam(ETA), constant),
     "adamw": (optax.adamw(ETA, weight_decay=LAMBDA), plain(ETA * LAMBDA)),
-    "lion": (optax.lion(ETA, weight_decay=LAMBDA), plain(ETA * LAMBDA)),
-    "rmsprop": (optax.rmsprop(ETA), constant),
     "adafactor": (optax.adafactor(ETA, multiply_by_parameter_scale=False, min_dim_size_to_factor=4), constant),
     "muon": (contrib.muon(ETA, weight_decay=LAMBDA, adam_weight_decay=LAMBDA), plain(ETA * LAMBDA)),
     "clipped by value": (optax.chain(optax.clip(0.5), l2(optax.sgd(ETA))), plain(ETA * LAMBDA)),
@@ -146,7 +142,6 @@ ACCEPTED = {
     "schedule-free": (contrib.schedule_free(l2(optax.sgd(ETA)), ETA, b1=0.9), schedule_free),
     # Its changes are small differences of averages: refused for rounding, were it tried in float32 alone.
     "schedule-free adamw": (contrib.schedule_free_adamw(ETA, weight_decay=LAMBDA), schedule_free),
-    "cocob": (contrib.cocob(), constant),
     "a scheduled hyperparameter": (
         l2(optax.inject_hyperparams(optax.sgd)(learning_rate=optax.linear_schedule(ETA, 0.0, STEPS))),
         lambda t: np.prod([1 - ETA * (1 - s / STEPS) * LAMBDA for s in range(t)]),
@@ -155,16 +150,10 @@ ACCEPTED = {
         optax.conditionally_transform(l2(optax.sgd(ETA)), every_other),
         lambda t: (1 - ETA * LAMBDA) ** ((t + 1) // 2),
     ),
-    "every other step masked": (
-        optax.conditionally_mask(l2(optax.sgd(ETA)), every_other),
-        lambda t: (1 - ETA * LAMBDA) ** ((t + 1) // 2),
-    ),
     "on a plateau": (  # the loss that it is told here never gets better: halved after each ten steps
         optax.chain(l2(optax.sgd(ETA)), contrib.reduce_on_plateau(factor=0.5, patience=10)),
         lambda t: np.prod([1 - ETA * 0.5 ** (s // 10) * LAMBDA for s in range(t)]),
     ),
-    "NaNs as zeros": (optax.chain(optax.zero_nans(), l2(optax.sgd(ETA))), plain(ETA * LAMBDA)),
-    "clipped by block": (optax.chain(optax.clip_by_block_rms(0.5), l2(optax.sgd(ETA))), plain(ETA * LAMBDA)),
     "warm-up from zero": (
         l2(optax.sgd(WARMUP)),
         lambda t: np.prod([1 - float(WARMUP(s)) * LAMBDA for s in range(t)]),
@@ -188,9 +177,8 @@ ACCEPTED = {
     some_slow(
         ACCEPTED,
         {
-            "L2, sgd", "L2, nesterov", "decay after momentum", "adam", "lion", "rmsprop", "clipped by value", "schedule-free",
-            "cocob", "a scheduled hyperparameter", "every other step transformed", "every other step masked", "NaNs as zeros",
-            "clipped by block", "a rule a matrix",
+            "L2, nesterov", "adam", "clipped by value", "schedule-free", "a scheduled hyperparameter",
+            "every other step transformed", "a rule a matrix",
         },
     ),
 )  # fmt: skip
@@ -215,18 +203,13 @@ def every_third(skip):
 WEIGHTS, MOMENTS, TREE = "size of the weights", "moments", "influence each other"
 REFUSED = {
     "lamb": (optax.lamb(ETA), WEIGHTS),
-    "lamb, warm-up from zero": (optax.lamb(WARMUP), WEIGHTS),
     "lars": (optax.lars(ETA), WEIGHTS),
     "adafactor with parameter scale": (optax.adafactor(ETA), WEIGHTS),
     "adaptive clipping": (optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(ETA)), WEIGHTS),
-    "adaptive clipping of what is large": (optax.chain(optax.adaptive_grad_clip(20.0), optax.sgd(ETA)), WEIGHTS),
-    "every third step, lamb": (optax.MultiSteps(optax.lamb(ETA), 3).gradient_transformation(), WEIGHTS),
     "L2, adam": (l2(optax.adam(ETA)), MOMENTS),
-    "weak L2, adam": (optax.chain(optax.add_decayed_weights(1e-3), optax.adam(ETA)), MOMENTS),
     "L2, rmsprop": (optax.chain(optax.add_decayed_weights(1e-2), optax.rmsprop(ETA)), MOMENTS),
     "L2, clip": (l2(optax.clip(0.5), optax.sgd(ETA)), "decay"),
     "clipped by global norm": (optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(ETA)), TREE),
-    "clipped by a large global norm": (optax.chain(optax.clip_by_global_norm(50.0), optax.adamw(ETA)), TREE),
     "clipped by a huge global norm": (optax.chain(optax.clip_by_global_norm(1e6), optax.sgd(ETA)), TREE),
     "clipped by global norm, labelled": (
         optax.partition(
@@ -235,20 +218,15 @@ REFUSED = {
         ),
         TREE,
     ),
-    "clipped by global norm, NaNs as zeros": (
-        optax.chain(optax.zero_nans(), optax.clip_by_global_norm(1e3), optax.sgd(ETA)),
-        TREE,
-    ),
     "if finite": (optax.apply_if_finite(optax.adamw(ETA, weight_decay=LAMBDA), 5), TREE),
-    "every third finite step": (every_third(optax.skip_not_finite), TREE),
     "every third step that is not large": (every_third(partial(optax.skip_large_updates, max_squared_norm=1e9)), TREE),
     "normalized": (optax.chain(contrib.normalize(), optax.sgd(ETA)), TREE),
     "prodigy": (contrib.prodigy(), TREE),
-    "Polyak's step": (optax.polyak_sgd(), TREE),
     "noise": (optax.chain(optax.add_noise(0.01, 0.55, key=0), optax.sgd(ETA)), "noise"),
 }
 
 
+@pytest.mark.slow
 def test_a_trial_is_compiled_and_goes_on_until_something_moves():
     calls = 0
 
@@ -286,9 +264,7 @@ def test_a_schedule_in_python_is_tried_as_it_is():
     some_slow(
         REFUSED,
         {
-            "lamb, warm-up from zero", "adaptive clipping", "every third step, lamb", "weak L2, adam", "L2, rmsprop",
-            "clipped by a large global norm", "clipped by a huge global norm", "clipped by global norm, NaNs as zeros",
-            "every third finite step", "normalized", "Polyak's step",
+            "adaptive clipping", "L2, rmsprop", "clipped by a huge global norm", "normalized",
         },
     ),
 )  # fmt: skip
