@@ -2,7 +2,9 @@
 
 import dataclasses
 import re
+import shutil
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from docutils import nodes
@@ -21,7 +23,16 @@ project = "wmkp"
 copyright = "the authors of wmkp; Apache-2.0"
 version = release = wmkp.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+# The notebooks are pages too: with the outputs that they are kept with, not executed here.
+DOCS = Path(__file__).parent
+shutil.rmtree(DOCS / "notebooks", ignore_errors=True)
+(DOCS / "notebooks").mkdir()
+for notebook in (DOCS.parent / "notebooks").glob("*.ipynb"):
+    shutil.copy(notebook, DOCS / "notebooks")
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+nb_execution_mode = "off"
+nb_ipywidgets_js: dict[str, dict[str, str]] = {}
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
 autodoc_typehints = "none"  # the docstrings say what each argument is
