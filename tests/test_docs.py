@@ -231,7 +231,7 @@ def strings():
 
 
 def quotes():
-    return re.findall(r"^`([^`\n]+)`\n: ", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    return re.findall(r"^\| `([^`\n]+)` \| ", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
 
 
 def pattern(quote):
