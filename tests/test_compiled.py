@@ -156,7 +156,7 @@ def test_a_case_of_shapes_makes_no_arrays():
     assert round(sum(x.size for x in leaves) / 1e6) == 124
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 147, 4608, 65535])
+@pytest.mark.parametrize("n", [1, 3, 147, 65535])
 def test_accelerators_work_the_hartley_matrix_out_element_by_element(n):
     """As near to float64's as the table is from which CPUs take it."""
     rows = np.unique(np.linspace(0, n - 1, 50).astype(np.int64))

@@ -70,7 +70,7 @@ def cross_entropy(logits, labels):
     return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), labels[:, None], 1))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_linen_cnn_with_batchnorm_attention_and_all_sorts_of_conv(dtype):
     model = LinenCNN(dtype)
     x, y = jax.random.normal(KEY, (4, 8, 8, 3)), jnp.arange(4)

@@ -211,7 +211,7 @@ def test_law_of_attention():
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize(
     ("noise", "samples", "std"),
-    [("gaussian", 48, 1.0), ("gaussian", 800, 0.01), ("uniform", 200, 10.0), ("rademacher", 100, 0.3)],
+    [("gaussian", 800, 0.01), ("uniform", 200, 10.0), ("rademacher", 100, 0.3)],
 )
 def test_law_of_every_noise(noise, samples, std, relu):
     rule = one_estimate(noise=noise, noise_std=std, num_samples=samples, activation=jax.nn.relu if relu else None)
@@ -338,8 +338,8 @@ def test_noise_drawn_in_parts(monkeypatch, noise, samples):
         assert np.std(in_parts) == pytest.approx(np.std(mean), rel=0.5)
 
 
-@pytest.mark.parametrize("noise", ["rademacher", "orthogonal", "orthogonal+antithetic"])
-@pytest.mark.parametrize("samples", [61, 961, 1921])
+@pytest.mark.parametrize("noise", ["rademacher", "orthogonal+antithetic"])
+@pytest.mark.parametrize("samples", [61, 1921])
 def test_parts_make_up_the_number_of_samples(monkeypatch, noise, samples):
     """Of an identity the signal is X^T X / N, whose diagonal is 1 for signs, and whose trace is fan_in for any of these."""
     in_parts_of_60(monkeypatch)
@@ -540,7 +540,7 @@ def test_orthogonal_noise_written_down_or_not(monkeypatch, name, fan_in, written
 
 @pytest.mark.parametrize(
     ("samples", "paired"),
-    [(24, False), (48, False), (144, False), (168, False), (456, False), (96, True), (240, True)],
+    [(24, False), (144, False), (456, False), (96, True)],
 )
 def test_law_of_orthogonal_noise(samples, paired):
     """sqrt((fan_in - N) / N) below fan_in; a last block that is not whole weights some directions more than others."""
@@ -580,7 +580,7 @@ def mean_signal(rule, fun, params, *args, keys=400):
 
 @pytest.mark.parametrize(
     ("name", "phi"),
-    [("scaled", None), ("scaled", jax.nn.relu), ("twice", None), ("fused", jax.nn.relu), ("stacked", None)],
+    [("scaled", jax.nn.relu), ("twice", None), ("fused", jax.nn.relu)],
 )
 def test_mean_is_unbiased(name, phi):
     """sigma^2 E[phi'] W^T, in size as well as in direction, for every element.
@@ -871,7 +871,7 @@ def settle(rule, params, steps, fun=dense, keys=1):
     return jax.jit(jax.vmap(mirror, (None, 0)))(feedback, jax.random.split(KEY, keys))
 
 
-@pytest.mark.parametrize(("rate", "phi", "std"), [(0.1, None, 1.0), (0.1, jax.nn.relu, 0.5), (0.5, jax.nn.relu, 2.0)])
+@pytest.mark.parametrize(("rate", "phi", "std"), [(0.1, None, 1.0), (0.5, jax.nn.relu, 2.0)])
 def test_leaky_average_settles_at_the_law(rate, phi, std):
     params = {"first": FIRST, "w": normal(2, 96, 160, fan_in=96)}
     rule = wmkp.weight_mirror("gaussian", std, 64, phi, rate=rate)
@@ -1030,9 +1030,7 @@ def test_where_there_is_no_bias_a_gain_may_be():
     np.testing.assert_array_equal(kept, blocked)
 
 
-@pytest.mark.parametrize(
-    "spec", [(None, None), (None, "b"), ("a", None), ("b", "a"), (("b", "a"), None), (None, ("a", "b"))]
-)
+@pytest.mark.parametrize("spec", [(None, "b"), ("a", None), ("b", "a"), (("b", "a"), None)])
 def test_parts_of_a_weight_on_devices_are_mirrored_each_by_itself(spec):
     mesh, P = (
         jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2),

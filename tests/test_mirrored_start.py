@@ -342,10 +342,8 @@ def test_a_loop_by_hand_is_make_steps():
     "rule",
     [
         wmkp.weight_mirror(),
-        wmkp.weight_mirror("gaussian", rate=0.5),
         wmkp.weight_mirror("gaussian", rate=0.1),
         wmkp.mirrored_kolen_pollack("gaussian"),
-        wmkp.weight_mirror("antithetic", activation=jax.nn.relu),
     ],
     ids=lambda rule: rule.name,
 )

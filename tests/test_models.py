@@ -24,8 +24,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("name", "dtype"), [*((n, jnp.float32) for n in MODELS), ("ResNet-18", jnp.bfloat16)])
 def test_parameters_and_projections(name, dtype):
     model, shape, count, weights = MODELS[name]
     if dtype == jnp.bfloat16:
