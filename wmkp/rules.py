@@ -22,22 +22,22 @@ from wmkp.program.projections import Analysis, Projection
 
 
 class Mirror(NamedTuple):
-    """How a rule's B is mirrored (eq. 6-8): the noise, the response to it, and how fast B follows.
+    """How mirror mode trains a rule's B (eq. 6-8): the noise, the response to it, and how fast B follows.
 
     Attributes:
       noise: one of ``NOISES``.
       noise_std: sigma, the standard deviation of each presynaptic value.
-      num_samples: how many samples a mirror step draws for a projection, or None: what ``target_angle`` asks for.
-      target_angle: degrees; the angle between B and W^T that mirroring settles at while W stands still. None: what
-        ``SAMPLES`` samples for each input leave.
-      rate: a, the share of B that one mirror step replaces by the estimate of W^T. None: 1/t at the t-th mirror step,
-        so that B is the mean of all estimates (an estimate that the law calls exact replaces all of B).
+      num_samples: samples that a mirror step draws for a projection. None: as many as ``target_angle`` needs.
+      target_angle: degrees between B and W^T at which mirroring settles while W stands still. None: what ``SAMPLES``
+        samples for each input leave.
+      rate: a, the share of B that one mirror step replaces by its estimate of W^T. None: 1/t at the t-th mirror step,
+        so that B is the mean of all estimates. An estimate that is exact by the law of angles replaces all of B.
       activation: phi, or None for a linear response.
-      bias: "blocked" (none reaches the mirror) or "kept" (the layer's own).
-      signal: what B goes down, by ``rate``, instead of the average of x y^T, or None: a function of ``wmkp.Synapses``
-        on noise, as ``Rule.signal`` is on activity.
-      each_step: whether ``mirror_step`` learns, or only the mirror period before training.
-      start: how many mirror steps ``steps.init`` takes before training.
+      bias: "blocked" (no bias in mirror mode) or "kept" (the layer's own).
+      signal: a function of ``wmkp.Synapses`` on noise that B descends by ``rate``, in place of the average of x y^T; or
+        None.
+      each_step: whether ``mirror_step`` changes B, or only the mirror steps before training do.
+      start: mirror steps before training, by ``steps.init`` and ``init_feedback``.
     """
 
     noise: str = "gaussian"
@@ -53,24 +53,25 @@ class Mirror(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Which array carries the error back through a projection, and how that array learns.
+    """A learning rule: which array carries the error back through a projection, and how that array learns.
 
     Attributes:
-      name: as the tables print it.
-      init: ``(key, projection, W) -> B``, in W's shape and dtype (or a pytree of its own, see ``backward``).
-      backward: ``(W, B) -> array`` in W's layout: what the error goes back through; None for W itself (backprop). Where an
-        engaged function is differentiated by hand, it must read W behind ``jax.lax.stop_gradient``.
-      signal: what B goes down in engaged mode: a function of ``wmkp.Synapses`` that returns an array in W's layout, from
-        which ``backward`` is differentiated back to B (or a pytree in B's own structure, if B is no array). It is summed
-        over uses, as W's gradient is. None: B does not learn there. ``wmkp.hebbian``: Kolen-Pollack's.
-      optimizer: what makes B's changes of the signal, an optax transformation; None for the optimizer that trains W.
-      error: ``(delta, key) -> array`` of delta's shape: what travels back in delta's place, through B alone; W's own
-        gradient keeps delta. None: delta itself. ``key`` is None where no key was given.
-      noise: standard deviation of Gaussian noise on the activity that the projection gets in engaged mode.
-      mirror: how B learns in mirror mode; None where it does not.
-      redrawn: whether B is drawn anew at each engaged step.
-      direct: whether B carries the error at the network's output straight to this projection's input.
-      transports: what of W reaches the backward pass or B: "weights", "signs", "changes" (B's signal is then W's whole
+      name: the name that tables print.
+      init: ``(key, projection, W) -> B``, of W's shape and dtype, or a pytree that ``backward`` understands.
+      backward: ``(W, B) -> array`` in W's layout that carries the error back. None: W itself (backprop). If you
+        differentiate an engaged function by hand, ``backward`` must read W behind ``jax.lax.stop_gradient``.
+      signal: what B descends in engaged mode: a function of ``wmkp.Synapses`` that returns an array in W's layout,
+        which is differentiated through ``backward`` to B. If B is no array, it may also return a pytree of B's
+        structure. It is summed over uses, as W's gradient is. None: B does not learn in engaged mode. ``wmkp.hebbian``:
+        Kolen-Pollack's signal.
+      optimizer: the optax transformation that turns the signal into B's change. None: the optimizer that trains W.
+      error: ``(delta, key) -> array`` of delta's shape, which travels back through B. W's own gradient keeps delta.
+        None: delta itself. ``key`` is None if no key was given.
+      noise: standard deviation of Gaussian noise that engaged mode adds to the projection's input.
+      mirror: how B learns in mirror mode. None: it does not.
+      redrawn: whether each engaged step draws B again.
+      direct: whether B carries the output's error straight to this projection's input.
+      transports: what of W reaches the backward pass or B: "weights", "signs", "changes" (then B's signal is W's whole
         gradient, not that of this use alone) or "nothing".
     """
 
@@ -113,9 +114,10 @@ def _shown(value: Any) -> str:
 
 @jax.tree_util.register_pytree_node_class
 class Fixed:
-    """A part of B that does not learn: optimizers do not see it, so that it neither moves nor decays.
+    """A part of B that does not learn: no optimizer sees it, so it neither moves nor decays.
 
-    For a B of several arrays: ``init`` returns ``{"Q": Q, "P": Fixed(P)}``, and ``backward`` reads ``B["P"].array``.
+    Use it in a B of several arrays: ``init`` returns ``{"Q": Q, "P": Fixed(P)}``, and ``backward`` reads
+    ``B["P"].array``.
 
     Attributes:
       array: the array (or a pytree of arrays).
@@ -195,19 +197,23 @@ def _std(scale: float, fan_in: int, path: str, w: jax.Array) -> float:
 def backprop() -> Rule:
     """Backpropagation: the error goes back through W^T (eq. 2).
 
-    All of the weights are transported. No feedback weights, no extra memory or time: the function is left as it is.
+    It transports the weights. There is no B, and no extra memory or time: your function stays as it is. Use it as the
+    reference, or for parts of a model that no other rule fits.
+
+    Example:
+      >>> rule = {"^head/": wmkp.backprop(), ".*": wmkp.kolen_pollack()}
     """
     return Rule("backprop", None, None, transports="weights")
 
 
 @named
 def local() -> Rule:
-    """A declaration: this parameter is local to its neurons, and the backward pass may read it.
+    """Declares that a parameter is local to its neurons, so the backward pass may read it.
 
-    wmkp lets a parameter of at most one long axis scale activations, as a gain of single neurons. It refuses one with more
-    axes, since a product written by hand looks the same. Where each value belongs to one neuron (a LayerNorm over
-    channels, height and width, the scales of a spline), give its path this rule. The parameter is then differentiated as
-    under ``backprop()``.
+    wmkp accepts a parameter with at most one axis longer than one as a gain of single neurons. It refuses one with more
+    long axes, because a handwritten product looks the same. If each value belongs to one neuron (a LayerNorm over
+    channels, height and width, or a spline's scales), give its path this rule. wmkp then differentiates the parameter
+    as under ``backprop()``.
 
     Example:
       >>> rule = {"norm/scale": wmkp.local(), ".*": wmkp.kolen_pollack()}
@@ -219,13 +225,16 @@ def local() -> Rule:
 def feedback_alignment(scale: float = 1.0) -> Rule:
     """Feedback alignment (Lillicrap et al. 2016): the error goes back through a fixed random B (eq. 3-4).
 
-    ``delta_l = phi'(y_l) B_{l+1} delta_{l+1}``. Nothing is transported, and nothing but W learns.
+    ``delta_l = phi'(y_l) B_{l+1} delta_{l+1}``. Only W learns, and nothing is transported. Use it as a baseline.
 
     Args:
       scale: B is Gaussian with standard deviation ``scale / sqrt(fan_in)``.
 
     Raises:
       ValueError: ``scale`` is not a positive number.
+
+    Example:
+      >>> rule = wmkp.feedback_alignment()
     """
     check_scale(scale)
     return Rule("feedback_alignment", RandomFeedback(scale), fixed)
@@ -233,20 +242,22 @@ def feedback_alignment(scale: float = 1.0) -> Rule:
 
 @named
 def sign_symmetry(magnitude: str = "uniform", scale: float = 1.0) -> Rule:
-    """Sign-concordant feedback (Liao et al. 2016, Moskovitz et al. 2018, Xiao et al. 2018): through abs(B) * sign(W)^T.
+    """Sign symmetry (Liao et al. 2016, Moskovitz et al. 2018, Xiao et al. 2018): back through abs(B) * sign(W)^T.
 
-    The signs of W are transported at every step, its magnitudes are not. B holds the magnitudes, with the signs that W
-    had when B was made; the backward pass takes W's signs of the moment. B does not learn.
+    Each step transports W's current signs. The magnitudes are B's own and do not learn. B itself keeps the signs that W
+    had when B was made.
 
     Args:
-      magnitude: "uniform" (uSF): one constant c for all; "fixed" (frSF): Gaussian, drawn once; "batch" (brSF):
-        Gaussian, drawn anew for each batch (by ``engaged_step``; with ``value_and_grad`` alone, call ``init_feedback``
-        for each).
-      scale: c, or the Gaussian's standard deviation, is ``scale / sqrt(fan_in)``: with the default that of W's initial
-        distribution under LeCun initialisation (sqrt(2) for He's).
+      magnitude: "uniform" (uSF): one constant c. "fixed" (frSF): Gaussian, drawn once. "batch" (brSF): Gaussian, drawn
+        again by each ``engaged_step``; with ``value_and_grad`` alone, call ``init_feedback`` for each batch.
+      scale: c, or the Gaussian's standard deviation, is ``scale / sqrt(fan_in)``. 1 is that of LeCun's initialization,
+        sqrt(2) that of He's.
 
     Raises:
       ValueError: an argument is out of its range.
+
+    Example:
+      >>> rule = wmkp.sign_symmetry("fixed")
     """
     check_scale(scale)
     checks.one_of("magnitude", magnitude, ("uniform", "fixed", "batch"))
@@ -281,26 +292,27 @@ def _exact_start(start: str) -> Mirror | None:
 
 @named
 def kolen_pollack(scale: float = 1.0, *, start: str = "random") -> Rule:
-    """Kolen-Pollack as a local circuit (Akrout et al. 2019, eq. 15-18): B learns beside W from the same two activities.
+    """Kolen-Pollack (Akrout et al. 2019, eq. 15-18): B receives the same changes as W.
 
-    ``dB = -eta y_l delta_{l+1}^T - lambda B`` where ``dW = -eta delta_{l+1} y_l^T - lambda W``. Both changes are the
-    same matrix, so that with weight decay W - B^T shrinks by (1 - eta lambda) a step (eq. 14). Nothing is transported;
-    each synapse sees its own two sides only, and there is no second mode. Train B by ``wmkp.updates.kolen_pollack``
-    with the optimizer that trains W.
+    ``dB = -eta y_l delta_{l+1}^T - lambda B``, where ``dW = -eta delta_{l+1} y_l^T - lambda W``. Each synapse computes
+    its change from what it sees on its two sides. Nothing is transported, and there is no second mode. With weight
+    decay, W - B^T shrinks by (1 - eta lambda) a step (eq. 14).
 
-    What it does slowly is forget the initial difference; it adds none. With ``start="mirror"`` the mirror period before
-    training (``steps.init(..., mirror_steps=1)``) removes that difference at once: one mirror step of fan_in orthogonal
-    samples is exact, and from there B follows W^T, and learning backprop, to rounding, in one mode and without decay.
+    From a random B this takes thousands of steps. With ``start="mirror"``, one mirror step of fan_in orthogonal samples
+    makes B = W^T before training. From there learning follows backprop to rounding, with or without decay.
 
-    The signal is that of the projection alone: a parameter that is also used otherwise (an embedding that is looked up
-    and tied to the output) has a gradient that B does not share, and B then follows it only in part.
+    Train B by ``wmkp.updates.kolen_pollack`` of W's optimizer; ``make_steps`` does so. If a parameter has other uses
+    than its product (an embedding tied to the output), B does not see their gradients, and follows W only in part.
 
     Args:
       scale: B starts Gaussian with standard deviation ``scale / sqrt(fan_in)``.
-      start: "random", or "mirror".
+      start: "random" or "mirror".
 
     Raises:
       ValueError: an argument is out of its range.
+
+    Example:
+      >>> rule = wmkp.kolen_pollack(start="mirror")
     """
     check_scale(scale)
     return Rule("kolen_pollack", RandomFeedback(scale), learned, hebbian, mirror=_exact_start(start))
@@ -319,27 +331,29 @@ def mirrored_kolen_pollack(
     start: int | None = None,
     scale: float = 1.0,
 ) -> Rule:
-    """Mirrored Kolen-Pollack (MKP): B starts from a weight mirror, takes W's own changes, and is mirrored now and then.
+    """Mirrored Kolen-Pollack (MKP): B starts from a mirror, receives W's changes, and is mirrored now and then.
 
-    Engaged mode changes B as ``kolen_pollack`` does: ``dB = -eta y_l delta_{l+1}^T - lambda B``. These changes are W's,
-    so that B does not lag behind W, and W - B^T stands still but for decay. Mirror mode, as in ``weight_mirror``, takes
-    that difference away: before training, and then as rarely as one likes (``steps.mirror_step``). Since the difference
-    stands still, B is the mean over all mirror steps, and the angle to W^T goes to zero with their number on any noise.
-    Nothing is transported. Train B by ``wmkp.updates.kolen_pollack`` with the optimizer that trains W.
+    Engaged mode changes B as ``kolen_pollack`` does. So B does not lag behind W, and W - B^T only decays. Mirror mode,
+    as in ``weight_mirror``, removes that difference: before training, and then as rarely as you like
+    (``steps.mirror_step``). B is the mean over all mirror steps, so its angle to W^T goes to zero on any noise. Nothing
+    is transported. Train B by ``wmkp.updates.kolen_pollack`` of W's optimizer; ``make_steps`` does so.
 
-    By default one mirror step of fan_in orthogonal samples is exact, and learning follows backprop to rounding. Noise of
-    other kinds starts from 20 mirror steps, which leave 4.5 degrees.
+    By default one mirror step of fan_in orthogonal samples is exact, and learning follows backprop to rounding. Other
+    noise starts from 20 mirror steps, which leave 4.5 degrees.
 
     Args:
       noise, noise_std, num_samples, activation, bias: as in ``weight_mirror``.
-      target_angle: degrees between B and W^T that the mirror steps before training leave. None: fan_in samples a mirror
-        step for orthogonal noise (twice that in pairs), 8 fan_in for other noise.
+      target_angle: degrees between B and W^T after the mirror steps before training. None: fan_in samples a mirror step
+        of orthogonal noise (twice that in pairs), 8 fan_in of other noise.
       rate: the share of B that a mirror step replaces. None: 1/t at the t-th mirror step, the mean over all.
       start: mirror steps before training. None: 1 of orthogonal noise, 20 of other noise.
       scale: B starts Gaussian with standard deviation ``scale / sqrt(fan_in)``.
 
     Raises:
       ValueError: an argument is out of its range; the message names it.
+
+    Example:
+      >>> rule = wmkp.mirrored_kolen_pollack()  # for a whole program see ``make_steps``
     """
     check_scale(scale)
     mirror = _mirror(noise, noise_std, num_samples, activation, bias, target_angle, start)._replace(rate=rate)
@@ -349,17 +363,19 @@ def mirrored_kolen_pollack(
 
 @named
 def kolen_pollack_transported(scale: float = 1.0) -> Rule:
-    """Kolen-Pollack as first published (Kolen and Pollack 1994, eq. 12-14): W's changes are carried over to B.
+    """Kolen-Pollack as first published (Kolen and Pollack 1994, eq. 12-14): W's changes are copied to B.
 
-    ``dW = A - lambda W`` and ``dB = A^T - lambda B``, A being W's own. Weights are not transported, their changes are:
-    for comparison with the circuit of ``kolen_pollack``, from which it differs only where a parameter has other uses
-    than its product with an activation.
+    ``dW = A - lambda W`` and ``dB = A^T - lambda B``, where A is W's own change. It transports changes, not weights. It
+    differs from ``kolen_pollack`` only if a parameter has other uses than its product: then A is the whole gradient.
 
     Args:
       scale: B starts Gaussian with standard deviation ``scale / sqrt(fan_in)``.
 
     Raises:
       ValueError: ``scale`` is not a positive number.
+
+    Example:
+      >>> rule = wmkp.kolen_pollack_transported()
     """
     rule = kolen_pollack(scale)
     return rule._replace(name="kolen_pollack_transported", transports="changes")
@@ -416,21 +432,23 @@ def _product(w: jax.Array, b: ProductFeedback) -> jax.Array:
 
 @named
 def product_feedback_alignment(expansion: float = 4.0, scale: float = 1.0) -> Rule:
-    """Product feedback alignment (PFA; Li et al. 2024): the error goes back through two populations, R B; B learns.
+    """Product feedback alignment (PFA; Li et al. 2024): the error goes back through a product R B, and B learns.
 
-    ``dL/dx := R B delta``. B goes to an intermediate population, larger than x's, and learns as Kolen-Pollack's does,
-    from what its own two sides hold: ``dB = -eta (R^T x) delta^T - lambda B``. R is fixed and random with R R^T near
-    the identity, and R B aligns with W^T, though no array becomes the transpose of another. Nothing is transported.
-
-    B's decay and learning rate are W's (``wmkp.updates.kolen_pollack``); R takes no part in it.
+    ``dL/dx := R B delta``. The error passes through an intermediate population larger than x's. B learns as under
+    Kolen-Pollack, from its own two sides: ``dB = -eta (R^T x) delta^T - lambda B``, with W's learning rate and decay
+    (``wmkp.updates.kolen_pollack``). R is fixed and random, and R R^T is close to the identity. R B aligns with W^T,
+    but no array becomes the transpose of another. Nothing is transported.
 
     Args:
       expansion: size of the intermediate population over fan_in. R R^T differs from the identity by about
-        ``1 / sqrt(expansion)`` an entry times ``1 / sqrt(fan_in)``: R B aligns the better the larger it is.
+        ``1 / sqrt(expansion)`` an entry times ``1 / sqrt(fan_in)``, so a larger one aligns better.
       scale: R B starts with entries of standard deviation ``scale / sqrt(fan_in)``.
 
     Raises:
       ValueError: an argument is out of its range; or, from ``init_feedback``, a parameter that is not one matrix.
+
+    Example:
+      >>> rule = wmkp.product_feedback_alignment(expansion=2.0)
     """
     check_scale(scale)
     checks.number("expansion", expansion, "be a positive number, at most 1000", lambda x: 0 < x <= 1000)
@@ -454,11 +472,12 @@ class _RandomDirect:
 def direct_feedback_alignment(scale: float = 1.0) -> Rule:
     """Direct feedback alignment (DFA; Nokland 2016): the output's error goes to each projection's input by its own B.
 
-    ``dL/dx := B_l e``, e the error at the network's output (that of the last projection), B_l fixed and random, of
-    shape (size of x) by (outputs). Nothing passes between projections: the chain is cut there, and goes on only through
-    what has no weights (activation functions, normalisations, skip connections). Nothing is transported. W's own
-    gradient stays delta x^T (eq. 4). Where a scan makes the output, each step's error goes to that step's projections.
-    wmkp computes the layers in sequence, not in parallel.
+    ``dL/dx := B_l e``, where e is the error at the network's output (the last projection). B_l is fixed and random, of
+    shape (size of x) by (outputs). No error passes between projections, except through what has no weights: activation
+    functions, normalizations, skip connections. Nothing is transported, and W's own gradient stays delta x^T (eq. 4).
+
+    If a scan makes the output, each step's error goes to that step's projections. wmkp computes the layers in sequence,
+    not in parallel.
 
     Args:
       scale: B is Gaussian with standard deviation ``scale / sqrt(outputs)``.
@@ -466,6 +485,9 @@ def direct_feedback_alignment(scale: float = 1.0) -> Rule:
     Raises:
       ValueError: ``scale`` is not a positive number; from ``init_feedback``, an output without one error (in a
         ``lax.cond``, or on its way to a projection in the next step of a scan), or inputs of different sizes.
+
+    Example:
+      >>> rule = wmkp.direct_feedback_alignment()
     """
     check_scale(scale)
     return Rule("direct_feedback_alignment", _RandomDirect(scale), fixed, direct=True)
@@ -475,14 +497,17 @@ def direct_feedback_alignment(scale: float = 1.0) -> Rule:
 def direct_kolen_pollack(scale: float = 1.0) -> Rule:
     """Direct Kolen-Pollack (DKP; Webster et al. 2021): direct feedback alignment whose B_l learn.
 
-    ``dB_l = -eta x e^T - lambda B_l``, from the input that B_l reaches and the error that it carries, with W's own
-    learning rate and decay (``wmkp.updates.kolen_pollack``). Nothing is transported.
+    ``dB_l = -eta x e^T - lambda B_l``, from the input x that B_l reaches and the output's error e that it carries.
+    Learning rate and decay are W's (``wmkp.updates.kolen_pollack``). Nothing is transported.
 
     Args:
       scale: B starts Gaussian with standard deviation ``scale / sqrt(outputs)``.
 
     Raises:
       ValueError: as ``direct_feedback_alignment``.
+
+    Example:
+      >>> rule = wmkp.direct_kolen_pollack()
     """
     check_scale(scale)
     return Rule("direct_kolen_pollack", _RandomDirect(scale), learned, hebbian, direct=True)
@@ -503,41 +528,38 @@ def weight_mirror(
 ) -> Rule:
     """Weight mirrors (Akrout et al. 2019, eq. 5-11): in a second mode, noise through W teaches B its transpose.
 
-    Engaged mode sends the error back through B (eq. 3) and leaves B as it is. Mirror mode feeds each projection noise
-    x, takes its response y = phi(W x + b) and moves B along x y^T (eq. 7). The mean of x y^T is sigma^2 E[phi'] W^T:
-    exactly so, by Stein's lemma, for Gaussian noise, no bias and any continuous phi. Nothing is transported; B's
-    synapse sees its two sides only.
+    Engaged mode sends the error back through B (eq. 3) and leaves B unchanged. Mirror mode feeds each projection noise
+    x, takes its response y = phi(W x + b), and moves B along x y^T (eq. 7). The mean of x y^T is sigma^2 E[phi'] W^T.
+    By Stein's lemma this is exact for Gaussian noise, no bias and any continuous phi. Nothing is transported.
 
-    Take one mirror step after each engaged step. A weight mirror must keep pace with W: a B that lags behind W by a few
-    degrees can end learning, where noise of 30 degrees does no harm. So the default is noise that is exact from few
-    samples, and all of B is replaced: fan_in orthogonal samples, at rate 1. ``mirrored_kolen_pollack`` keeps pace on any
-    noise and any mirror period.
-
-    Orthogonal noise gives a linear response's W^T exactly at fan_in samples and its multiples. In pairs x, -x it gives
-    ReLU's exactly too (relu(z) - relu(-z) = z), at 2 fan_in. A brain could do the pairs (a pattern and its opposite in
-    turn, against a resting rate). It could wake its neurons one after another, which is the simplest orthogonal noise.
-    It could hardly draw a dense orthogonal pattern over a whole population.
+    Take one mirror step after each engaged step: a B that lags a few degrees behind W can end learning. By default a
+    mirror step draws fan_in orthogonal samples, which is exact for a linear response, and replaces all of B. In pairs
+    x, -x, 2 fan_in samples are exact for ReLU too. ``mirrored_kolen_pollack`` does not lag, whatever the noise and
+    mirror period.
 
     Args:
       noise: "gaussian", "uniform" or "rademacher" (random signs), of zero mean; "antithetic" (Gaussian pairs x, -x);
         "orthogonal" (X^T X = N sigma^2 I) or "orthogonal+antithetic". None: orthogonal, in pairs if there is an
         activation.
       noise_std: sigma, in the units of the presynaptic activity.
-      num_samples: samples a mirror step draws for each projection. None: as many as ``target_angle`` takes at ``rate``
-        (see ``wmkp.samples_for_angle``).
-      activation: phi, applied to the response; None for a linear one.
-      bias: "blocked", or "kept": the layer's own bias is added before phi, which leaves an angle that no number of
-        samples removes. (Beside a gain, as a weight norm's, it cannot be kept.)
-      target_angle: degrees between B and W^T that the leaky average settles at while W stands still. None: fan_in
+      num_samples: samples that a mirror step draws for each projection. None: as many as ``target_angle`` needs at
+        ``rate`` (see ``wmkp.samples_for_angle``).
+      activation: phi, applied to the response. None: a linear response.
+      bias: "blocked", or "kept": then the layer's own bias is added before phi, which leaves an angle that no number of
+        samples removes. It cannot be kept beside a gain, such as a weight norm's.
+      target_angle: degrees between B and W^T at which the leaky average settles while W stands still. None: fan_in
         samples of orthogonal noise (twice that in pairs), 8 fan_in of other noise.
-      rate: a in (0, 1], the share of the difference between B and the estimate of W^T that one mirror step takes away.
-        None: 1 for orthogonal noise whose samples you leave to the rule, 0.5 otherwise.
-      start: mirror steps before training, by ``steps.init`` and ``init_feedback``. None: 1 where ``rate=None`` is 1, 20
-        otherwise.
+      rate: a in (0, 1], the share of B that one mirror step replaces by its estimate of W^T. None: 1 for orthogonal
+        noise with neither ``num_samples`` nor ``target_angle``, else 0.5.
+      start: mirror steps before training, by ``steps.init`` and ``init_feedback``. None: 1 where ``rate=None`` is 1,
+        else 20.
       scale: B starts Gaussian with standard deviation ``scale / sqrt(fan_in)``.
 
     Raises:
       ValueError: an argument is out of its range; the message names it.
+
+    Example:
+      >>> rule = wmkp.weight_mirror("gaussian", target_angle=10.0, rate=0.1)
     """
     check_scale(scale)
     mirror = _mirror(noise, noise_std, num_samples, activation, bias, target_angle, start)
