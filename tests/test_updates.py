@@ -418,7 +418,7 @@ def test_clip_together_edges():
 def test_clip_together_keeps_equation_14():
     """As the lesson of the refusal: W and B clipped by one norm shrink their difference as if unclipped."""
     w, b = float32(trees())
-    clip, tx = updates.clip_together(1.0), ACCEPTED["L2, sgd"][0]
+    clip, tx = updates.clip_together(1.0), l2(optax.sgd(ETA))
     tx_b = updates.kolen_pollack(tx)
     state, state_b = tx.init(w), tx_b.init(b)
     first = jax.tree.map(jnp.subtract, like_feedback(w, b), b)

@@ -56,7 +56,8 @@ def init_feedback(key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], pa
 
     # A key of its own: B's are numbered by the leaves.
     own = jax.random.fold_in(key, 2**32 - 1)
-    return tree.unflatten(mirror.period(step, own, steps, leaves, tree.flatten_up_to(feedback)))
+    period = jax.jit(functools.partial(mirror.period, step, steps=steps))
+    return tree.unflatten(period(own, leaves=leaves, entries=tree.flatten_up_to(feedback)))
 
 
 def companions(analysis: Analysis, rules: dict[str, Rule], leaves: list[Any], feedback: list[Any]) -> list[Any]:

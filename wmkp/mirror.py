@@ -277,12 +277,8 @@ def only(rules: dict[str, Rule], which: Callable[[Mirror], bool]) -> dict[str, R
 
 def period(step: Callable[..., list[Any]], key: jax.Array, steps: int, leaves: list[Any], entries: list[Any]) -> Any:
     """B after so many mirror steps, W standing still: ``step(key, leaves, entries, count) -> entries``."""
-
-    def loop(leaves: list[Any], entries: list[Any]) -> list[Any]:
-        one = lambda i, b: step(jax.random.fold_in(key, i), leaves, b, jnp.asarray(i + 1))
-        return jax.lax.fori_loop(0, steps, one, entries)
-
-    return jax.jit(loop)(leaves, entries)
+    one = lambda i, b: step(jax.random.fold_in(key, i), leaves, b, jnp.asarray(i + 1))
+    return jax.lax.fori_loop(0, steps, one, entries)
 
 
 def averaged(

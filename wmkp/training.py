@@ -299,10 +299,17 @@ def make_steps(
             after = [compat.after(b, lags[path]) if path in lags else b for path, b in waits]
         return place(state._replace(feedback=tree.unflatten(after), mirrored=count, key=key)), metrics
 
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def period(key: jax.Array, steps: int, own: bool, leaves: list[Any], entries: list[Any]) -> list[Any]:
+        """Mirroring before training; ``own``: of those rules alone that ask for some."""
+        chosen = mirror.at_start(rules)[0] if own else rules
+        step = lambda *args: mirrored(args[0], chosen, *args[1:], before=True)[0]
+        return mirror.period(step, key, steps, leaves, entries)
+
     def init(key: jax.Array, params: Any, model_state: Any = None, mirror_steps: int | None = None) -> TrainState:
-        chosen = rules
+        own = mirror_steps is None
         if mirror_steps is None:
-            chosen, mirror_steps = mirror.at_start(rules)
+            mirror_steps = mirror.at_start(rules)[1]
         checks.key(key)
         check_as_given("params", params)
         named_leaves(params)
@@ -321,9 +328,8 @@ def make_steps(
         key, feedback_key, noise_key = jax.random.split(key, 3)
         feedback = initial_feedback(feedback_key, rules, analysis, params)
         if mirror_steps:
-            step = lambda key, leaves, entries, count: mirrored(key, chosen, leaves, entries, count, True)[0]
             entries = tree.flatten_up_to(feedback)
-            feedback = tree.unflatten(mirror.period(step, noise_key, mirror_steps, jax.tree.leaves(params), entries))
+            feedback = tree.unflatten(period(noise_key, mirror_steps, own, jax.tree.leaves(params), entries))
         state = TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,

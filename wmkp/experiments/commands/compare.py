@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -36,10 +36,9 @@ READOUT = "output/kernel"  # where delta is the loss's own, whatever the rule
 # What each network is trained by, unless told otherwise: the learning rate, and the steps that set how many epochs.
 RATES = {"conv": 0.05, "mlp": 0.02}
 STEPS = {"conv": 555, "mlp": 6000}
-MIRROR_EVERY = {
-    "wm": 1,
-    "mkp": 16,
-}  # engaged steps from one mirror step to the next: a weight mirror must not lag behind W
+MIRROR_EVERY = {"wm": 1, "mkp": 16}  # engaged steps to a mirror step: a weight mirror must not lag behind W
+# For what runs seldom: unoptimized, it takes a third of the time to compile.
+QUICK = {"xla_backend_optimization_level": 0}
 
 
 class Row(NamedTuple):
@@ -225,7 +224,7 @@ def start(name: str, config: Compare, epochs: int, dataset: data.Dataset) -> Tri
         logits = forward(params, batch["image"])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean(), (model_state, {})
 
-    initial = jax.jit(lambda key: model.init(key, dataset.train["image"][:1])["params"])
+    initial = partial(_initial(model), image=dataset.train["image"][:1])
     rule = make_rule(name, config)
     rate = schedule(config, epochs * (len(dataset.train["label"]) // config.batch_size))
     learns = tasks.is_readout if name == "frozen" else None
@@ -238,7 +237,7 @@ def start(name: str, config: Compare, epochs: int, dataset: data.Dataset) -> Tri
             trained,
             rule,
             optimizer,
-            jax.eval_shape(initial, jax.random.key(0)),
+            jax.eval_shape(model.init, jax.random.key(0), dataset.train["image"][:1])["params"],
             first(config.batch_size, dataset.train),
         )
 
@@ -270,7 +269,13 @@ def start(name: str, config: Compare, epochs: int, dataset: data.Dataset) -> Tri
     # XLA's convolutions on CPUs are slow inside of a loop of its own.
     slow = config.model == "conv" and jax.default_backend() == "cpu"
     run_epoch = looped if slow else jax.jit(scanned, donate_argnums=0)
-    return Trial(init, run_epoch, jax.jit(partial(_measure, rule, loss_fn, forward)))
+    return Trial(init, run_epoch, jax.jit(partial(_measure, rule, loss_fn, forward), compiler_options=QUICK))
+
+
+@cache
+def _initial(model: nn.Module) -> Callable[..., Any]:
+    """``(key, image) -> params``, one program for all rules."""
+    return jax.jit(lambda key, image: model.init(key, image)["params"], compiler_options=QUICK)
 
 
 def _measure(
