@@ -89,7 +89,8 @@ def test_a_run(monkeypatch, tmp_path, capsys):
     for row in rows:
         assert 0 <= float(row["test_error_percent"]) <= 100
         assert (row["train_loss"] == "") == (row["epoch"] == "0")
-        matrix, worst_matrix, delta, worst_delta, least, most, rounding = (row[name] for name in names[5:])
+        matrix, worst_matrix, delta, worst_delta, least, most, rounding = (row[name] for name in names[5:12])
+        assert (row["mirror_lag_worst_deg"] != "") == (row["rule"] == "wm" and row["epoch"] != "0")
         alone = row["rule"] in {"bp", "frozen"}
         assert (matrix == "") == (worst_matrix == "") == (alone or row["rule"] == "dfa")
         assert (delta == "") == (worst_delta == "") == (least == "") == (rounding == "") == alone
@@ -145,7 +146,7 @@ def test_frozen_leaves_the_hidden_layers_as_they_were_drawn():
     trial = compare.start("frozen", Compare(model="mlp", hidden=(8, 7)), 1, dataset)
     first = trial.init(jax.random.key(0))
     kept = jax.device_get(first.params)
-    state, _ = trial.run_epoch(first, dataset.train, np.arange(64).reshape(2, 32))
+    state, _, _ = trial.run_epoch(first, dataset.train, np.arange(64).reshape(2, 32))
     for layer, before in kept.items():
         for name, w in before.items():
             same = np.array_equal(w, state.params[layer][name])
@@ -300,7 +301,7 @@ def test_table_fits_80_columns():
 
 def test_diverged_run_is_shown_as_such():
     rows = [compare.Row("fa", 0, epoch, math.nan, 90.0) for epoch in range(3)]
-    assert compare.to_csv(rows).decode().splitlines()[-1] == "fa,0,2,,90,,,,,,,"
+    assert compare.to_csv(rows).decode().splitlines()[-1] == "fa,0,2,,90,,,,,,,,"
     assert compare.figures.comparison(rows, "nothing but NaN")[1:4] == b"PNG"
 
 

@@ -303,7 +303,7 @@ def make_steps(
     def period(key: jax.Array, steps: int, own: bool, leaves: list[Any], entries: list[Any]) -> list[Any]:
         """Mirroring before training; ``own``: of those rules alone that ask for some."""
         chosen = mirror.at_start(rules)[0] if own else rules
-        step = lambda *args: mirrored(args[0], chosen, *args[1:], before=True)[0]
+        step = lambda key, leaves, entries, count: mirrored(key, chosen, leaves, entries, count, True)[0]
         return mirror.period(step, key, steps, leaves, entries)
 
     def init(key: jax.Array, params: Any, model_state: Any = None, mirror_steps: int | None = None) -> TrainState:

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+LAG = 3.0  # degrees that B may be behind W before a command warns of it
+
 RULES = {
     "bp": "backprop",
     "fa": "feedback alignment",

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import wmkp
-from wmkp.experiments.config import RULES, Compare, InputError, refusals
+from wmkp.experiments.config import LAG, RULES, Compare, InputError, refusals
 from wmkp.experiments.data import datasets as data
 from wmkp.experiments.models import tasks
 from wmkp.experiments.models.convnet import ConvNet
@@ -59,6 +59,7 @@ class Row(NamedTuple):
     delta_norm_ratio_least: float = math.nan
     delta_norm_ratio_most: float = math.nan
     rounding_layers: float = math.nan
+    mirror_lag_worst_deg: float = math.nan
     layers: dict[str, float] = {}  # noqa: RUF012
 
 
@@ -67,12 +68,12 @@ class Trial(NamedTuple):
 
     Attributes:
       init: ``key -> TrainState``.
-      run_epoch: ``(state, train, order) -> (state, mean loss)``; donates the state.
+      run_epoch: ``(state, train, order) -> (state, mean loss, largest lag in degrees)``; donates the state.
       measure: ``(state, train, test) -> (test error, matrix angles, delta norms)``, compiled; percent and degrees.
     """
 
     init: Callable[[jax.Array], wmkp.TrainState]
-    run_epoch: Callable[..., tuple[wmkp.TrainState, jax.Array]]
+    run_epoch: Callable[..., tuple[wmkp.TrainState, jax.Array, jax.Array]]
     measure: Callable[..., tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]]
 
 
@@ -101,6 +102,7 @@ def compare(config: Compare) -> None:
     if config.model == "conv":
         network = "five 3x3 convolutions"
     title = f"{config.dataset}, {network}, {epochs} epochs, {config.seeds} seed{'s' * (config.seeds > 1)}"
+    _warn_of_lag(rows)
     lines = summary(config, rows, memory)
     files = {
         config.out / "comparison.png": figures.comparison(rows, title),
@@ -125,6 +127,18 @@ def _warn_of_short_runs(config: Compare, steps: int) -> None:
             "its clock is steps x learning rate x weight decay / (1 - momentum)",
             file=sys.stderr,
         )
+
+
+def _warn_of_lag(rows: list[Row]) -> None:
+    """Says which rules had a B that was far behind W when it was mirrored."""
+    for rule in dict.fromkeys(row.rule for row in rows):
+        lags = [row.mirror_lag_worst_deg for row in rows if row.rule == rule]
+        if (worst := max((lag for lag in lags if not math.isnan(lag)), default=0.0)) > LAG:
+            print(
+                f"wmkp: warning: under {rule} B lagged up to {worst:.1f} degrees behind W when it was mirrored; --mirror-every 1 "
+                "mirrors more often",
+                file=sys.stderr,
+            )
 
 
 def train(config: Compare, dataset: data.Dataset, epochs: int) -> tuple[list[Row], dict[str, float]]:
@@ -179,12 +193,12 @@ def _run(
     examples = len(dataset.train["label"])
     steps = examples // batch_size
     for epoch in range(epochs + 1):
-        loss = math.nan
+        loss = lag = math.nan
         if epoch:
             order = jax.random.permutation(jax.random.fold_in(order_key, epoch), examples)
             order = order[: steps * batch_size].reshape(steps, batch_size)
-            state, mean_loss = trial.run_epoch(state, dataset.train, order)
-            loss = float(mean_loss)
+            state, mean_loss, worst_lag = trial.run_epoch(state, dataset.train, order)
+            loss, lag = float(mean_loss), float(worst_lag)
         error, matrix, delta = jax.device_get(trial.measure(state, dataset.train, dataset.test))
         deep = [norms for path, norms in delta.items() if path != READOUT]
         ratios = [float(norms.ratio) for norms in deep]
@@ -205,6 +219,7 @@ def _run(
             min(ratios, default=math.nan),
             max(ratios, default=math.nan),
             float(sum(norms.is_rounding for norms in delta.values())) if delta else math.nan,
+            lag,
             layered,
         )
 
@@ -246,25 +261,38 @@ def start(name: str, config: Compare, epochs: int, dataset: data.Dataset) -> Tri
         with refusals(f"--rules {name} cannot train this network"):
             return steps.init(state_key, initial(params_key), mirror_steps=config.mirror_steps if mirrors else None)
 
-    def step(state: wmkp.TrainState, train: data.Examples, index: jax.Array) -> tuple[wmkp.TrainState, jax.Array]:
+    def engaged(state: wmkp.TrainState, train: data.Examples, index: jax.Array) -> tuple[wmkp.TrainState, jax.Array]:
         state, metrics = steps.engaged_step(state, jax.tree.map(lambda x: x[index], train))
-        if mirrors:
-            due = state.step % every == 0
-            state = jax.lax.cond(due, lambda s: steps.mirror_step(s)[0], lambda s: s, state)
         return state, metrics["loss"]
 
-    def scanned(state: wmkp.TrainState, train: data.Examples, order: jax.Array) -> tuple[wmkp.TrainState, jax.Array]:
-        state, losses = jax.lax.scan(lambda s, index: step(s, train, index), state, order)
-        return state, losses.mean()
+    def mirror(state: wmkp.TrainState) -> tuple[wmkp.TrainState, jax.Array]:
+        state, metrics = steps.mirror_step(state)
+        return state, jnp.max(jnp.stack([jnp.zeros(()), *metrics.get("lag", {}).values()]))
 
-    jitted = jax.jit(step, donate_argnums=0)
+    def step(state: wmkp.TrainState, train: data.Examples, index: jax.Array) -> Any:
+        state, loss = engaged(state, train, index)
+        if not mirrors:
+            return state, (loss, jnp.full((), jnp.nan))
+        due = state.step % every == 0
+        state, lag = jax.lax.cond(due, mirror, lambda s: (s, jnp.zeros(())), state)
+        return state, (loss, lag)
 
-    def looped(state: wmkp.TrainState, train: data.Examples, order: jax.Array) -> tuple[wmkp.TrainState, jax.Array]:
-        losses = []
+    def scanned(state: wmkp.TrainState, train: data.Examples, order: jax.Array) -> Any:
+        state, (losses, lags) = jax.lax.scan(lambda s, index: step(s, train, index), state, order)
+        return state, losses.mean(), lags.max()
+
+    by_itself, mirrored = jax.jit(engaged, donate_argnums=0), jax.jit(mirror, donate_argnums=0)
+
+    def looped(state: wmkp.TrainState, train: data.Examples, order: jax.Array) -> Any:
+        losses, lags, taken = [], [jnp.full((), 0.0 if mirrors else jnp.nan)], int(state.step)
         for index in np.asarray(order):
-            state, loss = jitted(state, train, index)
+            state, loss = by_itself(state, train, index)
             losses.append(loss)
-        return state, jnp.stack(losses).mean()
+            taken += 1
+            if mirrors and taken % every == 0:
+                state, lag = mirrored(state)
+                lags.append(lag)
+        return state, jnp.stack(losses).mean(), jnp.stack(lags).max()
 
     # XLA's convolutions on CPUs are slow inside of a loop of its own.
     slow = config.model == "conv" and jax.default_backend() == "cpu"

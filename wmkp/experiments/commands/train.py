@@ -25,12 +25,11 @@ from rich.progress import (
 )
 
 from wmkp.experiments import devices
-from wmkp.experiments.config import RULES, InputError, Train, first_line, refusals
+from wmkp.experiments.config import LAG, RULES, InputError, Train, first_line, refusals
 from wmkp.experiments.models import tasks
 from wmkp.experiments.runs import checkpoints, logs, settings
 from wmkp.experiments.runs.build import Run, Score, Tally, build, like
 
-LAG = 3.0  # degrees that B may be behind W
 SHOWN = 6  # parameters that an error names
 RUNAWAY = 100.0  # a loss of so many times its first value is warned of
 
