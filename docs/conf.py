@@ -30,12 +30,15 @@ shutil.rmtree(DOCS / "notebooks", ignore_errors=True)
 for notebook in (DOCS.parent / "notebooks").glob("*.ipynb"):
     shutil.copy(notebook, DOCS / "notebooks")
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
 nb_execution_mode = "off"
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
-autodoc_typehints = "none"  # the docstrings say what each argument is
+autodoc_typehints_format = "short"
+autosummary_generate = False
+maximum_signature_line_length = 100
+python_use_unqualified_type_names = True
 autodoc_member_order = "bysource"
 napoleon_use_ivar = True
 napoleon_attr_annotations = False

@@ -1,6 +1,7 @@
 """The pages: their code runs, what they quote is there, every public name has its entry, the version has one source."""
 
 import ast
+import doctest
 import inspect
 import re
 import shlex
@@ -70,6 +71,22 @@ def test_code_runs(page, quick_compile):
         exec(compile("\n" * (line - 1) + code, page.name, "exec"), namespace)
 
 
+def public():
+    """Every public function and class, and the module to look it up in."""
+    for module in (wmkp, wmkp.updates, wmkp.nnx):
+        for name in module.__all__:
+            if callable(x := getattr(module, name)):
+                yield f"{module.__name__}.{name}", x
+
+
+@pytest.mark.parametrize(("name", "x"), list(public()), ids=lambda x: x if isinstance(x, str) else "")
+def test_examples_in_docstrings_run(name, x, quick_compile):
+    """Each by itself: nothing is at hand but the imports that the API page names."""
+    globs = {"jax": jax, "jnp": jnp, "optax": optax, "wmkp": wmkp}
+    test = doctest.DocTestParser().get_doctest(inspect.getdoc(x), globs, name, None, 0)
+    assert doctest.DocTestRunner().run(test).failed == 0
+
+
 # --- what the pages say of the code -----------------------------------------------------------------------------------
 
 
@@ -93,14 +110,6 @@ def test_every_public_name_has_its_entry():
         names |= {f"{module.__name__}.{name}" for name in module.__all__}
     names |= {f"wmkp.training.{name}" for name in ("batch_sharding", "state_sharding")}
     assert entries == names
-
-
-def public():
-    """Every public function and class, and the module to look it up in."""
-    for module in (wmkp, wmkp.updates, wmkp.nnx):
-        for name in module.__all__:
-            if callable(x := getattr(module, name)):
-                yield f"{module.__name__}.{name}", x
 
 
 @pytest.mark.parametrize(("name", "x"), list(public()), ids=lambda x: x if isinstance(x, str) else "")

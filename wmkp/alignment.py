@@ -132,26 +132,29 @@ def alignment(
     whiten: bool = False,
     normalize: str = "none",
 ) -> Rule:
-    """Any sum of Kunin et al.'s (2020) primitives: B goes down the gradient of a local loss R(B; W, x).
+    """Any sum of the primitives of Kunin et al. (2020): B descends a local loss R(B; W, x).
 
     With u = W x and v = B^T x, R is ``decay 1/2 |B|^2 - amplitude <v, u> + sparse 1/2 |v|^2 + null 1/2 |B u|^2 -
-    self_alignment <B, W^T>``, means over samples; so ``dB = rate (-decay B + amplitude x u^T - sparse x v^T - null (B
-    u) u^T + self_alignment W^T)``. W's own share of these losses is off. All but ``self_alignment`` (which transports
-    the weights) are local to the synapse. A weight mirror is ``alignment(amplitude=1, decay=1)``.
+    self_alignment <B, W^T>``, as means over samples. So ``dB = rate (-decay B + amplitude x u^T - sparse x v^T - null
+    (B u) u^T + self_alignment W^T)``. These losses do not change W. All are local to the synapse, except
+    ``self_alignment``, which transports the weights. A weight mirror is ``alignment(amplitude=1, decay=1)``.
 
     Args:
       amplitude, decay, null, sparse, self_alignment: the coefficients.
       on: "noise" (mirror mode, by ``mirror_step``) or "activity" (engaged mode: x is the projection's own input).
-      rate: the step down R's gradient; with noise at unit variance, 1 is stable for decay alone.
+      rate: the step down R's gradient. With noise of unit variance, 1 is stable for decay alone.
       noise, noise_std, num_samples: with ``on="noise"``, as in ``weight_mirror``.
-      name: as tables print it.
+      name: the name that tables print.
       scale: B starts Gaussian with standard deviation ``scale / sqrt(fan_in)``.
-      whiten: on activity, amplitude's term is multiplied by ``E[x x^T]^-1`` (which no synapse could do alone).
-      normalize: on activity, what the terms that hold x are divided by: "none", "mean" (x's mean square) or "total"
-        (the mean of ``|x|^2``, under which a rate below 2 is stable for ``sparse``).
+      whiten: on activity, multiplies amplitude's term by ``E[x x^T]^-1``, which no synapse could do alone.
+      normalize: on activity, divides the terms that hold x by: "none", "mean" (x's mean square) or "total" (the mean of
+        ``|x|^2``, under which a rate below 2 is stable for ``sparse``).
 
     Raises:
       ValueError: an argument is out of its range.
+
+    Example:
+      >>> rule = wmkp.alignment(amplitude=1, null=0.5, decay=0.5, on="noise")
     """
     check_scale(scale)
     losses: Any = Alignment(decay, amplitude, sparse, null, self_alignment, whiten, normalize)
@@ -191,26 +194,29 @@ def information_alignment(
 ) -> Rule:
     """Information alignment (Kunin et al. 2020): amplitude + null + decay, on noise.
 
-    ``dB = rate (amplitude x u^T - null (B u) u^T - decay B)`` on noise. A weight mirror whose null term keeps B from
-    growing. Local; stabler than the weight mirror across architectures in that paper. B settles at ``amplitude W^T
-    (null W W^T + decay / sigma^2)^-1``, at no angle to W^T where W's rows are orthogonal and of one norm.
+    ``dB = rate (amplitude x u^T - null (B u) u^T - decay B)``. This is a weight mirror whose null term keeps B from
+    growing. It is local, and that paper found it more stable across architectures. B settles at ``amplitude W^T (null W
+    W^T + decay / sigma^2)^-1``: at no angle to W^T if W's rows are orthogonal and of equal norm.
 
     Args:
-      amplitude, null, decay: the coefficients (the paper's were found by search, one number each).
+      amplitude, null, decay: the coefficients (the paper found its own by search, one number each).
       rate, noise_std: as in ``alignment``.
 
     Raises:
       ValueError: an argument is out of its range; the message names it.
+
+    Example:
+      >>> rule = wmkp.information_alignment()
     """
     return alignment(amplitude=amplitude, null=null, decay=decay, rate=rate, noise_std=noise_std)
 
 
 @named
 def symmetric_alignment(self_alignment: float = 1.0, decay: float = 1.0, *, rate: float = 0.1) -> Rule:
-    """Symmetric alignment (Kunin et al. 2020): self + decay, B relaxes to ``self_alignment / decay`` W^T.
+    """Symmetric alignment (Kunin et al. 2020): self-alignment + decay, so B relaxes to ``self_alignment / decay`` W^T.
 
-    ``dB = rate (self_alignment W^T - decay B)``, at every engaged step. It transports the weights, and is no local
-    rule: the yardstick for those that are.
+    ``dB = rate (self_alignment W^T - decay B)`` at every engaged step. It transports the weights: a reference, not a
+    local rule.
 
     Args:
       self_alignment, decay: the coefficients.
@@ -218,6 +224,9 @@ def symmetric_alignment(self_alignment: float = 1.0, decay: float = 1.0, *, rate
 
     Raises:
       ValueError: an argument is out of its range; the message names it.
+
+    Example:
+      >>> rule = wmkp.symmetric_alignment()
     """
     return alignment(self_alignment=self_alignment, decay=decay, rate=rate, on="activity")
 
@@ -226,16 +235,19 @@ def symmetric_alignment(self_alignment: float = 1.0, decay: float = 1.0, *, rate
 def activation_alignment(amplitude: float = 1.0, sparse: float = 1.0, *, rate: float = 1.0) -> Rule:
     """Activation alignment (Kunin et al. 2020): amplitude + sparse, on the network's own activity, in engaged mode.
 
-    ``dB = rate (amplitude x u^T - sparse x v^T)``, the delta rule by which B^T learns to answer x as W does; it settles
-    at ``amplitude / sparse`` times W^T wherever the activity reaches. Local, with no second mode. Both terms are
-    divided by the mean of ``|x|^2``, so that one rate is stable whatever the size of the activity.
+    ``dB = rate (amplitude x u^T - sparse x v^T)`` is the delta rule: B^T learns to answer x as W does. B settles at
+    ``amplitude / sparse`` times W^T in the directions that the activity reaches. It is local and has no second mode.
+    Both terms are divided by the mean of ``|x|^2``, so one rate is stable whatever the size of the activity.
 
     Args:
       amplitude, sparse: the coefficients.
-      rate: as in ``alignment``; stable below ``2 / sparse``.
+      rate: as in ``alignment``. It is stable below ``2 / sparse``.
 
     Raises:
       ValueError: an argument is out of its range; the message names it.
+
+    Example:
+      >>> rule = wmkp.activation_alignment()
     """
     return alignment(amplitude=amplitude, sparse=sparse, rate=rate, on="activity", normalize="total")
 
@@ -244,16 +256,19 @@ def activation_alignment(amplitude: float = 1.0, sparse: float = 1.0, *, rate: f
 def activity_mirror(*, whiten: bool = False, rate: float = 0.1) -> Rule:
     """A weight mirror on the network's own activity instead of noise (eq. 5 with x as it comes), in engaged mode.
 
-    ``dB = rate (x u^T / s - B)``, s the mean square of x, whose mean is ``E[x x^T] / s W^T - B``: the input's
-    covariance comes along, and with it an angle that no averaging removes. ``wmkp.input_covariances`` shows it. With
-    ``whiten`` it is divided out, which no synapse could do alone.
+    ``dB = rate (x u^T / s - B)``, where s is the mean square of x. Its mean is ``E[x x^T] / s W^T - B``, so B inherits
+    the input's covariance, and an angle remains that no averaging removes. ``wmkp.input_covariances`` shows it.
+    ``whiten`` divides by the covariance, which no synapse could do alone.
 
     Args:
       whiten: whether to multiply by ``E[x x^T]^-1`` of the batch.
-      rate: a, the share of the difference that a step takes away.
+      rate: a, the share of the difference that one step removes.
 
     Raises:
       ValueError: an argument is out of its range; the message names it.
+
+    Example:
+      >>> rule = wmkp.activity_mirror(whiten=True)
     """
     normalize = "none" if whiten else "mean"
     return alignment(amplitude=1.0, decay=1.0, rate=rate, on="activity", whiten=whiten, normalize=normalize)

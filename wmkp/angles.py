@@ -34,23 +34,27 @@ def _unit(a: jax.Array) -> jax.Array:
 
 
 def matrix_angles(params: Any, feedback: Any, rule: Rule | None = None) -> dict[str, jax.Array]:
-    """The angle between W and B of each projection that has a B, all entries taken as one vector.
+    """The angle between W and B of each projection that has a B, in degrees. All entries count as one vector.
 
-    Under product feedback alignment it is the angle between W and R B. Direct feedback has no shape in common with W,
-    and no matrix angle. Sign symmetry's B has the signs that W had when B was made; with ``rule`` it gets W's of now.
-    Entries that the model masks out count like all others: where W is sparse, mask both before, or see ``delta_angles``.
+    0 means equal direction, 90 that W and B have none in common. Direct feedback has another shape than W, and no
+    matrix angle. Under product feedback alignment it is the angle between W and R B. Sign symmetry's B has the signs
+    that W had at the start; give ``rule`` to compare with W's current signs. Entries that the model masks out count
+    too.
 
     Args:
       params: the parameters.
-      feedback: the feedback weights, in params' structure, layout and shapes (so that W and the paper's B^T compare
-        entry by entry).
-      rule: the rule of all projections, if what carries errors back is B as the rule makes it from W and B.
+      feedback: the feedback weights, in params' structure, layout and shapes.
+      rule: the rule of all projections, if the array that carries errors back differs from B.
 
     Returns:
-      ``{path: degrees}``, scalars; NaN where one of the two is all zero.
+      ``{path: degrees}``, scalars. NaN where W or B is all zero.
 
     Raises:
       ValueError, TypeError: feedback does not match params, or is not ``rule``'s.
+
+    Example:
+      >>> w = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+      >>> angles = wmkp.matrix_angles({"w": w}, {"w": w + 0.1})  # {"w": degrees}
     """
     if rule is not None:
         check_rule(rule, mapping=False)
@@ -72,10 +76,10 @@ def matrix_angles(params: Any, feedback: Any, rule: Rule | None = None) -> dict[
 def delta_angles(
     fun: Callable[..., Any], rule: RuleOrRules, params: Any, feedback: Any, *args: Any, has_aux: bool = False
 ) -> dict[str, jax.Array]:
-    """The angle between delta as the rule carries it and as backprop would, at the same weights and data.
+    """The angle between the error that the rule carries and backprop's, at the same weights and data.
 
-    delta is the loss's gradient at a projection's output, the whole batch (and, for a parameter used in several places,
-    all its uses) taken as one vector. At the last projection both are the same, and the angle is zero.
+    The error is delta, the loss's gradient at a projection's output. The whole batch counts as one vector, and so do
+    all uses of a parameter. At the last projection both errors are the same, and the angle is zero.
 
     Args:
       fun: a loss ``fun(params, *args) -> scalar``, or ``-> (scalar, aux)`` with ``has_aux``.
@@ -86,10 +90,17 @@ def delta_angles(
       has_aux: whether ``fun`` returns auxiliary data beside the loss.
 
     Returns:
-      ``{path: degrees}``, scalars, one for each projection, a first layer included; NaN where a delta is all zero.
+      ``{path: degrees}``, scalars, one for each projection, first layers included. NaN where an error is all zero.
 
     Raises:
       ValueError, TypeError, WeightTransportError: as ``value_and_grad``.
+
+    Example:
+      >>> params = {"W1": jnp.ones((4, 8)) / 4, "W2": jnp.ones((8, 2)) / 8}
+      >>> loss_fn = lambda params, x: jnp.mean((jnp.tanh(x @ params["W1"]) @ params["W2"] - 1) ** 2)
+      >>> x, rule = jnp.ones((16, 4)), wmkp.feedback_alignment()
+      >>> feedback = wmkp.init_feedback(jax.random.key(0), rule, loss_fn, params, x)
+      >>> angles = wmkp.delta_angles(loss_fn, rule, params, feedback, x)  # {"W1": degrees, "W2": 0}
     """
     analysis, ours = _carried_deltas(fun, rule, params, feedback, args, has_aux)
     leaves = jax.tree.leaves(params)
@@ -98,13 +109,13 @@ def delta_angles(
 
 
 class DeltaNorms(NamedTuple):
-    """The error that a rule carries to one projection's output, beside backprop's error there: scalars.
+    """The error that a rule carries to one projection's output, compared with backprop's error there: scalars.
 
     Attributes:
-      angle: between the two, in degrees, as ``delta_angles`` has it.
-      ratio: the carried error's norm over that of backprop's error.
-      reference: the norm of backprop's error, over the whole batch, in units of the loss over the output's.
-      rounding: the angle, in degrees, by which backprop's own error turns if every parameter moves by one rounding.
+      angle: the angle between the two in degrees, as in ``delta_angles``.
+      ratio: the norm of the carried error over that of backprop's error.
+      reference: the norm of backprop's error over the whole batch, in units of the loss over the output's.
+      rounding: the angle in degrees by which backprop's own error turns if every parameter moves by one rounding.
     """
 
     angle: jax.Array
@@ -121,10 +132,11 @@ class DeltaNorms(NamedTuple):
 def delta_norms(
     fun: Callable[..., Any], rule: RuleOrRules, params: Any, feedback: Any, *args: Any, has_aux: bool = False
 ) -> dict[str, DeltaNorms]:
-    """How large the error is that a rule carries, compared with backprop's, and whether that comparison means anything.
+    """How large the carried error is compared with backprop's, and whether that comparison means anything.
 
-    An angle says nothing of size: an error in the right direction may vanish or explode on its way back. Nor does an
-    angle mean anything where backprop's own error is made of rounding alone. It costs a third backward pass.
+    An angle says nothing about size: an error in the right direction may still vanish or explode on its way back. And
+    an angle means nothing if backprop's own error is only rounding. This costs one more backward pass than
+    ``delta_angles``.
 
     Args:
       fun: a loss ``fun(params, *args) -> scalar``, or ``-> (scalar, aux)`` with ``has_aux``.
@@ -135,17 +147,20 @@ def delta_norms(
       has_aux: whether ``fun`` returns auxiliary data beside the loss.
 
     Returns:
-      ``{path: DeltaNorms}``, one for each projection, a first layer included: ``angle`` (degrees), ``ratio`` (the carried
-      error's norm over backprop's), ``reference`` (the norm of backprop's error), ``rounding`` (degrees by which
-      backprop's error turns if every parameter moves by one rounding) and ``is_rounding``, true where that is above 5
-      degrees: there angle and ratio mean nothing.
+      ``{path: DeltaNorms}``, one for each projection, first layers included. Each has ``angle`` (degrees), ``ratio``
+      (the carried error's norm over backprop's), ``reference`` (the norm of backprop's error) and ``rounding``
+      (degrees). If ``is_rounding`` is true, ``angle`` and ``ratio`` mean nothing.
 
     Raises:
       ValueError, TypeError, WeightTransportError: as ``value_and_grad``.
 
     Example:
-      >>> norms = wmkp.delta_norms(loss_fn, rule, params, feedback, batch)
-      >>> {path: float(n.ratio) for path, n in norms.items() if not n.is_rounding}
+      >>> params = {"W1": jnp.ones((4, 8)) / 4, "W2": jnp.ones((8, 2)) / 8}
+      >>> loss_fn = lambda params, x: jnp.mean((jnp.tanh(x @ params["W1"]) @ params["W2"] - 1) ** 2)
+      >>> x, rule = jnp.ones((16, 4)), wmkp.feedback_alignment()
+      >>> feedback = wmkp.init_feedback(jax.random.key(0), rule, loss_fn, params, x)
+      >>> norms = wmkp.delta_norms(loss_fn, rule, params, feedback, x)
+      >>> ratios = {path: float(n.ratio) for path, n in norms.items() if not n.is_rounding}
     """
     analysis, ours = _carried_deltas(fun, rule, params, feedback, args, has_aux)
     leaves = jax.tree.leaves(params)
@@ -178,14 +193,18 @@ def _nudged(leaves: list[Any], dtypes: list[Any]) -> list[Any]:
 def stream_growth(activations: Sequence[jax.Array]) -> jax.Array:
     """How much a residual stream grows from block to block.
 
-    In a pre-norm network nothing bounds the stream, and a rule whose updates do not fit lets it grow until the blocks'
-    errors vanish behind the last normalization.
+    In a pre-norm network nothing bounds the stream. Under a rule that fits badly it can grow until the blocks' errors
+    vanish behind the last normalization.
 
     Args:
       activations: the stream before the first block and after each block, ``n + 1`` arrays.
 
     Returns:
       ``(n,)``: the root mean square after each block over that before it.
+
+    Example:
+      >>> wmkp.stream_growth([jnp.ones(4), 2 * jnp.ones(4), 2 * jnp.ones(4)]).tolist()
+      [2.0, 1.0]
     """
     sizes = jnp.stack([norm(x) / math.sqrt(x.size) for x in activations])
     return sizes[1:] / sizes[:-1]
@@ -228,10 +247,10 @@ def _deltas(
 
 
 def input_covariances(fun: Callable[..., Any], params: Any, *args: Any) -> dict[str, jax.Array]:
-    """E[x x^T] of the input of each projection: what mirroring on activity multiplies W^T with (eq. 5).
+    """E[x x^T] of each projection's input: what mirroring on activity multiplies W^T by (eq. 5).
 
-    Means over batch and positions (not centred); a conv's input is its patches, in the kernel's (height, width,
-    channel) order. A parameter used in several places has the mean over its uses.
+    It is a mean over batch and positions, not centred. A convolution's input is its patches, in the kernel's (height,
+    width, channel) order. A parameter with several uses has the mean over them.
 
     Args:
       fun: any JAX function ``fun(params, *args)``.
@@ -239,12 +258,18 @@ def input_covariances(fun: Callable[..., Any], params: Any, *args: Any) -> dict[
       *args: its further arguments.
 
     Returns:
-      ``{path: (groups, fan_in, fan_in)}``, in the squared units of the activity; NaN where no input reaches ``fun``'s
-      floating-point outputs by a gradient (in a branch not taken, before a stop_gradient or the argmax of an accuracy).
+      ``{path: (groups, fan_in, fan_in)}``, in the squared units of the activity. NaN where no gradient connects the
+      input with ``fun``'s floating-point outputs (a branch not taken, a stop_gradient, an argmax).
 
     Raises:
       TypeError: a parameter is not a real floating-point array.
-      ValueError: a batch of no sample; a convolution by batch groups, or whose left operand is the weight, whose patches are not taken.
+      ValueError: an empty batch; a convolution by batch groups, or one whose left operand is the weight.
+
+    Example:
+      >>> params, x = {"W": jnp.ones((4, 2))}, jnp.ones((16, 4))
+      >>> covariances = wmkp.input_covariances(lambda params, x: x @ params["W"], params, x)
+      >>> covariances["W"].shape
+      (1, 4, 4)
     """
     checks.values("args", args)
     analysis = analyse(fun, params, *args)

@@ -19,26 +19,34 @@ from wmkp.rules import Rule, RuleOrRules, check_rule, resolve
 
 
 def init_feedback(key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], params: Any, *args: Any) -> Any:
-    """The feedback weights B that ``rule`` starts from.
+    """Makes the feedback weights B that a rule starts from.
 
-    A rule that mirrors before training (``rule.mirror.start``) does so here: so many mirror steps, with W as it is.
+    If the rule mirrors before training (``rule.mirror.start``), this function takes those mirror steps too.
 
     Args:
-      key: a JAX random key; each projection draws from a key of its own, derived from this one.
-      rule: a rule, or a mapping from path patterns to rules (first match wins).
-      fun: the function to be trained, ``fun(params, *args)``.
+      key: a JAX random key. Each projection draws from a key derived from it.
+      rule: a rule, or a mapping from path patterns to rules (the first match wins).
+      fun: the function to train, ``fun(params, *args)``.
       params: its parameters, a pytree of floating-point arrays.
       *args: its further arguments, or ShapeDtypeStructs in their place.
 
     Returns:
-      A pytree of params' structure, each B in its parameter's own shape, dtype and layout (Flax's (in, out) kernel is
-      the paper's W^T, and B in that layout is the paper's B). ``None`` where no error has to pass back: at biases and
-      normalisations, at a first layer, under ``backprop()``.
+      A pytree of params' structure. Each B has its parameter's shape, dtype and layout: a Flax kernel of shape (in,
+      out) is the paper's W^T, and its B is the paper's B. ``None`` where no error must pass back: biases,
+      normalizations, first layers, parameters under ``backprop()``.
 
     Raises:
-      ValueError: no projection in ``fun``, patterns and paths that do not match, a ``scale`` beyond a parameter's dtype, or a
-        rule of one's own that reads W and says that it transports nothing.
-      WeightTransportError: B cannot follow a parameter; the message names its path and the primitive.
+      ValueError: no projection in ``fun``; patterns and paths that do not match; a ``scale`` that a parameter's dtype
+        cannot hold; a rule of your own that reads W but says that it transports nothing.
+      WeightTransportError: B cannot follow a parameter. The message names its path and the primitive.
+
+    Example:
+      >>> params = {"W1": jnp.ones((4, 8)) / 4, "W2": jnp.ones((8, 2)) / 8}
+      >>> loss_fn = lambda params, x: jnp.mean((jnp.tanh(x @ params["W1"]) @ params["W2"] - 1) ** 2)
+      >>> x = jax.ShapeDtypeStruct((16, 4), jnp.float32)
+      >>> feedback = wmkp.init_feedback(jax.random.key(0), wmkp.kolen_pollack(), loss_fn, params, x)
+      >>> jax.tree.map(jnp.shape, feedback)
+      {'W1': None, 'W2': (8, 2)}
     """
     checks.key(key)
     check_rule(rule)
@@ -204,29 +212,36 @@ def _whole(entry: Any, product: Product) -> Any:
 
 
 def engage(fun: Callable[..., Any], rule: RuleOrRules) -> Callable[..., Any]:
-    """``fun`` in engaged mode: the same value, its backward pass through the feedback weights B (eq. 3-4).
+    """Returns ``fun`` in engaged mode: the same value, its backward pass through the feedback weights B (eq. 3-4).
 
-    At each projection, forward ``y = W x``; backward ``dx = B delta`` and ``dW = delta x^T``. The cotangent of B is
-    the rule's signal: ``x delta^T`` in W's layout (eq. 15) under Kolen-Pollack (the circuit's own, even under
-    ``kolen_pollack_transported``), zero under a rule whose B does not learn in engaged mode.
+    At each projection the forward pass computes ``u = W x``. The backward pass computes ``dx = B delta`` and
+    ``dW = delta x^T``. B's cotangent is the rule's signal: under Kolen-Pollack ``x delta^T`` in W's layout (eq. 15;
+    also under ``kolen_pollack_transported``), and zero if B does not learn in engaged mode.
 
     Args:
       fun: any JAX function ``fun(params, *args)``.
       rule: a rule, or a mapping from path patterns to rules.
 
     Returns:
-      ``engaged(params, feedback, *args, key=None)``, which computes what ``fun(params, *args)`` does and can be
-      differentiated (in reverse mode, with respect to params and feedback), jitted, vmapped and scanned. Without an outer
-      ``jax.jit`` it walks ``fun`` at every call. ``key`` is a random key, which a rule with noise must have.
+      ``engaged(params, feedback, *args, key=None)``, which computes ``fun(params, *args)``. You can differentiate it in
+      reverse mode with respect to params and feedback, and jit, vmap and scan it. Without ``jax.jit`` it walks ``fun``
+      at every call. ``key`` is a random key; a rule with noise needs one.
 
-      Its gradient G(W, B) can be differentiated again, in either mode (``jax.jvp(jax.grad(engaged), ...)``), as any
-      function of W and B: with B held fixed the derivative dG/dW is no Hessian, nor symmetric, since G is the gradient of
-      no function; with B = W moving together it is the loss's Hessian. A B that does not learn in engaged mode counts as
-      fixed. Forward mode alone is refused.
+      Its gradient G(W, B) can be differentiated again, in either mode. With B fixed, dG/dW is no Hessian and not
+      symmetric, because G is the gradient of no function. With B = W moving together it is the loss's Hessian. A B that
+      does not learn in engaged mode counts as fixed.
 
     Raises:
-      TypeError: ``rule`` is no rule, ``fun`` no function; forward-mode differentiation of the engaged function itself.
-      ValueError, TypeError, WeightTransportError: when called; as ``init_feedback``, or feedback that does not match.
+      TypeError: ``rule`` is no rule; ``fun`` is no function; forward-mode differentiation of the engaged function
+        itself.
+      ValueError, TypeError, WeightTransportError: when called, as ``init_feedback``; or feedback that does not match.
+
+    Example:
+      >>> params = {"W1": jnp.ones((4, 8)) / 4, "W2": jnp.ones((8, 2)) / 8}
+      >>> loss_fn = lambda params, x: jnp.mean((jnp.tanh(x @ params["W1"]) @ params["W2"] - 1) ** 2)
+      >>> x, rule = jnp.ones((16, 4)), wmkp.feedback_alignment()
+      >>> feedback = wmkp.init_feedback(jax.random.key(0), rule, loss_fn, params, x)
+      >>> grads = jax.grad(wmkp.engage(loss_fn, rule))(params, feedback, x)
     """
 
     checks.function("fun", fun, "fun(params, *args)")
@@ -308,7 +323,7 @@ def check_loss(fun: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
 
 
 def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = False) -> Callable[..., Any]:
-    """The drop-in for ``jax.value_and_grad``: gradients by any rule here.
+    """The replacement for ``jax.value_and_grad``: the loss, and its gradients under any rule.
 
     Args:
       fun: a loss ``fun(params, *args) -> scalar``, or ``-> (scalar, aux)`` with ``has_aux``.
@@ -316,15 +331,25 @@ def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = F
       has_aux: whether ``fun`` returns auxiliary data beside the loss.
 
     Returns:
-      ``(params, feedback, *args, key=None) -> value, (grads, feedback_signal)``; ``value`` is ``(loss, aux)`` with
-      ``has_aux``. ``grads`` are in params' structure, shapes and dtypes. ``feedback_signal`` is in feedback's: what a
-      gradient is to W, to be descended on by ``rule.optimizer`` (None: W's own): ``rule.signal``, which is ``x delta^T``
-      (eq. 15) under Kolen-Pollack; zeros for a rule whose B does not learn in engaged mode. ``key`` is a random key, for
-      rules whose noise, error or signal takes one: the same key gives the same result.
+      A function ``(params, feedback, *args, key=None) -> (value, (grads,
+      feedback_signal))``. ``value`` is the loss, or ``(loss, aux)`` with ``has_aux``. ``grads`` are the gradients of W,
+      in params' structure, shapes and dtypes. ``feedback_signal`` is for B what a gradient is for W, in feedback's
+      structure: under Kolen-Pollack ``x delta^T`` (eq. 15), and zeros if B does not learn in engaged mode.
+      ``rule.optimizer`` (None: W's own) descends on it. ``key`` is a random key for rules whose noise, error or signal
+      needs one. The same key gives the same result.
 
     Raises:
-      TypeError: ``rule`` is no rule, ``fun`` no function.
-      ValueError, TypeError, WeightTransportError: when called; as ``engage``, or a loss that is not a scalar.
+      TypeError: ``rule`` is no rule, or ``fun`` no function.
+      ValueError, TypeError, WeightTransportError: when called, as ``engage``; or a loss that is not a scalar.
+
+    Example:
+      >>> params = {"W1": jnp.ones((4, 8)) / 4, "W2": jnp.ones((8, 2)) / 8}
+      >>> loss_fn = lambda params, x: jnp.mean((jnp.tanh(x @ params["W1"]) @ params["W2"] - 1) ** 2)
+      >>> x, rule = jnp.ones((16, 4)), wmkp.kolen_pollack()
+      >>> feedback = wmkp.init_feedback(jax.random.key(0), rule, loss_fn, params, x)
+      >>> gradients = jax.jit(wmkp.value_and_grad(loss_fn, rule))
+      >>> loss, (grads, signal) = gradients(params, feedback, x)
+      >>> params = jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
     """
 
     checks.function("fun", fun, "fun(params, *args)")

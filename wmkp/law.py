@@ -14,12 +14,16 @@ Activation = Callable[[jax.Array], jax.Array] | None
 
 
 def mirror_gain(rule: Rule) -> float:
-    """sigma^2 E[phi'] of a rule's mirror (eq. 11): its mean signal over W^T, and the decay that settles at W^T.
+    """sigma^2 E[phi'] of a rule's mirror (eq. 11): the mean signal over W^T, and the decay that settles at W^T.
 
-    E[phi'] is taken at weights of unit norm. For a linear response it is 1 and for ReLU 1/2 at any weights.
+    E[phi'] is taken at weights of unit norm. It is 1 for a linear response and 1/2 for ReLU, at any weights.
 
     Raises:
       ValueError: the rule has no mirror mode.
+
+    Example:
+      >>> wmkp.mirror_gain(wmkp.weight_mirror("gaussian", noise_std=2.0))
+      4.0
     """
     return _gain(mirror_of(rule))
 
@@ -73,23 +77,29 @@ def _response(activation: Activation, std: float) -> tuple[float, float, float]:
 
 
 def mirror_angle(num_samples: int, fan_in: int, rule: Rule) -> float:
-    """The law of angles: degrees between B and W^T that mirroring settles at, while W stands still.
+    """The law of angles: degrees between B and W^T at which mirroring settles while W stands still.
 
-    One estimate from N Gaussian samples is at ``tan(theta) = sqrt(c fan_in / N)``: c = 1 for a linear response, 2 for
-    ReLU, E[phi^2] / (sigma^2 E[phi']^2) in general. Of n orthogonal samples only the directions not drawn are missing:
-    ``sqrt((fan_in - n) / n)`` for a linear response, zero at every multiple of fan_in. For ReLU without pairs,
-    orthogonal noise does somewhat better than this law. Antithetic pairs leave phi's odd part alone
-    (ReLU's is linear: relu(z) - relu(-z) = z), at two samples a direction. A leaky average of rate a divides tan^2 by
-    (2 - a) / a. A mean over all mirror steps (``rate=None``) has no end: for it the angle is that after the steps before
-    training, ``rule.mirror.start`` of them. The law assumes that no bias is kept.
+    One estimate from N Gaussian samples is at ``tan(theta) = sqrt(c fan_in / N)``. c is 1 for a linear response, 2 for
+    ReLU, and E[phi^2] / (sigma^2 E[phi']^2) in general. With n < fan_in orthogonal samples and a linear response it is
+    ``sqrt((fan_in - n) / n)``, and zero at every multiple of fan_in. Antithetic pairs keep only phi's odd part (ReLU's
+    is linear), and need two samples a direction. For ReLU without pairs, orthogonal noise does somewhat better than
+    this law.
+
+    A leaky average of rate a divides tan^2 by (2 - a) / a. A mean over all mirror steps (``rate=None``) does not
+    settle: there the angle is that after the ``rule.mirror.start`` steps before training. The law assumes that no bias
+    is kept.
 
     Args:
-      num_samples: N, the samples a mirror step draws.
+      num_samples: N, the samples that a mirror step draws.
       fan_in: the projection's.
       rule: the rule, for its noise, activation and rate.
 
     Raises:
       ValueError: the rule has no mirror mode; ``num_samples`` or ``fan_in`` is not an integer of at least 1.
+
+    Example:
+      >>> round(wmkp.mirror_angle(64, 64, wmkp.weight_mirror("gaussian", rate=1.0)))
+      45
     """
     mirror = mirror_of(rule)
     checks.count("num_samples", num_samples)
@@ -148,6 +158,10 @@ def samples_for_angle(angle: float, fan_in: int, rule: Rule) -> int:
 
     Raises:
       ValueError: the rule has no mirror mode, or ``angle`` or ``fan_in`` is out of range.
+
+    Example:
+      >>> wmkp.samples_for_angle(45.0, 64, wmkp.weight_mirror("gaussian", rate=1.0))
+      64
     """
     checks.number("angle", angle, "lie between 0 and 90 degrees (from 1e-6 on)", lambda x: 1e-6 <= x < 90)
     checks.count("fan_in", fan_in)

@@ -351,30 +351,38 @@ def lags(
 def mirror_signals(
     key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], params: Any, *args: Any, feedback: Any = None
 ) -> Any:
-    """Mirror mode (eq. 6-8) at every projection by itself: what eq. 7 multiplies by eta_B, as the mean over samples.
+    """Mirror mode's signal (eq. 6-8): each projection alone receives noise, and the signal is the mean of x y^T.
 
-    Each projection gets noise x, answers y = phi(W x + b), and the signal is the mean of x y^T over samples, of which
-    the expectation is sigma^2 E[phi'] W^T (eq. 10-11). A conv's noise is patches (N, fan_in), which is unbiased and
-    costs ``4 N |W|`` operations whatever the image; no data enters, only shapes. (On CPUs, orthogonal noise of up to fan_in
-    samples for 256 inputs or more costs some ``|W| log2(fan_in)``, by fast transforms: the same sums in another order.)
+    x is the noise and y = phi(W x + b) the response. The expectation of the signal is sigma^2 E[phi'] W^T (eq. 10-11).
+    ``wmkp.updates.calibrated_mirror`` moves B along it. No data enters. A convolution's noise is patches of shape (N,
+    fan_in), which is unbiased. It costs ``4 N |W|`` operations, whatever the image size. On CPUs fast transforms make
+    orthogonal noise cheaper for 256 inputs or more.
 
     Args:
       key: a JAX random key.
       rule: a rule with a mirror mode, or a mapping that has one.
       fun: the function that is trained, ``fun(params, *args)``.
       params: its parameters.
-      *args: its further arguments, or ShapeDtypeStructs in their place (only shapes are read).
-      feedback: the feedback weights, for those rules whose signal depends on B (``Mirror.signal``): theirs is the
-        whole change of B over its rate, decay and all.
+      *args: its further arguments, or ShapeDtypeStructs in their place. Only shapes are read.
+      feedback: the feedback weights, for rules whose signal depends on B (``Mirror.signal``). Their signal is B's whole
+        change over its rate.
 
     Returns:
-      A pytree of params' structure with the signal of each B, in W's shape, dtype and layout; ``None`` where
-      ``init_feedback`` has None, and zeros for a B whose own rule has no mirror mode.
+      A pytree of params' structure with the signal of each B, in W's shape, dtype and layout. ``None`` where
+      ``init_feedback`` has None, and zeros for a B whose rule has no mirror mode.
 
     Raises:
-      ValueError: no rule has a mirror mode; one whose signal depends on B was given no ``feedback``; or a bias is kept
+      ValueError: no rule has a mirror mode; a rule's signal depends on B and ``feedback`` is missing; a bias is kept
         beside a gain.
-      WeightTransportError: a projection that noise alone cannot reach; the message names its path and why.
+      WeightTransportError: noise alone cannot reach a projection. The message names its path and the reason.
+
+    Example:
+      >>> params = {"W1": jnp.ones((4, 8)) / 4, "W2": jnp.ones((8, 2)) / 8}
+      >>> loss_fn = lambda params, x: jnp.mean((jnp.tanh(x @ params["W1"]) @ params["W2"] - 1) ** 2)
+      >>> x = jax.ShapeDtypeStruct((16, 4), jnp.float32)
+      >>> signal = wmkp.mirror_signals(jax.random.key(0), wmkp.weight_mirror(), loss_fn, params, x)
+      >>> bool(jnp.allclose(signal["W2"], params["W2"], atol=1e-6))  # orthogonal noise is exact
+      True
     """
     checks.key(key)
     check_rule(rule)

@@ -14,26 +14,29 @@ __all__ = ["pure"]
 def pure(model: nnx.Module) -> tuple[Callable[..., Any], Any, Any]:
     """Splits an NNX model into a pure function, its parameters and the rest of its state.
 
-    Dropout and BatchNorm work as the model is set (``model.train()`` or ``model.eval()``) at the time of the call:
-    BatchNorm's statistics and the random streams' counters are in the state that goes in and comes out.
+    Dropout and BatchNorm work in the mode that the model has when you call ``pure`` (``model.train()`` or
+    ``model.eval()``). BatchNorm's statistics and the random streams' counters are in the state that goes in and comes
+    out.
 
     Args:
-      model: the model; it is not changed.
+      model: the model. It is not changed.
 
     Returns:
-      ``(apply, params, state)``. ``params`` is a nested dict of arrays, the values of ``nnx.Param``; ``state`` all else
-      that the model holds. ``apply(params, state, *args, method=None, **kwargs) -> (output, new_state)`` calls the
-      model (or ``method(model, *args, **kwargs)``). It is pure: to be called inside the loss that wmkp trains.
+      ``(apply, params, state)``. ``params`` is a nested dict of arrays, the values of ``nnx.Param``. ``state`` is
+      everything else that the model holds. ``apply(params, state, *args, method=None, **kwargs) -> (output,
+      new_state)`` calls the model, or ``method(model, *args, **kwargs)``. It is pure: call it inside your loss.
 
     Raises:
       TypeError, ValueError: ``model`` is no nnx.Module; from ``apply``, params or state of another structure.
 
-    Example::
-
-      apply, params, state = wmkp.nnx.pure(model)
-      def loss_fn(params, state, batch, key):
-          logits, state = apply(params, state, batch["image"])
-          return cross_entropy(logits, batch["label"]), (state, {})
+    Example:
+      >>> from flax import nnx
+      >>> import wmkp.nnx
+      >>> apply, params, state = wmkp.nnx.pure(nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
+      >>> def loss_fn(params, state, x, key):
+      ...     y, state = apply(params, state, x)
+      ...     return jnp.mean(y**2), (state, {})
+      >>> loss, (state, metrics) = loss_fn(params, state, jnp.ones((16, 4)), None)
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(

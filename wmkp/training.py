@@ -19,17 +19,17 @@ from wmkp.rules import Mirror, Rule, RuleOrRules, learning_part, resolve
 
 
 class TrainState(NamedTuple):
-    """All that training changes.
+    """Everything that training changes.
 
     Attributes:
-      step: how many engaged steps were taken, int32.
+      step: number of engaged steps taken, int32.
       params: the forward weights W and all other parameters.
       feedback: the feedback weights B; None where there is no feedback path.
-      model_state: what the model keeps besides (BatchNorm's statistics), or None.
+      model_state: what the model keeps besides its parameters (BatchNorm statistics), or None.
       opt_state: the optimizer's state for params.
-      feedback_opt_state: for those B that learn in engaged mode, a tuple of states: of W's optimizer, and of each that a
-        rule has of its own, in the order of the parameters.
-      mirrored: how many mirror steps were taken, those before training among them, int32.
+      feedback_opt_state: the optimizers' states for those B that learn in engaged mode, a tuple: W's optimizer, and
+        each that a rule has of its own, in the order of the parameters.
+      mirrored: number of mirror steps taken, including those before training, int32.
       key: the random key, split at every step.
     """
 
@@ -67,18 +67,18 @@ class Steps(NamedTuple):
     """What ``make_steps`` returns.
 
     Attributes:
-      init: ``(key, params, model_state=None, mirror_steps=None) -> TrainState``; ``mirror_steps`` mirror before
-        training, with W standing still, so that B is the plain mean of that many estimates ("in utero"); with a
-        ``mirror_optimizer``, or by a signal of the rule's own, so many of its own steps. By default the most that any rule's
-        ``mirror.start`` asks for, and only for those rules that ask for some.
-      engaged_step: ``(state, batch) -> (state, metrics)``, jitted, the state donated.
-      mirror_step: ``state -> (state, metrics)``, jitted, the state donated; changes B alone, and only where the rule
-        mirrors at each step. ``metrics["lag"]`` says of each projection, by path, how many degrees B was behind W beyond
-        what noise explains. Above 3 degrees, mirror more often or take ``mirrored_kolen_pollack``. W is not read for it.
+      init: ``(key, params, model_state=None, mirror_steps=None) -> TrainState``. ``mirror_steps`` is the number of
+        mirror steps before training, while W stands still. B is then the plain mean of that many estimates. With a
+        ``mirror_optimizer``, or a signal of the rule's own, B takes that many of its steps. None: the largest
+        ``mirror.start`` of the rules, and only for rules that have one.
+      engaged_step: ``(state, batch) -> (state, metrics)``. It is jitted, and takes over the memory of the state.
+      mirror_step: ``state -> (state, metrics)``, jitted in the same way. It changes only B, and only under rules that
+        mirror at each step. ``metrics["lag"]`` holds by path how many degrees B was behind W, beyond what noise
+        explains. Above 3 degrees, mirror more often or use ``mirrored_kolen_pollack``. It does not read W.
 
     Raises:
-      ValueError, TypeError: a state or batch that does not match the examples that ``make_steps`` was given, a state
-        that a step was given before (its memory is donated), or the like: the message names it.
+      ValueError, TypeError: a state or batch that does not match the examples given to ``make_steps``; a state that was
+        passed to a step before. The message names it.
     """
 
     init: Callable[..., TrainState]
@@ -101,38 +101,49 @@ def make_steps(
     clip_norm: float | None = None,
     check_finite: bool = False,
 ) -> Steps:
-    """Builds the pure, compiled steps that train a loss under a rule.
+    """Builds the compiled steps that train a loss under a rule: ``init``, ``engaged_step`` and ``mirror_step``.
 
-    Over many devices either give ``mesh``, and the steps are whole programs that JAX divides: put batches with
-    ``batch_sharding(mesh)``, and losses and weights are those of one device, to the rounding of sums in another order.
-    Or give ``axis_name``, and call the steps inside a ``jax.pmap`` or ``jax.shard_map`` of your own. Or neither, with params
-    and batches on a mesh of explicit axes, under ``jax.set_mesh``: B and the optimizers' state are divided as W is.
+    There are three ways to use many devices. Give ``mesh``, and JAX divides the steps: put batches with
+    ``batch_sharding(mesh)``. Or give ``axis_name``, and call the steps inside your own ``jax.pmap`` or
+    ``jax.shard_map``. Or put params and batches on a mesh of explicit axes, under ``jax.set_mesh``, and give neither.
+    Losses and weights are those of one device, up to the rounding of sums in another order.
 
     Args:
-      loss_fn: ``(params, model_state, batch, key) -> (loss, (model_state, metrics))``; ``metrics`` a dict of scalars.
+      loss_fn: ``(params, model_state, batch, key) -> (loss, (model_state, metrics))``, where ``metrics`` is a dict of
+        scalars.
       rule: a rule, or a mapping from path patterns to rules.
-      optimizer: of params, and, under Kolen-Pollack, of B too (``updates.kolen_pollack``).
-      params, batch, model_state: examples, of which shapes and dtypes are read (ShapeDtypeStructs will do).
-      mirror_optimizer: of B in mirror mode, stateless; by default ``updates.calibrated_mirror`` of each projection's
-        rule.
-      axis_name: the axis of a ``jax.pmap`` or ``jax.shard_map`` around the steps: gradients, signals, metrics and
-        model_state's floating-point arrays are averaged over it (its counters and random keys, an NNX model's among them,
-        stay alike on all devices), and each device draws its own part of the mirror's noise.
-      mesh: devices that train together, its axes Auto. Each draws its own part of the mirror's noise, so that a mirror step gets
-        cheaper with devices; all of the state is on every device.
-      fsdp: over a mesh, W, B and what the optimizers keep of them are divided among the devices too, each array along
-        its longest axis that divides.
-      clip_norm: the largest global norm of the gradients that is left as it is; beyond it they and B's signals are
-        scaled alike (``updates.clip_together``), as clipping inside ``optimizer`` could not.
-      check_finite: metrics["finite"] says of the loss, and of the gradient and signal of each parameter by its path,
-        whether all of it is finite: ``{"loss": bool, path: bool, ...}``. It costs a pass over the gradients.
+      optimizer: for params. Under Kolen-Pollack it also trains B (``updates.kolen_pollack``).
+      params, batch, model_state: examples. Only their shapes and dtypes are read, so ShapeDtypeStructs are enough.
+      mirror_optimizer: for B in mirror mode, stateless. None: ``updates.calibrated_mirror`` of each projection's rule.
+      axis_name: the axis of a ``jax.pmap`` or ``jax.shard_map`` around the steps. Gradients, signals, metrics and
+        model_state's floating-point arrays are averaged over it. Counters and random keys in model_state stay alike on
+        all devices. Each device draws its own part of the mirror's noise.
+      mesh: the devices that train together, with Auto axes. Each draws its own part of the mirror's noise, so a mirror
+        step gets cheaper with more devices. The whole state is on every device.
+      fsdp: with ``mesh``, divides W, B and the optimizers' states among the devices too, each array along its longest
+        axis that divides.
+      clip_norm: the largest global norm of the gradients. Larger gradients and B's signals are scaled down alike
+        (``updates.clip_together``). Clipping inside ``optimizer`` could not do this.
+      check_finite: adds ``metrics["finite"]``, ``{"loss": bool, path: bool, ...}``: whether the loss, and each
+        parameter's gradient and signal, are finite. It costs a pass over the gradients.
 
     Returns:
       ``Steps``.
 
     Raises:
-      ValueError, TypeError, WeightTransportError: as ``init_feedback``; an optimizer under which the rule cannot
-        hold; both ``axis_name`` and ``mesh``; ``fsdp`` without a mesh; or another argument that is not as above.
+      ValueError, TypeError, WeightTransportError: as ``init_feedback``; an optimizer under which the rule cannot hold;
+        both ``axis_name`` and ``mesh``; ``fsdp`` without a mesh; another argument that is out of range.
+
+    Example:
+      >>> params = {"W1": jnp.ones((4, 8)) / 4, "W2": jnp.ones((8, 2)) / 8}
+      >>> def loss_fn(params, model_state, x, key):
+      ...     y = jnp.tanh(x @ params["W1"]) @ params["W2"]
+      ...     return jnp.mean((y - 1) ** 2), (model_state, {"output": y.mean()})
+      >>> x = jnp.ones((16, 4))
+      >>> steps = wmkp.make_steps(loss_fn, wmkp.mirrored_kolen_pollack(), optax.sgd(0.1), params, x)
+      >>> state = steps.init(jax.random.key(0), params)
+      >>> state, metrics = steps.engaged_step(state, x)  # {"loss": ..., "output": ...}
+      >>> state, metrics = steps.mirror_step(state)  # {"lag": {"W2": degrees}}
     """
     checks.function("loss_fn", loss_fn, "loss_fn(params, model_state, batch, key)")
     checks.transformation("optimizer", optimizer)

@@ -50,9 +50,9 @@ class Moved(NamedTuple):
     """How far gradients move when the backward pass reads another array in a parameter's place.
 
     Attributes:
-      moved: the norm of the move relative to the gradient's, of the parameter whose gradient moves most; 0 if none moves.
-      gradient: the path of that parameter, or None.
-      shape: the shape of the parameter whose place was taken.
+      moved: the largest move of any parameter's gradient, relative to that gradient's norm. 0 if none moves.
+      gradient: the path of the parameter whose gradient moves most, or None.
+      shape: the shape of the parameter that was replaced.
     """
 
     moved: float
@@ -80,24 +80,34 @@ class Transport(dict[str, Moved]):
 
 
 def transport(fun: Callable[..., Any], rule: RuleOrRules, params: Any, feedback: Any, *args: Any) -> Transport:
-    """Measures which parameters the backward pass reads: an answer to "is it secretly backprop?".
+    """Measures which parameters the backward pass reads: is it secretly backprop?
 
-    For each parameter the gradients of the engaged function are computed twice. The second time the backward pass finds
-    another array in the parameter's place, while the forward pass is unchanged. Gradients that move have read it.
+    For each parameter it computes the gradients twice. The second time the backward pass finds another array in the
+    parameter's place, while the forward pass is unchanged. If a gradient moves, the backward pass reads the parameter.
 
     Args:
-      fun: the function to be trained, ``fun(params, *args)``.
+      fun: the function to train, ``fun(params, *args)``.
       rule: a rule, or a mapping from path patterns to rules.
       params: its parameters, a pytree of floating-point arrays.
       feedback: the feedback weights, as ``init_feedback`` returns them.
-      *args: its further arguments, arrays of data.
+      *args: its further arguments, arrays of data. A small batch is enough.
 
     Returns:
-      ``{path: Moved}``, which prints as a table. 0 for what goes through B. Gains and what is declared local are read, and
-      are listed so; under ``backprop()`` every matrix that an error passes is.
+      ``{path: Moved}``, which prints as a table. What goes through B has 0. Gains, and parameters declared local, are
+      read, and listed so. Under ``backprop()`` every matrix that an error passes is read.
 
     Raises:
       ValueError, TypeError, WeightTransportError: as ``engage``.
+
+    Example:
+      >>> params = {"W1": jnp.ones((4, 8)) / 4, "W2": jnp.ones((8, 2)) / 8}
+      >>> loss_fn = lambda params, x: jnp.mean((jnp.tanh(x @ params["W1"]) @ params["W2"] - 1) ** 2)
+      >>> x, rule = jnp.ones((16, 4)), wmkp.feedback_alignment()
+      >>> feedback = wmkp.init_feedback(jax.random.key(0), rule, loss_fn, params, x)
+      >>> print(wmkp.transport(loss_fn, rule, params, feedback, x))
+      parameter  shape  moved  gradient  the backward pass
+      W1         4x8    0                not read
+      W2         8x2    0                not read
     """
     names = [checks.path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     entries = [] if feedback is None else feedback_leaves(params, feedback)

@@ -17,28 +17,38 @@ __all__ = ["calibrated_mirror", "clip_together", "kolen_pollack", "same_hyperpar
 
 
 def kolen_pollack(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer of W, made fit for B: under it W - B^T shrinks by (1 - eta lambda) a step (eq. 14).
+    """The optimizer for B under Kolen-Pollack, made from W's: W - B^T shrinks by (1 - eta lambda) a step (eq. 14).
 
-    W and B get the same changes from the same signal, so that all that is left of their difference is what weight decay
-    leaves. That holds for SGD with momentum and weight decay in its gradient, for AdamW, and for whatever else takes a
-    gradient element by element and decays linearly. It cannot hold where the size of a weight scales its update (LAMB,
-    LARS, Adafactor's parameter scale), where weight decay is divided by a gradient's moments (Adam with L2 in its
-    gradient), or where arrays of a tree influence each other (clipping by the global norm: see ``clip_together``; or
-    leaving out steps that are not finite, as ``optax.apply_if_finite`` does: W's tree is not B's, and one could be left
-    out without the other). Those are refused, by trying the optimizer, when B's state is made. What leaves out steps can
-    go around both: ``optax.apply_if_finite(optax.partition({"W": optimizer, "B": kolen_pollack(optimizer)}, ("W", "B")),
-    5)`` is an optimizer of the pair (params, feedback).
+    W and B receive the same changes, so only weight decay acts on their difference. This holds for SGD with momentum
+    and weight decay in its gradient, for AdamW, and for every optimizer that treats each element alone and decays
+    linearly. Optimizers for which it cannot hold are tried and refused when B's state is made:
+
+    - a weight's size scales its update (LAMB, LARS, Adafactor's parameter scale);
+    - decay is divided by a gradient's moments (Adam with L2 in its gradient);
+    - the arrays of a tree influence each other: clipping by the global norm (use ``clip_together``), or skipping steps
+      that are not finite (``optax.apply_if_finite``).
+
+    To skip steps, wrap both: ``optax.apply_if_finite(optax.partition({"W": optimizer, "B": kolen_pollack(optimizer)},
+    ("W", "B")), 5)`` is an optimizer of the pair (params, feedback).
 
     Args:
-      optimizer: the very transformation that updates W (same learning rate, decay and momentum).
+      optimizer: the transformation that updates W, with the same learning rate, decay and momentum.
 
     Returns:
-      A GradientTransformation for the tree of B, to be given ``feedback_signal``.
+      A GradientTransformation for the tree of B. Give it ``feedback_signal``.
 
     Raises:
-      TypeError: ``optimizer`` is no optax transformation; from ``init`` and ``update``, what is no array.
+      TypeError: ``optimizer`` is no optax transformation; from ``init`` and ``update``, a leaf that is no array.
       ValueError: from ``init``, eq. 14 cannot hold under ``optimizer``, and why; from ``update``, a signal that does
         not match feedback, or a state that is not the optimizer's.
+
+    Example:
+      >>> optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, momentum=0.9))
+      >>> feedback = {"W": jnp.ones((4, 2))}
+      >>> feedback_optimizer = wmkp.updates.kolen_pollack(optimizer)
+      >>> state = feedback_optimizer.init(feedback)
+      >>> updates, state = feedback_optimizer.update({"W": jnp.ones((4, 2))}, state, feedback)
+      >>> feedback = optax.apply_updates(feedback, updates)
     """
 
     checks.transformation("optimizer", optimizer)
@@ -72,10 +82,10 @@ def kolen_pollack(optimizer: optax.GradientTransformation) -> optax.GradientTran
 
 
 def same_hyperparams(opt_state: Any, feedback_opt_state: Any) -> Any:
-    """B's optimizer state with W's hyperparameters, as ``optax.inject_hyperparams`` keeps them in a state.
+    """B's optimizer state with W's hyperparameters, as ``optax.inject_hyperparams`` keeps them.
 
-    The engaged step of ``make_steps`` calls it: a learning rate that is set in ``state.opt_state`` is B's too, and one set
-    in ``state.feedback_opt_state`` alone is not used.
+    The engaged step of ``make_steps`` calls it. So a learning rate that you set in ``state.opt_state`` also applies to
+    B, and one set only in ``state.feedback_opt_state`` is ignored.
 
     Args:
       opt_state: W's.
@@ -248,17 +258,24 @@ def _compare_alone(together: jax.Array, alone: jax.Array) -> None:
 
 
 def clip_together(max_norm: float) -> optax.GradientTransformation:
-    """Clips ``(grads, feedback_signal)`` by the global norm of ``grads``: W moves as without B, and B like W.
+    """Clips ``(grads, feedback_signal)`` by the global norm of ``grads``: W moves as without B, and B moves like W.
 
     Args:
-      max_norm: the largest norm of ``grads`` that is left as it is.
+      max_norm: the largest norm of ``grads``. Larger ones are scaled down.
 
     Returns:
       A stateless GradientTransformation of pairs, ``update((grads, feedback_signal), state)``.
 
     Raises:
       ValueError: ``max_norm`` is not positive.
-      TypeError, ValueError: from ``update``, what it is given is no pair, or holds what is no array, or a deleted one.
+      TypeError, ValueError: from ``update``, its argument is no pair, or holds something else than arrays, or deleted
+        ones.
+
+    Example:
+      >>> clip = wmkp.updates.clip_together(1.0)
+      >>> (grads, signal), _ = clip.update(({"W": jnp.ones(4)}, {"W": jnp.ones(4)}), clip.init(None))
+      >>> grads["W"].tolist()
+      [0.5, 0.5, 0.5, 0.5]
     """
     checks.positive("max_norm", max_norm)
 
@@ -277,20 +294,20 @@ def clip_together(max_norm: float) -> optax.GradientTransformation:
 def weight_mirror(learning_rate: Any, decay: Any) -> optax.GradientTransformation:
     """The weight mirror's update (eq. 7 with decay): ``B <- B + eta_B (signal - decay B)``.
 
-    While W stands still B settles at the mean signal over ``decay``: (sigma^2 E[phi'] / decay) W^T. A decay of
-    ``mirror_gain(rule)`` makes that W^T itself; see ``calibrated_mirror``.
+    While W stands still, B settles at (sigma^2 E[phi'] / decay) W^T. With ``mirror_gain(rule)`` as the decay this is
+    W^T itself: see ``calibrated_mirror``.
 
     Args:
       learning_rate: eta_B, a number or a scalar array.
-      decay: the share of B that is taken away, in units of the signal's.
+      decay: the share of B that is removed, in units of the signal's.
 
     Returns:
-      A stateless GradientTransformation for the tree of B, to be given ``mirror_signals`` (not a gradient: it is
-      followed uphill).
+      A stateless GradientTransformation for the tree of B. Give it ``mirror_signals``, which it adds: they are no
+      gradient.
 
     Raises:
-      ValueError, TypeError: a negative number, or none, or two whose product is 2 or more, under which B grows without end;
-        from ``update``, a signal that does not match feedback.
+      ValueError, TypeError: a negative number, or no number; a product of the two of 2 or more, under which B grows
+        without end; from ``update``, a signal that does not match feedback.
     """
     checks.scalar("learning_rate", learning_rate)
     checks.scalar("decay", decay)
@@ -308,16 +325,23 @@ def weight_mirror(learning_rate: Any, decay: Any) -> optax.GradientTransformatio
 def calibrated_mirror(rule: Rule, rate: Any = None) -> optax.GradientTransformation:
     """The weight mirror's update that settles at W^T itself: its decay is sigma^2 E[phi'].
 
-    A step goes a share ``rate`` of the way.
+    One step replaces a share ``rate`` of B by the estimate of W^T.
 
     Args:
       rule: a rule with a mirror mode.
-      rate: a, by default the rule's own; a leaky average of this rate over mirror steps. For the t-th estimate of a mean
-        over all (``rule.mirror.rate`` is None), give ``1 / t``.
+      rate: a; None: the rule's own. For the t-th estimate of a mean over all (``rule.mirror.rate`` is None), give
+        ``1 / t``.
 
     Raises:
       ValueError, TypeError: the rule has no mirror mode; ``rate`` is negative, 2 or more, or no number; or neither the
         rule nor you give a rate.
+
+    Example:
+      >>> mirror = wmkp.updates.calibrated_mirror(wmkp.weight_mirror())
+      >>> signal, feedback = {"W": 2 * jnp.ones(3)}, {"W": jnp.zeros(3)}
+      >>> updates, _ = mirror.update(signal, mirror.init(feedback), feedback)
+      >>> optax.apply_updates(feedback, updates)["W"].tolist()
+      [2.0, 2.0, 2.0]
     """
     gain = mirror_gain(rule)
     if rate is not None:

@@ -20,17 +20,17 @@ from wmkp.program.products import Product, WeightTransportError
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """One population of neurons projecting to another: a parameter that multiplies an activation.
+    """A place where a parameter multiplies an activation: one population of neurons projecting to another.
 
     Attributes:
       path: the parameter's path, as ``jax.tree_util.keystr(path, simple=True, separator="/")`` prints it.
-      kind: the primitive that multiplies, ``"dot_general"`` or ``"conv_general_dilated"`` (or, with an ``obstacle``,
-        another).
-      fan_in: how many presynaptic values one postsynaptic value sums over (for a conv, those of one patch and group).
-      fan_out: how many postsynaptic values there are (for a conv, its output channels).
-      feedback: whether an error must pass back through it: ``False`` where its input needs no gradient (a first layer).
+      kind: the primitive that multiplies: ``"dot_general"`` or ``"conv_general_dilated"``, or another if there is an
+        ``obstacle``.
+      fan_in: how many input values one output value sums over (for a convolution, those of one patch and group).
+      fan_out: how many output values there are (for a convolution, its output channels).
+      feedback: whether an error must pass back through it. ``False`` for a first layer, whose input needs no gradient.
       uses: how many products the parameter takes part in.
-      obstacle: the primitive through which feedback weights cannot follow the parameter, or ``None``.
+      obstacle: the primitive through which B cannot follow the parameter, or ``None``.
     """
 
     path: str
@@ -390,7 +390,8 @@ def roles(fun: Callable[..., Any], params: Any, *args: Any) -> Roles:
 
     - "projection": it multiplies an activation that an error must reach. The backward pass reads B.
     - "first layer": it multiplies data. No error passes, and the backward pass reads nothing.
-    - "added": it is added to activations, joined to them, looked up, or a threshold. The backward pass reads nothing.
+    - "added": it is added to activations, joined to them, looked up, or used as a threshold. The backward pass reads
+      nothing.
     - "gain": it scales activations neuron by neuron. The backward pass reads the parameter itself.
     - "refused": an error would pass through it. Give it ``wmkp.local()`` or ``wmkp.backprop()``.
     - "unused": it does not enter what ``fun`` returns through any activation.
@@ -407,7 +408,8 @@ def roles(fun: Callable[..., Any], params: Any, *args: Any) -> Roles:
       TypeError, ValueError: as ``projections``.
 
     Example:
-      >>> print(wmkp.roles(lambda p, x: jnp.tanh(x @ p["w"] + p["b"]), params, x))
+      >>> params, x = {"b": jnp.ones(2), "w": jnp.ones((4, 2))}, jnp.ones((16, 4))
+      >>> print(wmkp.roles(lambda params, x: jnp.tanh(x @ params["w"] + params["b"]), params, x))
       parameter  role         the backward pass reads
       b          added        nothing
       w          first layer  nothing
@@ -424,22 +426,26 @@ def roles(fun: Callable[..., Any], params: Any, *args: Any) -> Roles:
 
 
 def projections(fun: Callable[..., Any], params: Any, *args: Any) -> dict[str, Projection]:
-    """Every place where a parameter of ``fun`` multiplies an activation.
+    """Lists every place where a parameter of ``fun`` multiplies an activation.
 
-    A parameter that is added to an activation, scales it neuron by neuron, or is looked up in it (a bias, a
-    normalisation's gain, an embedding) is local to its neurons, and no projection.
+    A parameter that is added to an activation, scales it neuron by neuron, or is looked up (a bias, a normalization's
+    gain, an embedding) is local to its neurons, and no projection.
 
     Args:
       fun: any JAX function ``fun(params, *args)``.
       params: its parameters, a pytree of floating-point arrays (or ShapeDtypeStructs).
-      *args: its further arguments; data must come in here, not through a closure.
+      *args: its further arguments. Data must come in here, not through a closure.
 
     Returns:
-      ``{path: Projection}``, in the order of the parameters; a parameter with an ``obstacle`` can only be trained under
-      ``backprop()``.
+      ``{path: Projection}``, in the order of the parameters. A parameter with an ``obstacle`` needs ``backprop()``.
 
     Raises:
       TypeError: a parameter is not a real floating-point array of at least 16 bits.
       ValueError, TypeError: ``fun`` raises an error when it is called with them.
+
+    Example:
+      >>> params, x = {"W": jnp.ones((4, 2))}, jnp.ones((16, 4))
+      >>> wmkp.projections(lambda params, x: x @ params["W"], params, x)["W"].fan_in
+      4
     """
     return analyse(fun, params, *args).projections()
