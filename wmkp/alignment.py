@@ -254,11 +254,11 @@ def activation_alignment(amplitude: float = 1.0, sparse: float = 1.0, *, rate: f
 
 @named
 def activity_mirror(*, whiten: bool = False, rate: float = 0.1) -> Rule:
-    """A weight mirror on the network's own activity instead of noise (eq. 5 with x as it comes), in engaged mode.
+    """A weight mirror on the network's own activity instead of noise, in engaged mode.
 
-    ``dB = rate (x u^T / s - B)``, where s is the mean square of x. Its mean is ``E[x x^T] / s W^T - B``, so B inherits
-    the input's covariance, and an angle remains that no averaging removes. ``wmkp.input_covariances`` shows it.
-    ``whiten`` divides by the covariance, which no synapse could do alone.
+    ``dB = rate (x u^T / s - B)``, which is eq. 5 with x as it comes, where s is the mean square of x. Its mean is
+    ``E[x x^T] / s W^T - B``, so B inherits the input's covariance, and an angle remains that no averaging removes.
+    ``wmkp.input_covariances`` shows it. ``whiten`` divides by the covariance, which no synapse could do alone.
 
     Args:
       whiten: whether to multiply by ``E[x x^T]^-1`` of the batch.

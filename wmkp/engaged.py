@@ -212,9 +212,9 @@ def _whole(entry: Any, product: Product) -> Any:
 
 
 def engage(fun: Callable[..., Any], rule: RuleOrRules) -> Callable[..., Any]:
-    """Returns ``fun`` in engaged mode: the same value, its backward pass through the feedback weights B (eq. 3-4).
+    """Returns ``fun`` in engaged mode: the same value, its backward pass through the feedback weights B.
 
-    At each projection the forward pass computes ``u = W x``. The backward pass computes ``dx = B delta`` and
+    At each projection (eq. 3-4) the forward pass computes ``u = W x``. The backward pass computes ``dx = B delta`` and
     ``dW = delta x^T``. B's cotangent is the rule's signal: under Kolen-Pollack ``x delta^T`` in W's layout (eq. 15;
     also under ``kolen_pollack_transported``), and zero if B does not learn in engaged mode.
 

@@ -14,9 +14,10 @@ Activation = Callable[[jax.Array], jax.Array] | None
 
 
 def mirror_gain(rule: Rule) -> float:
-    """sigma^2 E[phi'] of a rule's mirror (eq. 11): the mean signal over W^T, and the decay that settles at W^T.
+    """sigma^2 E[phi'] of a rule's mirror: the mean signal over W^T, and the decay under which B settles at W^T.
 
-    E[phi'] is taken at weights of unit norm. It is 1 for a linear response and 1/2 for ReLU, at any weights.
+    See eq. 11. E[phi'] is taken at weights of unit norm. It is 1 for a linear response and 1/2 for ReLU, at any
+    weights.
 
     Raises:
       ValueError: the rule has no mirror mode.

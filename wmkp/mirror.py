@@ -351,12 +351,12 @@ def lags(
 def mirror_signals(
     key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], params: Any, *args: Any, feedback: Any = None
 ) -> Any:
-    """Mirror mode's signal (eq. 6-8): each projection alone receives noise, and the signal is the mean of x y^T.
+    """Mirror mode's signal: each projection alone receives noise, and the signal is the mean of x y^T.
 
-    x is the noise and y = phi(W x + b) the response. The expectation of the signal is sigma^2 E[phi'] W^T (eq. 10-11).
-    ``wmkp.updates.calibrated_mirror`` moves B along it. No data enters. A convolution's noise is patches of shape (N,
-    fan_in), which is unbiased. It costs ``4 N |W|`` operations, whatever the image size. On CPUs fast transforms make
-    orthogonal noise cheaper for 256 inputs or more.
+    x is the noise and y = phi(W x + b) the response (eq. 6-8). The expectation of the signal is sigma^2 E[phi'] W^T
+    (eq. 10-11). ``wmkp.updates.calibrated_mirror`` moves B along it. No data enters. A convolution's noise is patches
+    of shape (N, fan_in), which is unbiased. It costs ``4 N |W|`` operations, whatever the image size. On CPUs fast
+    transforms make orthogonal noise cheaper for 256 inputs or more.
 
     Args:
       key: a JAX random key.

@@ -22,7 +22,7 @@ from wmkp.program.projections import Analysis, Projection
 
 
 class Mirror(NamedTuple):
-    """How mirror mode trains a rule's B (eq. 6-8): the noise, the response to it, and how fast B follows.
+    """How mirror mode trains a rule's B: the noise, the response to it, and how fast B follows.
 
     Attributes:
       noise: one of ``NOISES``.
@@ -195,7 +195,7 @@ def _std(scale: float, fan_in: int, path: str, w: jax.Array) -> float:
 
 @named
 def backprop() -> Rule:
-    """Backpropagation: the error goes back through W^T (eq. 2).
+    """Backpropagation: the error goes back through W^T.
 
     It transports the weights. There is no B, and no extra memory or time: your function stays as it is. Use it as the
     reference, or for parts of a model that no other rule fits.
@@ -223,9 +223,10 @@ def local() -> Rule:
 
 @named
 def feedback_alignment(scale: float = 1.0) -> Rule:
-    """Feedback alignment (Lillicrap et al. 2016): the error goes back through a fixed random B (eq. 3-4).
+    """Feedback alignment (Lillicrap et al. 2016): the error goes back through a fixed random B.
 
-    ``delta_l = phi'(y_l) B_{l+1} delta_{l+1}``. Only W learns, and nothing is transported. Use it as a baseline.
+    ``delta_l = phi'(y_l) B_{l+1} delta_{l+1}`` (eq. 3-4). Only W learns, and nothing is transported. Use it as a
+    baseline.
 
     Args:
       scale: B is Gaussian with standard deviation ``scale / sqrt(fan_in)``.
@@ -292,11 +293,11 @@ def _exact_start(start: str) -> Mirror | None:
 
 @named
 def kolen_pollack(scale: float = 1.0, *, start: str = "random") -> Rule:
-    """Kolen-Pollack (Akrout et al. 2019, eq. 15-18): B receives the same changes as W.
+    """Kolen-Pollack (Akrout et al. 2019): B receives the same changes as W.
 
-    ``dB = -eta y_l delta_{l+1}^T - lambda B``, where ``dW = -eta delta_{l+1} y_l^T - lambda W``. Each synapse computes
-    its change from what it sees on its two sides. Nothing is transported, and there is no second mode. With weight
-    decay, W - B^T shrinks by (1 - eta lambda) a step (eq. 14).
+    By eq. 15-18, ``dB = -eta y_l delta_{l+1}^T - lambda B``, where ``dW = -eta delta_{l+1} y_l^T - lambda W``. Each
+    synapse computes its change from what it sees on its two sides. Nothing is transported, and there is no second mode.
+    With weight decay, W - B^T shrinks by (1 - eta lambda) a step (eq. 14).
 
     From a random B this takes thousands of steps. With ``start="mirror"``, one mirror step of fan_in orthogonal samples
     makes B = W^T before training. From there learning follows backprop to rounding, with or without decay.
@@ -363,10 +364,11 @@ def mirrored_kolen_pollack(
 
 @named
 def kolen_pollack_transported(scale: float = 1.0) -> Rule:
-    """Kolen-Pollack as first published (Kolen and Pollack 1994, eq. 12-14): W's changes are copied to B.
+    """Kolen-Pollack as first published (Kolen and Pollack 1994): W's changes are copied to B.
 
-    ``dW = A - lambda W`` and ``dB = A^T - lambda B``, where A is W's own change. It transports changes, not weights. It
-    differs from ``kolen_pollack`` only if a parameter has other uses than its product: then A is the whole gradient.
+    ``dW = A - lambda W`` and ``dB = A^T - lambda B`` (eq. 12-14), where A is W's own change. It transports changes, not
+    weights. It differs from ``kolen_pollack`` only if a parameter has other uses than its product: then A is the whole
+    gradient.
 
     Args:
       scale: B starts Gaussian with standard deviation ``scale / sqrt(fan_in)``.
@@ -526,7 +528,7 @@ def weight_mirror(
     start: int | None = None,
     scale: float = 1.0,
 ) -> Rule:
-    """Weight mirrors (Akrout et al. 2019, eq. 5-11): in a second mode, noise through W teaches B its transpose.
+    """Weight mirrors (Akrout et al. 2019): in a second mode, noise through W teaches B its transpose.
 
     Engaged mode sends the error back through B (eq. 3) and leaves B unchanged. Mirror mode feeds each projection noise
     x, takes its response y = phi(W x + b), and moves B along x y^T (eq. 7). The mean of x y^T is sigma^2 E[phi'] W^T.

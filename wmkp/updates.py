@@ -17,11 +17,11 @@ __all__ = ["calibrated_mirror", "clip_together", "kolen_pollack", "same_hyperpar
 
 
 def kolen_pollack(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer for B under Kolen-Pollack, made from W's: W - B^T shrinks by (1 - eta lambda) a step (eq. 14).
+    """The optimizer for B under Kolen-Pollack, made from W's: W - B^T shrinks by (1 - eta lambda) a step.
 
-    W and B receive the same changes, so only weight decay acts on their difference. This holds for SGD with momentum
-    and weight decay in its gradient, for AdamW, and for every optimizer that treats each element alone and decays
-    linearly. Optimizers for which it cannot hold are tried and refused when B's state is made:
+    W and B receive the same changes, so only weight decay acts on their difference (eq. 14). This holds for SGD with
+    momentum and weight decay in its gradient, for AdamW, and for every optimizer that treats each element alone and
+    decays linearly. Optimizers for which it cannot hold are tried and refused when B's state is made:
 
     - a weight's size scales its update (LAMB, LARS, Adafactor's parameter scale);
     - decay is divided by a gradient's moments (Adam with L2 in its gradient);
@@ -292,10 +292,10 @@ def clip_together(max_norm: float) -> optax.GradientTransformation:
 
 
 def weight_mirror(learning_rate: Any, decay: Any) -> optax.GradientTransformation:
-    """The weight mirror's update (eq. 7 with decay): ``B <- B + eta_B (signal - decay B)``.
+    """The weight mirror's update: ``B <- B + eta_B (signal - decay B)``.
 
-    While W stands still, B settles at (sigma^2 E[phi'] / decay) W^T. With ``mirror_gain(rule)`` as the decay this is
-    W^T itself: see ``calibrated_mirror``.
+    This is eq. 7 with decay. While W stands still, B settles at (sigma^2 E[phi'] / decay) W^T. With
+    ``mirror_gain(rule)`` as the decay this is W^T itself: see ``calibrated_mirror``.
 
     Args:
       learning_rate: eta_B, a number or a scalar array.

@@ -18,23 +18,23 @@ from wmkp.program.projections import WeightTransportError, direct_sizes
 
 
 class Synapses(NamedTuple):
-    """What the synapses of a projection see in one use of it: all that a signal may be made of.
+    """What the synapses of a projection see in one use of it: everything that a signal may use.
 
     Attributes:
-      x: the presynaptic activity, as the projection gets it (with the noise, if its rule asks for some).
+      x: the presynaptic activity that enters the projection, with the rule's noise.
       u: the response, W x, before any bias.
-      delta: the loss's gradient at u; None in mirror mode. Under direct feedback too it is that of u itself.
-      error: what travels back through B: delta, or the output's error, as ``Rule.error`` made it; None in mirror mode.
-      b: what carries the error back, in W's layout at this use; a B that is no array comes as it is.
-      w: W, under a rule that transports "weights"; None under all others.
-      noise: what was added to x; None without noise. In mirror mode it is x.
-      key: a random key of this use; None where none was given.
-      outer: ``(x, delta) -> array``: the sum of the outer products over samples, in W's layout (or in direct feedback's).
+      delta: the loss's gradient at u, under direct feedback too; None in mirror mode.
+      error: what travels back through B: delta or the output's error, as ``Rule.error`` made it; None in mirror mode.
+      b: what carries the error back, in W's layout at this use. A B that is no array comes as it is.
+      w: W under a rule that transports "weights", else None.
+      noise: the noise added to x, or None. In mirror mode it is x.
+      key: a random key of this use, or None if none was given.
+      outer: ``(x, delta) -> array``: the sum of outer products over samples, in W's layout (or direct feedback's).
       multiply: ``(x, b) -> array``: the projection of x by an array in W's layout.
       samples: how many samples ``outer`` sums over.
-      uses: how often a step uses the parameter: a signal that is to be the mean over its uses is divided by it.
+      uses: how often a step uses the parameter. Divide a signal by it for the mean over its uses.
       fan_in: how many presynaptic values one value of u sums over.
-      product: the equation itself, for what is not here; None in mirror mode.
+      product: the equation itself, for everything else; None in mirror mode.
     """
 
     x: jax.Array
@@ -57,9 +57,9 @@ Signal = Callable[[Synapses], Any]
 
 
 def hebbian(synapses: Synapses) -> jax.Array:
-    """Kolen-Pollack's signal ``x error^T`` (eq. 15), from the two sides that each synapse of B sees.
+    """Kolen-Pollack's signal ``x error^T``, from what each synapse of B sees on its two sides.
 
-    Where nothing changes the error on its way, it is W's own gradient and costs nothing.
+    See eq. 15. If nothing changes the error on its way, it is W's own gradient and costs nothing.
 
     Args:
       synapses: what the projection's synapses see.
