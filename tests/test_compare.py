@@ -90,7 +90,7 @@ def test_a_run(monkeypatch, tmp_path, capsys):
         assert 0 <= float(row["test_error_percent"]) <= 100
         assert (row["train_loss"] == "") == (row["epoch"] == "0")
         matrix, worst_matrix, delta, worst_delta, least, most, rounding = (row[name] for name in names[5:12])
-        assert (row["mirror_lag_worst_deg"] != "") == (row["rule"] == "wm" and row["epoch"] != "0")
+        assert (row["mirror_lag_mean_deg"] != "") == (row["rule"] == "wm" and row["epoch"] != "0")
         alone = row["rule"] in {"bp", "frozen"}
         assert (matrix == "") == (worst_matrix == "") == (alone or row["rule"] == "dfa")
         assert (delta == "") == (worst_delta == "") == (least == "") == (rounding == "") == alone
