@@ -262,32 +262,51 @@ def start(name: str, config: Compare, epochs: int, dataset: data.Dataset) -> Tri
         with refusals(f"--rules {name} cannot train this network"):
             return steps.init(state_key, initial(params_key), mirror_steps=config.mirror_steps if mirrors else None)
 
-    def engaged(state: wmkp.TrainState, train: data.Examples, index: jax.Array) -> tuple[wmkp.TrainState, jax.Array]:
-        state, metrics = steps.engaged_step(state, jax.tree.map(lambda x: x[index], train))
-        return state, metrics["loss"]
+    # XLA's convolutions on CPUs are slow inside of a loop of its own.
+    slow = config.model == "conv" and jax.default_backend() == "cpu"
+    run_epoch = _looped(steps, mirrors, every) if slow else _scanned(steps, mirrors, every)
+    return Trial(init, run_epoch, jax.jit(partial(_measure, rule, loss_fn, forward), compiler_options=QUICK))
 
-    def mirror(state: wmkp.TrainState) -> tuple[wmkp.TrainState, jax.Array]:
-        state, metrics = steps.mirror_step(state)
-        return state, jnp.max(jnp.stack([jnp.zeros(()), *metrics.get("lag", {}).values()]))
+
+def _engaged(steps: wmkp.Steps, state: wmkp.TrainState, train: data.Examples, index: jax.Array) -> Any:
+    """The state and the loss after a step on some of the examples."""
+    state, metrics = steps.engaged_step(state, jax.tree.map(lambda x: x[index], train))
+    return state, metrics["loss"]
+
+
+def _mirrored(steps: wmkp.Steps, state: wmkp.TrainState) -> tuple[wmkp.TrainState, jax.Array]:
+    """The state after a mirror step, and the worst layer's lag."""
+    state, metrics = steps.mirror_step(state)
+    return state, jnp.max(jnp.stack([jnp.zeros(()), *metrics.get("lag", {}).values()]))
+
+
+def _scanned(steps: wmkp.Steps, mirrors: bool, every: int) -> Callable[..., Any]:
+    """``Trial.run_epoch`` as one program."""
+    unknown = jnp.full((), jnp.nan)
 
     def step(state: wmkp.TrainState, train: data.Examples, index: jax.Array) -> Any:
-        state, loss = engaged(state, train, index)
+        state, loss = _engaged(steps, state, train, index)
         if not mirrors:
-            return state, (loss, jnp.full((), jnp.nan))
+            return state, (loss, unknown)
         due = state.step % every == 0
-        state, lag = jax.lax.cond(due, mirror, lambda s: (s, jnp.full((), jnp.nan)), state)
+        state, lag = jax.lax.cond(due, partial(_mirrored, steps), lambda s: (s, unknown), state)
         return state, (loss, lag)
 
-    def scanned(state: wmkp.TrainState, train: data.Examples, order: jax.Array) -> Any:
+    def run_epoch(state: wmkp.TrainState, train: data.Examples, order: jax.Array) -> Any:
         state, (losses, lags) = jax.lax.scan(lambda s, index: step(s, train, index), state, order)
         return state, losses.mean(), jnp.nanmean(lags)
 
-    by_itself, mirrored = jax.jit(engaged, donate_argnums=0), jax.jit(mirror, donate_argnums=0)
+    return jax.jit(run_epoch, donate_argnums=0)
 
-    def looped(state: wmkp.TrainState, train: data.Examples, order: jax.Array) -> Any:
+
+def _looped(steps: wmkp.Steps, mirrors: bool, every: int) -> Callable[..., Any]:
+    """``Trial.run_epoch`` as a program for each step."""
+    engaged, mirrored = (jax.jit(partial(f, steps), donate_argnums=0) for f in (_engaged, _mirrored))
+
+    def run_epoch(state: wmkp.TrainState, train: data.Examples, order: jax.Array) -> Any:
         losses, lags, taken = [], [jnp.full((), jnp.nan)], int(state.step)
         for index in np.asarray(order):
-            state, loss = by_itself(state, train, index)
+            state, loss = engaged(state, train, index)
             losses.append(loss)
             taken += 1
             if mirrors and taken % every == 0:
@@ -295,10 +314,7 @@ def start(name: str, config: Compare, epochs: int, dataset: data.Dataset) -> Tri
                 lags.append(lag)
         return state, jnp.stack(losses).mean(), jnp.nanmean(jnp.stack(lags))
 
-    # XLA's convolutions on CPUs are slow inside of a loop of its own.
-    slow = config.model == "conv" and jax.default_backend() == "cpu"
-    run_epoch = looped if slow else jax.jit(scanned, donate_argnums=0)
-    return Trial(init, run_epoch, jax.jit(partial(_measure, rule, loss_fn, forward), compiler_options=QUICK))
+    return run_epoch
 
 
 @cache
