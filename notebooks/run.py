@@ -25,7 +25,7 @@ SMOKE: dict[str, dict[str, object]] = {
     "1_the_idea": {"num_steps": 20},
     "2_mirrors": {"fan_in": 64, "fan_out": 64, "repeats": 1, "mirror_steps": 20},
     "3_kolen_pollack": {"num_steps": 40, "hidden": [16, 16]},
-    "4_five_algorithms": {"epochs": 2, "hidden": [16, 16, 16]},
+    "4_five_algorithms": {"epochs": 2, "model": "mlp", "hidden": [16, 16, 16], "seeds": 2},
     "5_your_own_rule": {"epochs": 2, "hidden": [16, 16]},
     "6_many_devices": {"num_steps": 3, "hidden": [32, 32]},
 }
