@@ -45,56 +45,48 @@ TEXTS = {
     ),
     "akrout-mnist": (
         "The curves published with the paper's code: MNIST",
-        "784-500-10, the settings of the NumPy code that was published with Akrout et al. (2019), every quirk kept: the data in the order "
-        "in which MNIST was published, never shuffled (TFDS keeps an order of its own, which is undone); ten independent sigmoids at the output; a bias learns 128 times more slowly; WM's noise uniform in "
-        "[-0.05, 0.05], its response a sigmoid with the bias kept, and its B growing without decay. Ours is float32, the published "
-        "float64. A published delta angle is that of one training example, the first, as that code takes it; "
-        "so is ours. Beside it, over the first 128, each by itself: the mean and the "
-        "standard deviation (the band in the picture).",
+        "784-500-10, with every setting of the NumPy code that was published with Akrout et al. (2019). The data are in the "
+        "order in which MNIST was published, and are never shuffled. The outputs are ten independent sigmoids. A bias learns 128 "
+        "times more slowly. WM's noise is uniform in [-0.05, 0.05], its response is a sigmoid with the bias kept, and its B grows "
+        "without decay. Ours is float32, the published float64. A published delta angle is that of the first training example, "
+        "and so is ours. Beside it stand the mean and the standard deviation over the first 128 examples.",
     ),
     "akrout-cifar10": (
         "The curves published with the paper's code: CIFAR-10",
-        "3072-1000-10, as above. TFDS's own CIFAR-10 is put back into the order in which it was published, as MNIST is; our copy has been through "
-        "JPEG (quality 75, colour at half size, as its files say) and has an order of its own, so that its first example, of which a delta angle is, is another than the published one's: where "
-        "that lies among 128 of ours says more. Ours is not the "
-        "published run to the point: the last columns have the differences. Late in the run training loss "
-        "and accuracy jump under BP, WM and KP, ours and the published at epochs of their own (picture): there a single epoch says little. FA's "
-        "accuracy jumps from epoch to epoch, the published too. The order of the data moves the first epochs' accuracies (next section). JPEG makes the training loss larger "
-        "throughout, and the accuracy a little smaller in the first quarter (the section after it), where ours is above the published: the accuracies' "
-        "differences are not its doing.",
+        "3072-1000-10, as above. Our copy of CIFAR-10 has been through JPEG (quality 75, colour at half size) and has an order of "
+        "its own. So its first example is not the published one, and the mean over 128 examples says more. Late in the run, loss "
+        "and accuracy jump under BP, WM and KP, in ours and in the published, at different epochs. There a single epoch says "
+        "little. FA's accuracy jumps from epoch to epoch in both. The next section shows what the order of the data does, and "
+        "the one after it what JPEG does.",
     ),
     "akrout-orders": (
         "What the order of the data does to the first epochs",
-        "BP again, in the dataset's own order and in others drawn at random, each kept from epoch to epoch as the published code kept its "
-        "own. Every epoch of a curve ends on the same batches, which puts its test accuracies off in the same direction; the training loss, "
-        "a mean over the epoch, hardly shows it. MNIST's own order is the one in which it was published; CIFAR-10's is that of our copy, whose "
-        "ids number each class's images in the published order but do not say how the classes take turns.",
+        "BP again, in the dataset's own order and in others drawn at random. Each order is kept from epoch to epoch, as the "
+        "published code kept its own. So every epoch of a curve ends on the same batches, which moves its test accuracies in one "
+        "direction. The training loss is a mean over the epoch and hardly shows it. MNIST's own order is the published one. "
+        "CIFAR-10's is that of our copy.",
     ),
     "akrout-jpeg": (
         "What JPEG does to the accuracy",
-        "CIFAR-10's experiment under BP, on our copy's images as they are (they have been through JPEG of quality 75, as its files say) "
-        "and put through JPEG once more: the same order, weights and everything else, so that what differs is the pixels' doing alone. On the "
-        "blocks of the first JPEG a second of the same quality would change next to nothing; the second's begin 4 pixels off, so that it does "
-        "to brightness what the first did to that of the original images, to colour, which is at half size already, less: what the first "
-        "one did is rather more than this.",
+        "CIFAR-10's experiment under BP on our copy's images, and on the same images put through JPEG once more. Order, weights "
+        "and all else are equal, so the pixels alone make the difference. The second JPEG's blocks begin 4 pixels off; on the "
+        "first one's blocks it would change next to nothing. It changes colour less than the first did, because colour is at "
+        "half size already. So the first one did rather more than this.",
     ),
     "akrout-mended": (
         "What each quirk changes",
-        "The MNIST experiment with one thing mended: each epoch shuffled; weight decay of W and B, on which Kolen-Pollack's "
-        "convergence rests (eq. 14); a B that decays so as to settle at W^T instead of growing; the library's own mirror (Gaussian "
-        "noise, a linear response, the bias blocked, a leaky average that settles at W^T), from the published 128 samples and from the 2,383 "
-        "that it takes by default, for 6 degrees; an exact mirror (orthogonal noise), for WM after each step and for KP (kpm) once, before training. With B = W^T, WM is BP at WM's "
-        "learning rate, a quarter of BP's here; the published WM learns faster than that because its B grows (wm-decay, whose "
-        "B does not, is as slow).",
+        "The MNIST experiment with one thing changed. `shuffled`: each epoch in another order. `decay`: weight decay of W and B, "
+        "on which Kolen-Pollack's convergence rests (eq. 14), or a B that settles at W^T. `linear`, `default`: the library's own "
+        "mirror (Gaussian noise, a linear response, no bias, a leaky average), from the published 128 samples and from the 2,383 "
+        "that leave 6 degrees. `exact`: orthogonal noise after each step. `kpm`: an exact mirror once, before training. With "
+        "B = W^T, WM is BP at WM's learning rate, a quarter of BP's here. The published WM learns faster because its B grows.",
     ),
     "akrout-resnet20": (
         "Algorithm comparison and learning the transpose: ResNet-20, CIFAR-10",
-        "The paper's two figures, which have ImageNet, at a small size: test error, and every layer's matrix and delta angles, against the "
-        "epoch. SGD, learning rate 0.1, falling as a cosine, momentum 0.9, weight decay 5e-4, images padded, cropped and flipped, "
-        "BatchNorm before the ReLU (in most of the paper's runs it is after); WM mirrors after every step, and is set to leave "
-        "5 degrees. The dataset's images are of 32x32; these runs had them at 16x16. One run of each: KPM is backprop to "
-        "rounding, and how far it ends from BP is how far rounding alone takes two runs apart. One run "
-        "cannot say how far SS is behind.",
+        "The paper's two ImageNet figures at a small size: test error and every layer's angles against the epoch. SGD, learning "
+        "rate 0.1 with a cosine schedule, momentum 0.9, weight decay 5e-4. Images are 16x16, padded, cropped and flipped. "
+        "BatchNorm comes before the ReLU. WM mirrors after every step and is set to leave 5 degrees. One run of each rule: KPM "
+        "is backprop to rounding, so its distance from BP shows how far rounding alone takes two runs apart.",
     ),
     "akrout-tiny": (
         "Algorithm comparison and learning the transpose: ResNet-18, Tiny ImageNet-100",
@@ -102,20 +94,19 @@ TEXTS = {
     ),
     "akrout-imagenet": (
         "The ImageNet recipe",
-        "First steps of the full recipe, and from their throughput on this machine the hours that 90 epochs would take; the memory "
-        "is the compiler's own account of a step of the recipe's batch, in float32: what it is given (W, B, the optimizer's state, a batch) and what it "
-        "needs besides. The data are a sample of 160 images of ImageNet (40 to test on), and warm-up and mirror period are shortened with the run, so "
-        "that W moves far between two steps, BP's too: errors and angles show that steps are taken, no more. WM mirrors after every 4 steps of "
-        "whatever batch; at the recipe's 256 an example bears a 16th of the mirror steps that it bears at 16. ResNet-50 under B is faster "
-        "than BP because wmkp takes convolutions' weight gradients by patches, which XLA's backprop on CPUs does not. Each rate is of four "
-        "steps, one run after another: rules that do the same work come out up to a fourth apart, and the benchmarks, which take turns, compare them.",
+        "First steps of the full recipe, and the hours that 90 epochs would take on this machine. Memory is the compiler's own "
+        "account of a step of the recipe's batch in float32: what it is given, and what it needs besides. The data are a sample "
+        "of 160 images, 40 to test on, and warm-up and mirror period are shortened with the run. So errors and angles show only "
+        "that steps are taken. WM mirrors after every 4 steps. ResNet-50 under B is faster than BP, because wmkp takes "
+        "convolutions' weight gradients by patches on CPUs. Rates are of four steps, one run after another, and differ by up to a "
+        "fourth between rules that do the same work; the benchmarks compare them properly.",
     ),
     "biotorch-lenet": (
         "BioTorch's table: LeNet on MNIST",
-        "LeNet under the rules that BioTorch publishes, and under KP and WM, which it lacks. SS is its uSF. Its batch of 64, epochs, momentum, decay "
-        "and steps of the rate; the rate itself, 0.01, is ours, and so is that gradients are clipped at a norm of 1, without which FA and DFA run "
-        "away. All 60,000 training images are trained on. Ours, of the last epoch, are below its errors, of the best epoch on the same test images, under every rule, BP included: the recipes differ, then, "
-        "and a rule is to be held against the BP of its own. One run of each.",
+        "LeNet under the rules that BioTorch publishes, and under KP and WM. SS is its uSF. Batch, epochs, momentum, decay and "
+        "schedule are BioTorch's. The learning rate, 0.01, is ours. Gradients are clipped at a norm of 1; without that FA and DFA "
+        "run away. Our errors, of the last epoch, are below its errors, of the best epoch, under every rule, BP included. So the "
+        "recipes differ, and a rule is to be compared with the BP of its own recipe. One run of each rule.",
     ),
 }
 MAIN = ("language", "residual", "hundred-classes", "akrout-resnet20", "akrout-mnist", "biotorch-lenet")
@@ -128,13 +119,11 @@ LEGEND = (
     "backprop; 90 degrees is nothing in common."
 )
 HEAD = (
-    "# Results\n\nFeedback alignment and sign symmetry fall behind backprop wherever the task is hard enough to tell rules "
-    "apart. A weight mirror without lag, and Kolen-Pollack from a mirrored start, end where backprop ends. This holds for a "
-    "convolutional network, a Transformer and a residual perceptron. The runs here are small: two CPU cores made them. "
-    "Differences between seeds are shown where there are several seeds; with one seed, a gap of a point or less means nothing. "
-    "The paper's own ImageNet results have not been reproduced.\n\n"
-    f"{LEGEND}\n\nEvery table was written by `python -m benchmarks.figures` from the runs' own files. Older and special "
-    f"runs are in the [appendix]({APPENDIX}): CIFAR-10 by the paper's code, orders of data, JPEG, quirks, the ImageNet recipe."
+    "# Results\n\nOn a small conv net, over five seeds, weight mirrors and mirrored Kolen-Pollack end where backprop ends; "
+    "feedback alignment and sign symmetry do not. The other runs have one seed each; there, a gap of a point or less means "
+    "nothing. Two CPU cores made all of them. The paper's ImageNet results have not been reproduced.\n\n"
+    f"{LEGEND}\n\nEvery table was written by `python -m benchmarks.figures` from the runs' own files. Special runs are in the "
+    f"[appendix]({APPENDIX}): CIFAR-10 by the paper's code, orders of data, JPEG, quirks, the ImageNet recipe."
 )
 APPENDIX_HEAD = (
     f"# Appendix to the results\n\nOlder and special runs; [RESULTS.md](RESULTS.md) has the main ones. {LEGEND}"
