@@ -11,6 +11,8 @@ from wmkp.experiments.models.lenet import LeNet
 from wmkp.experiments.models.resnet import ResNet18, ResNet20, ResNet50, ResNet56
 from wmkp.experiments.models.transformer import Decoder, ViT
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # (model, input, parameters, weights with a feedback path)
 MODELS = {
     "LeNet": (LeNet(10), (2, 32, 32, 1), 61_706, 4),

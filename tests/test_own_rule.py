@@ -10,6 +10,8 @@ import pytest
 
 import wmkp
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 KEY = jax.random.key(0)
 
 
