@@ -1,5 +1,6 @@
 """Datasets by name: read whole into memory, or opened to be streamed; and prepared, by TFDS, in the first place."""
 
+import json
 import logging
 import math
 import os
@@ -188,8 +189,9 @@ def prepare(name: str, data_dir: Path | None) -> Path:
     where = data_dir or Path(tfds.core.constants.DATA_DIR)
     try:
         made = tfds.builder(name, data_dir=where, file_format="array_record")
-        if not made.data_path.exists() and not any((where / "downloads").glob("*.INFO")):  # nor downloaded already
-            _check_reachable(name, made.url_infos or ())
+        if not made.data_path.exists():
+            there = [json.loads(path.read_text()).get("urls", []) for path in (where / "downloads").glob("*.INFO")]
+            _check_reachable(name, set(made.url_infos or ()).difference(*there))
         made.download_and_prepare()
     except tfds.core.DatasetNotFoundError:
         raise InputError(f"unknown dataset {name!r}: TFDS does not know it") from None
