@@ -1,5 +1,6 @@
 """Runs a plan with others in place of its products, each B going with its weight; or lays out the weights alone."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -8,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from wmkp.program import compat
-from wmkp.program.kinds import Kind, join
-from wmkp.program.plans import Plan, Step
+from wmkp.program.kinds import Kind
+from wmkp.program.plans import Plan, Step, either
 from wmkp.program.products import Bind, Product, WeightTransportError
 
 # --- running the plan -------------------------------------------------------------------------------------------------
@@ -17,8 +18,10 @@ from wmkp.program.products import Bind, Product, WeightTransportError
 # A value beside its companion: for a weight the feedback array that has followed it (None where there is none, the
 # value itself under backprop), for all else the value.
 Pair = tuple[Any, Any]
+Read = Callable[[Any], Any]  # a variable's value
 
 
+@dataclasses.dataclass(eq=False)
 class Handler:
     """What stands in for the products while a plan runs, and what they share.
 
@@ -30,21 +33,14 @@ class Handler:
       anchor: a zero that all inputs went into (``anchored``).
     """
 
-    def __init__(
-        self,
-        on_product: Callable[["Handler", Product, Any, Any, Any, Any], Any],
-        taps: dict,
-        channel: Any,
-        anchor: jax.Array,
-    ):
-        self.on_product = on_product
-        self.taps = taps
-        self.channel = channel
-        self.anchor = anchor
+    on_product: Callable[["Handler", Product, Any, Any, Any, Any], Any]
+    taps: dict
+    channel: Any
+    anchor: jax.Array
 
     def within(self, taps: dict, channel: Any) -> "Handler":
         """The same inside a loop, a branch or a call, with what goes in there."""
-        return Handler(self.on_product, taps, channel, self.anchor)
+        return dataclasses.replace(self, taps=taps, channel=channel)
 
 
 class Direct:
@@ -60,52 +56,45 @@ class Direct:
 jax.tree_util.register_pytree_node(Direct, lambda d: ((d.array,), None), lambda _, children: Direct(*children))
 
 
+def walk(plan: Plan, inputs: Sequence[Any], constant: Callable[[Any], Any], evaluate: Callable[..., Any]) -> Read:
+    """Goes through a plan, ``evaluate(step, operands) -> results`` at each equation; returns what reads a variable."""
+    env = {v: constant(c) for v, c in zip(plan.jaxpr.constvars, plan.consts, strict=True)}
+    env.update(zip(plan.jaxpr.invars, inputs, strict=True))
+    read = lambda v: env[v] if isinstance(v, compat.Var) else constant(v.val)
+    for step in plan.steps:
+        env.update(zip(step.eqn.outvars, evaluate(step, [read(v) for v in step.eqn.invars]), strict=True))
+    return read
+
+
 def run(plan: Plan, inputs: Sequence[Pair], handler: Handler) -> list[Pair]:
     """Evaluates a plan, the handler in place of each product of a weight with an activation."""
-    env: dict[Any, Pair] = {v: (c, c) for v, c in zip(plan.jaxpr.constvars, plan.consts, strict=True)}
-    env.update(zip(plan.jaxpr.invars, inputs, strict=True))
-
-    def read(v: Any) -> Pair:
-        return env[v] if isinstance(v, compat.Var) else (v.val, v.val)
-
-    for step in plan.steps:
-        operands = [read(v) for v in step.eqn.invars]
-        env.update(zip(step.eqn.outvars, _evaluate(step, operands, handler), strict=True))
+    evaluate = lambda step, operands: EVALUATE.get(step.action, _bind)(step, operands, handler)
+    read = walk(plan, inputs, lambda c: (c, c), evaluate)
     return [read(v) for v in plan.jaxpr.outvars]
 
 
-def _evaluate(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
-    values = [value for value, _ in operands]
-    if step.action == "product":
-        product = step.product
-        assert product is not None
-        w, b = operands[product.weight]
-        y = handler.on_product(handler, product, values[1 - product.weight], w, b, handler.taps.get(product))
-        return [(y, y)]
-    if step.action == "inline":
-        return run(step.plans[0], operands, handler)
-    if step.action == "remat":
-        return _remat(step, operands, handler)
-    if step.action == "scan":
-        return _scan(step, operands, handler)
-    if step.action == "cond":
-        return _cond(step, operands, handler)
-    if step.action == "shard_map":
-        return _shard_map(step, operands, handler)
+def _product(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
+    product = step.product
+    assert product is not None
+    (x, _), (w, b) = operands[1 - product.weight], operands[product.weight]
+    y = handler.on_product(handler, product, x, w, b, handler.taps.get(product))
+    return [(y, y)]
+
+
+def _bind(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
+    """The equation itself; and once more with B, where B follows its weight."""
     assert step.bind is not None
+    values = [value for value, _ in operands]
     for i in step.guarded:
         if jnp.issubdtype(jnp.result_type(values[i]), jnp.inexact):
             values[i] = _guarded(values[i])
     outs = step.bind(*values)
-    if (
-        step.eqn.primitive.name in compat.APART and len(operands) == len(outs) > 1
-    ):  # each result has its own operand's B
-        bare = [b if is_own(b, a) else a for a, b in operands]
-        beside = step.bind(*bare) if any(is_own(b, a) for a, b in operands) else outs
-        return [
-            (y, y if b is a else other if is_own(b, a) else b)
-            for (a, b), y, other in zip(operands, outs, beside, strict=True)
-        ]
+    if step.eqn.primitive.name in compat.APART and len(operands) == len(outs) > 1:
+        # Each result has its own operand's B.
+        own = [is_own(b, a) for a, b in operands]
+        beside = step.bind(*(b if o else a for o, (a, b) in zip(own, operands, strict=True))) if any(own) else outs
+        results = zip(own, operands, outs, beside, strict=True)
+        return [(y, other if o else y if b is a else b) for o, (a, b), y, other in results]
     if step.action == "own" or step.gain is not None:  # a gain is the same beside B, unless B has one as W has: a norm
         main = None if step.gain is None else 1 - step.gain
         other = main is not None and not step.norm
@@ -261,24 +250,19 @@ def _as_kind(pair: Pair, kind: Kind) -> Pair:
 
 def _cond(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
     (index, _), rest = operands[0], operands[1:]
-    kinds = [
-        functools.reduce(lambda a, b: join(a, b, "cond"), outs)
-        for outs in zip(*(p.outputs for p in step.plans), strict=True)
-    ]
+    kinds = either(step.plans)
     followed = [i for i, k in enumerate(kinds) if k.static or (k.weight and not k.obstacle)]
     lost: set[int] = set()
 
-    def branch(plan: Plan) -> Callable[[], tuple[list[Any], list[Any], Any]]:
-        def evaluate() -> tuple[list[Any], list[Any], Any]:
-            inner = handler.within(handler.taps, handler.channel)
-            pairs = [_as_kind(pair, kind) for pair, kind in zip(run(plan, rest, inner), kinds, strict=True)]
-            lost.update(i for i in followed if pairs[i][1] is None)
-            companions = [pairs[i][0] if i in lost else _companion(pairs[i], handler) for i in followed]
-            return [a for a, _ in pairs], companions, inner.channel
+    def branch(plan: Plan) -> tuple[list[Any], list[Any], Any]:
+        inner = handler.within(handler.taps, handler.channel)
+        pairs = [_as_kind(pair, kind) for pair, kind in zip(run(plan, rest, inner), kinds, strict=True)]
+        lost.update(i for i in followed if pairs[i][1] is None)
+        companions = [pairs[i][0] if i in lost else _companion(pairs[i], handler) for i in followed]
+        return [a for a, _ in pairs], companions, inner.channel
 
-        return evaluate
-
-    values, companions, handler.channel = jax.lax.switch(index, [branch(plan) for plan in step.plans])
+    branches = [functools.partial(branch, plan) for plan in step.plans]
+    values, companions, handler.channel = jax.lax.switch(index, branches)
     outs = [(a, a) for a in values]
     for i, b in zip(followed, companions, strict=True):
         outs[i] = (values[i], None if i in lost else b)
@@ -300,9 +284,7 @@ def _scan(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
     lost: set[int] = set()
     carry_pack = xs_pack = ys_pack = _Packed([])
 
-    def body(
-        carry: tuple[list[Any], Any], slices: tuple[list[Any], list[Any]]
-    ) -> tuple[tuple[list[Any], Any], list[Any]]:
+    def body(carry: tuple[list[Any], Any], slices: tuple[list[Any], list[Any]]) -> tuple[Any, list[Any]]:
         nonlocal ys_pack
         inner = handler.within(dict(zip(mine, slices[1], strict=True)), carry[1])
         pairs = run(plan, [*fixed, *carry_pack.unflatten(carry[0]), *xs_pack.unflatten(slices[0])], inner)
@@ -337,6 +319,16 @@ def _differs(plan: Plan, carry: int) -> bool:
     return plan.jaxpr.outvars[carry] not in plan.jaxpr.invars
 
 
+EVALUATE = {
+    "product": _product,
+    "inline": lambda step, operands, handler: run(step.plans[0], operands, handler),
+    "remat": _remat,
+    "shard_map": _shard_map,
+    "cond": _cond,
+    "scan": _scan,
+}
+
+
 # --- the weights alone, for mirror mode -------------------------------------------------------------------------------
 
 
@@ -347,6 +339,9 @@ class _Stacked(NamedTuple):
     levels: tuple[int, ...] = ()
 
 
+Maybe = _Stacked | None  # None: no weight that mirror mode can reach, nor a constant
+
+
 def collect(plan: Plan, leaves: Sequence[Any], wanted: Sequence[Product]) -> dict[Product, tuple[Any, Any]]:
     """For each wanted product its weight as the product sees it, and its bias as its output sees it (or None).
 
@@ -355,128 +350,104 @@ def collect(plan: Plan, leaves: Sequence[Any], wanted: Sequence[Product]) -> dic
     """
     found: dict[Product, tuple[Any, Any]] = {}
     inputs = [None if x is None else _Stacked(x) for x in leaves] + [None] * (len(plan.jaxpr.invars) - len(leaves))
-    _collect(plan, inputs, frozenset(wanted), found, 1)
+    _Collector(frozenset(wanted), found).plan(plan, inputs, 1)
     return found
-
-
-def _collect(
-    plan: Plan, inputs: Sequence[_Stacked | None], wanted: frozenset[Product], found: dict[Product, Any], level: int
-) -> list[_Stacked | None]:
-    env: dict[Any, _Stacked | None] = {v: _Stacked(c) for v, c in zip(plan.jaxpr.constvars, plan.consts, strict=True)}
-    env.update(zip(plan.jaxpr.invars, inputs, strict=True))
-
-    def read(v: Any) -> _Stacked | None:
-        return env[v] if isinstance(v, compat.Var) else _Stacked(v.val)
-
-    for step in plan.steps:
-        operands = [read(v) for v in step.eqn.invars]
-        outs: list[_Stacked | None] = [None] * len(step.eqn.outvars)
-        if step.product is not None and step.product in wanted:
-            w = operands[step.product.weight]
-            assert w is not None  # what mirror mode can reach is made of layout changes alone
-            found[step.product] = (w.value, None)
-        elif step.action in {"inline", "remat"}:
-            outs = _collect(step.plans[0], operands, wanted, found, level)
-        elif step.action == "cond":
-            for inner in step.plans:
-                _collect(inner, operands[1:], wanted, found, level)
-        elif step.action == "scan":
-            outs = _collect_scan(step, operands, wanted, found, level)
-        elif step.action == "shard_map":
-            _collect_shard_map(step, operands, wanted, found, level)
-        elif step.eqn.primitive.name in (*compat.VARIED, "stop_gradient", "optimization_barrier"):
-            outs = operands  # what differs between devices is seen already; a frozen weight's signal must reach its B
-        elif step.eqn.primitive.name == "convert_element_type" and plan.kinds[step.eqn.outvars[0]].weight:
-            outs = operands  # B is mirrored at its own precision, whatever the compute dtype
-        elif step.gain is not None and _mirrored(plan.kinds[step.eqn.outvars[0]]):
-            outs = [operands[1 - step.gain]]  # in mirror mode a neuron's gain is 1: B has the same one
-        elif step.bind is not None and outs and all(_mirrored(plan.kinds[v]) for v in step.eqn.outvars):
-            present = [x for x in operands if x is not None]
-            if len(present) == len(operands):
-                outs = _bind_stacked(step.bind, present)
-        env.update(zip(step.eqn.outvars, outs, strict=True))
-    for product, (weight, _) in list(found.items()):
-        if product.bias is not None and product.bias[0] is plan:
-            bias = read(product.bias[1])
-            found[product] = (weight, None if bias is None else bias.value)
-    return [read(v) for v in plan.jaxpr.outvars]
 
 
 def _mirrored(kind: Kind) -> bool:
     return not (kind.obstacle or kind.unmirrored) and (kind.weight or not kind.data)
 
 
-def _bind_stacked(bind: Bind, operands: Sequence[_Stacked]) -> list[_Stacked | None]:
+class _Collector(NamedTuple):
+    wanted: frozenset[Product]
+    found: dict[Product, tuple[Any, Any]]
+
+    def plan(self, plan: Plan, inputs: Sequence[Maybe], level: int) -> list[Maybe]:
+        """A plan's results; ``level`` is that of the next scan inside."""
+        known = [x if _mirrored(plan.kinds[v]) else None for x, v in zip(inputs, plan.jaxpr.invars, strict=True)]
+        read = walk(plan, known, _Stacked, lambda step, operands: self.step(plan, step, operands, level))
+        for product, (weight, _) in list(self.found.items()):
+            if product.bias is not None and product.bias[0] is plan:
+                bias = read(product.bias[1])
+                self.found[product] = (weight, None if bias is None else bias.value)
+        return [read(v) for v in plan.jaxpr.outvars]
+
+    def step(self, plan: Plan, step: Step, operands: list[Maybe], level: int) -> Sequence[Maybe]:
+        name, out_kinds = step.eqn.primitive.name, [plan.kinds[v] for v in step.eqn.outvars]
+        nothing: list[Maybe] = [None] * len(out_kinds)
+        if step.product is not None and step.product in self.wanted:
+            w = operands[step.product.weight]
+            assert w is not None  # what mirror mode can reach is made of layout changes alone
+            self.found[step.product] = (w.value, None)
+            return nothing
+        if step.action in {"inline", "remat"}:
+            return self.plan(step.plans[0], operands, level)
+        if step.action == "scan":
+            return self.scan(step, operands, level)
+        if step.action == "shard_map":
+            self.shard_map(step, operands, level)
+            return nothing
+        if step.action == "cond":
+            for inner in step.plans:
+                self.plan(inner, operands[1:], level)
+            return nothing
+        if name in {*compat.VARIED, "stop_gradient", "optimization_barrier"}:
+            return operands  # what differs between devices is seen already; a frozen weight's signal must reach its B
+        if name == "convert_element_type" and out_kinds[0].weight:
+            return operands  # B is mirrored at its own precision, whatever the compute dtype
+        if not out_kinds or not all(map(_mirrored, out_kinds)):
+            return nothing
+        if step.gain is not None:
+            return [operands[1 - step.gain]]  # in mirror mode a neuron's gain is 1: B has the same one
+        present = [x for x in operands if x is not None]
+        return _bind_stacked(step.bind, present) if step.bind and len(present) == len(operands) else nothing
+
+    def scan(self, step: Step, operands: list[Maybe], level: int) -> list[Maybe]:
+        consts, carries = compat.scan_sizes(step.eqn.params)
+        inner = list(operands)
+        for i, x in enumerate(inner):
+            if x is not None and i >= consts + carries:  # the scan's own axis comes after those of the scans around it
+                inner[i] = _Stacked(x.value, (*x.levels, level))
+        outs = self.plan(step.plans[0], inner, level + 1)
+        for i, y in enumerate(outs):
+            if y is None or i < carries:
+                continue
+            if level in y.levels:
+                outs[i] = _Stacked(y.value, y.levels[:-1])
+            else:
+                value = jnp.expand_dims(jnp.asarray(y.value), len(y.levels))
+                outs[i] = _Stacked(jnp.repeat(value, step.eqn.params["length"], len(y.levels)), y.levels)
+        return outs
+
+    def shard_map(self, step: Step, operands: list[Maybe], level: int) -> None:
+        """Each device's part of a weight is a matrix of its own: as along a scan, with a level for each axis of the mesh."""
+        (plan,), sharding = step.plans, compat.sharding(step.eqn.params)
+        inner: list[Maybe] = []
+        for x, spec, v in zip(operands, sharding.in_specs, plan.jaxpr.invars, strict=True):
+            if x is None:
+                inner.append(None)
+                continue
+            lead = len(x.levels)
+            shape, parts = list(x.value.shape[:lead]), []
+            for size, split in zip(x.value.shape[lead:], (*spec, *[None] * v.aval.ndim), strict=False):
+                names = () if split is None else split if isinstance(split, tuple) else (split,)
+                for axis in (sharding.axes.index(name) for name in names):
+                    parts.append((level + axis, len(shape)))
+                    shape.append(sharding.mesh.shape[sharding.axes[axis]])
+                    size //= shape[-1]
+                shape.append(size)
+            parts.sort()
+            value = jnp.moveaxis(x.value.reshape(shape), [at for _, at in parts], range(lead, lead + len(parts)))
+            inner.append(_Stacked(value, (*x.levels, *(at for at, _ in parts))))
+        self.plan(plan, inner, level + len(sharding.axes))
+
+
+def _bind_stacked(bind: Bind, operands: Sequence[_Stacked]) -> list[Maybe]:
     levels = tuple(sorted({level for x in operands for level in x.levels}))
-    # Casts to a compute dtype are left out (see _collect), so a constant may have to follow its weight's dtype.
-    dtype = jnp.result_type(
-        *(x.value for x in operands if jnp.issubdtype(jnp.result_type(x.value), jnp.floating)), -1.0
-    )
-    operands = [
-        _Stacked(jnp.asarray(x.value, dtype), x.levels) if jnp.issubdtype(jnp.result_type(x.value), jnp.floating) else x
-        for x in operands
-    ]
+    # Casts to a compute dtype are left out, so a constant may have to follow its weight's dtype.
+    floating = [jnp.issubdtype(jnp.result_type(x.value), jnp.floating) for x in operands]
+    dtype = jnp.result_type(*(x.value for x, f in zip(operands, floating, strict=True) if f), -1.0)
+    values = [jnp.asarray(x.value, dtype) if f else x.value for x, f in zip(operands, floating, strict=True)]
     for level in reversed(levels):
         bind = jax.vmap(bind, in_axes=tuple(0 if level in x.levels else None for x in operands))
-    return [_Stacked(y, levels) for y in bind(*(x.value for x in operands))]
-
-
-def _collect_scan(
-    step: Step,
-    operands: Sequence[_Stacked | None],
-    wanted: frozenset[Product],
-    found: dict[Product, Any],
-    level: int,
-) -> list[_Stacked | None]:
-    (plan,) = step.plans
-    consts, carries = compat.scan_sizes(step.eqn.params)
-    inner: list[_Stacked | None] = []
-    for i, (x, v) in enumerate(zip(operands, plan.jaxpr.invars, strict=True)):
-        if x is None or not _mirrored(plan.kinds[v]):
-            inner.append(None)
-        elif i < consts + carries:
-            inner.append(x)
-        else:  # the scan's own axis comes after those of the scans around it
-            inner.append(_Stacked(x.value, (*x.levels, level)))
-    outs = _collect(plan, inner, wanted, found, level + 1)
-    for i, y in enumerate(outs[carries:], carries):
-        if y is None:
-            continue
-        if level in y.levels:
-            outs[i] = _Stacked(y.value, y.levels[:-1])
-        else:
-            axis, value = len(y.levels), jnp.asarray(y.value)  # (a literal is a number of JAX's own)
-            shape = (*value.shape[:axis], step.eqn.params["length"], *value.shape[axis:])
-            stacked = jnp.broadcast_to(jnp.expand_dims(value, axis), shape)
-            outs[i] = _Stacked(stacked, y.levels)
-    return outs
-
-
-def _collect_shard_map(
-    step: Step,
-    operands: Sequence[_Stacked | None],
-    wanted: frozenset[Product],
-    found: dict[Product, Any],
-    level: int,
-) -> None:
-    """Each device's part of a weight is a matrix of its own: as along a scan, with a level for each axis of the mesh."""
-    (plan,), sharding = step.plans, compat.sharding(step.eqn.params)
-    sizes = [sharding.mesh.shape[axis] for axis in sharding.axes]
-    inner: list[_Stacked | None] = []
-    for x, spec, v in zip(operands, sharding.in_specs, plan.jaxpr.invars, strict=True):
-        if x is None or not _mirrored(plan.kinds[v]):
-            inner.append(None)
-            continue
-        lead = len(x.levels)
-        shape, parts = list(x.value.shape[:lead]), []
-        for size, split in zip(x.value.shape[lead:], (*spec, *[None] * v.aval.ndim), strict=False):
-            names = () if split is None else split if isinstance(split, tuple) else (split,)
-            for axis in (sharding.axes.index(name) for name in names):
-                parts.append((level + axis, len(shape)))
-                shape.append(sizes[axis])
-                size //= sizes[axis]
-            shape.append(size)
-        parts.sort()
-        value = jnp.moveaxis(x.value.reshape(shape), [at for _, at in parts], range(lead, lead + len(parts)))
-        inner.append(_Stacked(value, (*x.levels, *(at for at, _ in parts))))
-    _collect(plan, inner, wanted, found, level + len(sizes))
+    return [_Stacked(y, levels) for y in bind(*values)]

@@ -5,17 +5,34 @@ activation is anything else that depends on a parameter. Where nothing here know
 that B cannot follow, so that the first product that needs a B is refused.
 """
 
+import bisect
+import functools
+import itertools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from wmkp.program import compat
 
-Gain = tuple[
-    frozenset[int], tuple[bool, ...], bool
-]  # parameters, axes along which they vary, whether in their own order still
+Axes = tuple[bool, ...]  # of each axis, whether it is meant
+
+
+class Scaled(NamedTuple):
+    """What a weight has just scaled an activation to: a gain, unless a sum follows.
+
+    Attributes:
+      product: the product by hand that it may turn out to be.
+      axes: along which the weight varies. A sum along one of them is that product.
+      copies: along which the weight varies and the activation is repeated. They are that product too, unless they scale
+        another activation (a normalization's deviation meets its gains first). None: it is a gain.
+    """
+
+    product: Any
+    axes: Axes
+    copies: Axes | None
 
 
 class Kind(NamedTuple):
@@ -25,28 +42,22 @@ class Kind(NamedTuple):
     data: bool = False  # data, or an activation, has touched it
     noise: bool = False  # all of its data is random numbers
     active: bool = False  # it depends on a parameter, so that an error must reach it
-    varying: tuple[bool, ...] | None = None  # along which axes it varies (it is broadcast along the others); None: all
-    breadth: int = 0  # of a weight: how many axes longer than one its widest parameter has, as it stands in params
-    obstacle: str | None = None  # a weight that B cannot follow: through which primitive
+    varying: Axes | None = None  # along which axes it varies (it is broadcast along the others); None: all
+    # Of a weight:
+    breadth: int = 0  # how many axes longer than one its widest parameter has, as it stands in params
+    obstacle: str | None = None  # through which primitive B cannot follow it
     joint: bool = False  # a product of parameters alone, in which the errors of some would go back through others
-    cast: bool = False  # a weight without a gradient: what a comparison or a cast to integers made of one
-    unmirrored: str | None = None  # a weight that B can follow, but that mirror mode cannot reach: why
-    # Of a weight of which data has made one for each example (a row looked up, a scaled one): how many axes each has.
-    per_example: int = 0
-    joined: int = (
-        0  # an activation that a matrix of parameters was joined to (1), and of which a part was then taken (2)
-    )
-    within: frozenset[int] = frozenset()  # these parameters
-    plain: bool = True  # of a weight: each of its elements is one element of a parameter, unscaled
-    stack: tuple[int, ...] = ()  # of a weight inside scans: the lengths of those along which it changes
-    gained: tuple[bool, ...] | None = None  # of a weight: the axes along which others have scaled it as gains
-    # Of an activation that a weight has just scaled: the parameters, and the axes along which they vary.
-    gain: Gain | None = None
-    # Of copies of an activation that a weight has just scaled: the product by hand that they are, and the axes of the copies,
-    # unless they turn out to scale another activation (a normalization's deviation meets its gains first). Of a weight that
-    # an activation has scaled: the same, unless it turns out to be the weight of a product.
-    fan: Any = None
-    product: Any = None  # of an activation that is a product's output, untouched: the product
+    cast: bool = False  # without a gradient: what a comparison or a cast to integers made of one
+    unmirrored: str | None = None  # why mirror mode cannot reach it though B can follow
+    per_example: int = 0  # data has made one for each example (a row looked up, a scaled one): how many axes each has
+    plain: bool = True  # each of its elements is one element of a parameter, unscaled
+    stack: tuple[int, ...] = ()  # inside scans: the lengths of those along which it changes
+    gained: Axes | None = None  # the axes along which others have scaled it as gains
+    # Of an activation:
+    joined: frozenset[int] = frozenset()  # the matrices (parameters) that were joined to it
+    part: frozenset[int] = frozenset()  # the same, of a part that was taken of it since
+    product: Any = None  # the product whose output it is, untouched
+    scaled: Scaled | None = None  # (of a weight too, that an activation has scaled)
 
     @property
     def weight(self) -> bool:
@@ -90,91 +101,101 @@ def union_of(kinds: Sequence[Kind]) -> Kind:
     )
 
 
-def everywhere(aval: Any) -> tuple[bool, ...]:
-    return tuple(size > 1 for size in getattr(aval, "shape", ()))
+def settle(kinds: Sequence[Kind]) -> None:
+    """Copies of an activation that a weight scaled go where nothing can show the weight to be a gain."""
+    for kind in kinds:
+        if kind.scaled and kind.scaled.copies is not None:
+            kind.scaled.product.pending = False
 
 
-def varies(kind: Kind, aval: Any) -> tuple[bool, ...]:
-    """Along which axes a value of this kind varies."""
-    return everywhere(aval) if kind.varying is None else kind.varying
+def outside(kind: Kind) -> Kind:
+    """A kind beyond a loop's or a branch's border, where axes and products are others."""
+    settle([kind])
+    return kind._replace(scaled=None, product=None, varying=None)
+
+
+def join(a: Kind, b: Kind, name: str) -> Kind:
+    """The kind of a value that may be either (a loop's carry, a branch's result)."""
+    a, b = outside(a), outside(b)
+    if a == b:
+        return a
+    union = union_of([a, b])._replace(plain=False)
+    if union.params and all(k.weight or not (k.data or k.active) for k in (a, b)):
+        return union._replace(unmirrored=union.unmirrored or name)
+    if union.params and not any(k.activity for k in (a, b)) and union.breadth > 1 and not union.per_example:
+        return union._replace(unmirrored="data")
+    wide = union.params if name == "cond" and union.breadth > 1 else frozenset()  # it may be the weight itself
+    return activation([a, b])._replace(joined=a.joined | b.joined, part=a.part | b.part | wide)
 
 
 # --- along which axes a result varies ----------------------------------------------------------------------------------
 
 
-def result_varying(eqn: Any, kinds: Sequence[Kind], result: int = 0) -> tuple[bool, ...]:
+def everywhere(aval: Any) -> Axes:
+    return tuple(size > 1 for size in getattr(aval, "shape", ()))
+
+
+def varies(kind: Kind, aval: Any) -> Axes:
+    """Along which axes a value of this kind varies."""
+    return everywhere(aval) if kind.varying is None else kind.varying
+
+
+def varying_by(eqn: Any, kinds: Sequence[Kind], counts: Callable[[Kind], bool], result: int = 0) -> Axes:
+    """Along which axes a result varies by those of its operands that count."""
+    pairs = zip(kinds, eqn.invars, strict=True)
+    return moved(eqn, [varies(k, v.aval) if counts(k) else (False,) * len(v.aval.shape) for k, v in pairs], result)
+
+
+def result_varying(eqn: Any, kinds: Sequence[Kind], result: int = 0) -> Axes:
     """Along which axes a result varies by the operands of these kinds."""
+    return varying_by(eqn, kinds, lambda _: True, result)
+
+
+def moved(eqn: Any, own: Sequence[Axes], result: int = 0) -> Axes:
+    """Which axes of a result are made of these axes of the operands."""
     name, out = eqn.primitive.name, eqn.outvars[result].aval
-    own = [varies(k, v.aval) for k, v in zip(kinds, eqn.invars, strict=True)]
-    if len(kinds) == 1 and name in compat.LAYOUT | compat.SUMMED:
-        return layout_varying(eqn, own[0], result)
-    if name == "reduce_sum":
-        return tuple(v for a, v in enumerate(own[0]) if a not in eqn.params["axes"])
-    if name in {"dot_general", "conv_general_dilated"}:
-        return _product_varying(eqn, own)
-    if name not in compat.ELEMENTWISE:
-        return everywhere(out)
-    rank = len(getattr(out, "shape", ()))
+    if name in compat.BILINEAR:
+        return _product_axes(eqn, own)
+    if name == "reduce_sum" or (len(own) == 1 and name in compat.LAYOUT | compat.SUMMED):
+        return _laid_out(eqn, own[0], out)
     shapes = [v.aval.shape for v in eqn.invars]
-    if any(s and (len(s) != rank or any(a not in (1, b) for a, b in zip(s, out.shape, strict=True))) for s in shapes):
+    if name not in compat.ELEMENTWISE or any(len(s) not in (0, out.ndim) for s in shapes):
         return everywhere(out)
-    found = [v for v, s in zip(own, shapes, strict=True) if s] or [(False,) * rank]
-    return tuple(any(axis) for axis in zip(*found, strict=True))
+    return tuple(map(any, zip((False,) * out.ndim, *(v for v, s in zip(own, shapes, strict=True) if s), strict=True)))
 
 
-def layout_varying(eqn: Any, varying: tuple[bool, ...], result: int = 0) -> tuple[bool, ...]:
-    """Along which axes a value still varies after a layout change."""
-    shape, name = eqn.outvars[result].aval.shape, eqn.primitive.name
+def _laid_out(eqn: Any, axes: Axes, out: Any) -> Axes:
+    """These axes of an operand that is laid out anew, or summed."""
+    name, params, shape = eqn.primitive.name, eqn.params, eqn.invars[0].aval.shape
     if name == "broadcast_in_dim":
-        moved = [False] * len(shape)
-        for axis, out in enumerate(eqn.params["broadcast_dimensions"]):
-            moved[out] = varying[axis]
-        return tuple(moved)
+        source = dict(zip(params["broadcast_dimensions"], axes, strict=True))
+        return tuple(source.get(a, False) for a in range(out.ndim))
     if name == "transpose":
-        return tuple(varying[a] for a in eqn.params["permutation"])
-    if name == "squeeze":
-        return tuple(v for a, v in enumerate(varying) if a not in eqn.params["dimensions"])
-    if name == "unstack":
-        return tuple(v for a, v in enumerate(varying) if a != eqn.params["axis"])
-    if name == "reshape":
-        return _reshape_varying(eqn.invars[0].aval.shape, shape, varying)
-    if shape == eqn.invars[0].aval.shape:
-        return varying
+        return tuple(axes[a] for a in params["permutation"])
+    if name in {"squeeze", "unstack", "reduce_sum"}:
+        gone = [params["axis"]] if name == "unstack" else params["dimensions" if name == "squeeze" else "axes"]
+        return tuple(v for a, v in enumerate(axes) if a not in gone)
+    if name == "reshape" and 0 not in shape:
+        # Axes are split or merged in runs of equal size; a run that varies anywhere varies along all that it becomes.
+        before, after = (list(itertools.accumulate(s, operator.mul)) for s in (shape, out.shape))
+        run = functools.partial(bisect.bisect_left, sorted({*before} & {*after}))
+        runs = {run(end) for end, v in zip(before, axes, strict=True) if v}
+        return tuple(size > 1 and run(end) in runs for end, size in zip(after, out.shape, strict=True))
+    if shape == out.shape:
+        return axes
     if name in {"slice", "split"}:
-        return tuple(v and size > 1 for v, size in zip(varying, shape, strict=True))
-    return everywhere(eqn.outvars[result].aval)
+        return tuple(v and size > 1 for v, size in zip(axes, out.shape, strict=True))
+    return everywhere(out)
 
 
-def _reshape_varying(old: tuple[int, ...], new: tuple[int, ...], varying: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Axes are split or merged in runs of equal size; a run that varies anywhere varies along all that it becomes."""
-    if 0 in old:  # of nothing, runs cannot be told apart
-        return tuple(size > 1 for size in new)
-    result: list[bool] = []
-    i = 0
-    while len(result) < len(new):
-        size_old, size_new, any_varies, start = 1, 1, False, len(result)
-        stop = start
-        while stop == start or size_old != size_new:
-            if stop == start or size_new < size_old:
-                size_new *= new[stop]
-                stop += 1
-            else:
-                size_old, any_varies = size_old * old[i], any_varies | varying[i]
-                i += 1
-        result.extend(any_varies and size > 1 for size in new[start:stop])
-    return tuple(result)
-
-
-def _product_varying(eqn: Any, own: Sequence[tuple[bool, ...]]) -> tuple[bool, ...]:
+def _product_axes(eqn: Any, own: Sequence[Axes]) -> Axes:
     if eqn.primitive.name == "conv_general_dilated":
-        numbers, out = eqn.params["dimension_numbers"], [False] * eqn.outvars[0].aval.ndim
-        out[numbers.out_spec[0]] = own[0][numbers.lhs_spec[0]]
+        numbers, out = eqn.params["dimension_numbers"], [any(own[0])] * eqn.outvars[0].aval.ndim
+        out[numbers.out_spec[0]] = own[0][numbers.lhs_spec[0]]  # (in space a padded constant varies at the edges, too)
         out[numbers.out_spec[1]] = own[1][numbers.rhs_spec[0]]
-        for axis in numbers.out_spec[2:]:
-            out[axis] = any(own[0])  # (at the edges a padded constant varies, too)
         return tuple(out)
     contract, batch = eqn.params["dimension_numbers"]
-    kept = [a or b for a, b in zip(*([own[i][a] for a in batch[i]] for i in (0, 1)), strict=True)]
+    kept = [own[0][a] or own[1][b] for a, b in zip(*batch, strict=True)]
     for i in (0, 1):
         kept += [v for a, v in enumerate(own[i]) if a not in contract[i] and a not in batch[i]]
     return tuple(kept)
@@ -191,15 +212,21 @@ def is_elementwise(eqn: Any) -> bool:
     return not contract[0] and any(len(batch[i]) == eqn.invars[i].aval.ndim for i in (0, 1))
 
 
-def is_matrix_operand(eqn: Any, operand: int, varying: tuple[bool, ...]) -> bool:
+def input_axes(eqn: Any, operand: int) -> Sequence[int]:
+    """Of a product's operand, the axes that are summed over (of a filter its taps and inputs)."""
+    numbers = eqn.params["dimension_numbers"]
+    return numbers[0][operand] if eqn.primitive.name == "dot_general" else numbers.rhs_spec[1:]
+
+
+def is_matrix_operand(eqn: Any, operand: int, varying: Axes) -> bool:
     """Whether a weight varies both along the axes that a product sums over and along those that remain its own.
 
     (Of a readout of one neuron none remains that could vary; a filter sums along its taps and inputs.)
     """
+    inputs = input_axes(eqn, operand)
     if eqn.primitive.name != "dot_general":
-        return operand == 1 and any(varying[a] for a in eqn.params["dimension_numbers"].rhs_spec[1:])
-    contract, batch = eqn.params["dimension_numbers"]
-    inputs, groups = contract[operand], batch[operand]
+        return operand == 1 and any(varying[a] for a in inputs)
+    groups = eqn.params["dimension_numbers"][1][operand]
     outputs = [a for a in range(len(varying)) if a not in inputs and a not in groups]
     one = all(eqn.invars[operand].aval.shape[a] == 1 for a in outputs) and not any(varying[a] for a in groups)
     return any(varying[a] for a in inputs) and (one or any(varying[a] for a in outputs))
@@ -214,49 +241,48 @@ def summed(eqn: Any, kinds: Sequence[Kind]) -> tuple[int, Sequence[int]]:
             own = set(range(eqn.invars[i].aval.ndim)) - {*contract[i], *batch[i]}
             if not column.active and all(eqn.invars[i].aval.shape[a] == 1 for a in own):
                 return 1 - i, contract[1 - i]
-    if name == "reduce_sum":
-        return 0, params["axes"]
-    if name == "reduce" and any(e.primitive.name == "add" for e in compat.open_jaxpr(params["jaxpr"])[0].eqns):
-        return 0, params["dimensions"]
-    if name in compat.SUMMED:
-        return 0, [a for a in params["axes"] if isinstance(a, int)]
-    if name == "cumsum":
-        return 0, [params["axis"]]
-    if name == "reduce_window_sum":
-        return 0, [a for a, size in enumerate(params["window_dimensions"]) if size > 1]
     if name in compat.ADDED:  # of segments, of what several synapses bring to a neuron
         window = params["dimension_numbers"].update_window_dims
         return 2, [a for a in range(eqn.invars[2].aval.ndim) if a not in window]
+    if name == "reduce_window_sum":
+        return 0, [a for a, size in enumerate(params["window_dimensions"]) if size > 1]
+    if name in {"reduce_sum", "cumsum"} | compat.SUMMED:
+        return 0, [a for a in params.get("axes", [params.get("axis")]) if isinstance(a, int)]
     return 0, []
 
 
-def carried_gain(eqn: Any, kinds: Sequence[Kind]) -> Gain | None:
-    """The gain of an activation that a weight just scaled, laid out anew or scaled, masked or padded by what no parameter enters."""
-    name, out = eqn.primitive.name, eqn.outvars[0].aval
-    gains = [k.gain for k in kinds if k.active]
-    scaled = next((k for k in kinds if k.gain), None)
-    if scaled is None or (len(gains) > 1 and not (scaled.fan and name == "mul")):
+def still_scaled(eqn: Any, kinds: Sequence[Kind], operand: int) -> Scaled | None:
+    """What an operand's ``Scaled`` is in the result, or None: a gain of which no more is known, or a product by hand.
+
+    Copies that a weight scaled are no product by hand where they scale another activation, which varies as the weight does;
+    a weight that an activation scaled is none where it is the weight of a product.
+    """
+    name, (kind, scaled) = eqn.primitive.name, (kinds[operand], kinds[operand].scaled)
+    assert scaled is not None
+    other = kinds[1 - operand] if len(kinds) == 2 else CONSTANT
+    gone, copies = (False,) * eqn.outvars[0].aval.ndim, scaled.copies
+    if name in compat.LAYOUT and len(kinds) == 1 and (copies is None or name in compat.ORDERED):
+        axes = moved(eqn, [scaled.axes])
+        return Scaled(scaled.product, axes, copies and moved(eqn, [copies])) if any(axes) or copies else None
+    alone = not any(k.active for i, k in enumerate(kinds) if i != operand)
+    if alone and (name in {"neg", "mul", "select_n"} or (operand == 0 and name in {"div", "pad"})):
+        return scaled if len(scaled.axes) == len(gone) else scaled._replace(axes=gone)
+    if copies is None or name == "stop_gradient":
         return None
-    gain = scaled.gain
-    assert gain is not None
-    if len(gains) > 1:  # its copies scale another activation: a gain, whatever is summed then
-        return gain[0], (False,) * out.ndim, gain[2]
-    if name in compat.LAYOUT:
-        return gain[0], layout_varying(eqn, gain[1]), gain[2] and name in compat.ORDERED
-    if name in {"neg", "mul", "div", "select_n", "pad"} and len(gain[1]) == out.ndim:
-        return (*gain[:2], gain[2] and name != "pad")
-    if name in {"gather", "dynamic_slice"} and not kinds[1].active:  # what is looked up anew may lie anywhere
-        return gain[0], _gathered_varying(eqn, gain[1]) if name == "gather" else gain[1], False
+    if name == "mul" and not kind.weight and other.activity:
+        own = varies(other, eqn.invars[1 - operand].aval)
+        covered = all(o for o, a in zip(own, copies, strict=True) if a)
+        return Scaled(scaled.product, gone, None if covered else copies)
+    if name in {"add", "sub"}:  # w_k x z + b_k, and with it w_k x y_k, is the same gain of x (y_k + z)
+        if other.static:
+            return scaled._replace(axes=gone)
+        if other.scaled and other.scaled.product is scaled.product and other.scaled.copies is None:
+            return None
+    if not (
+        kind.weight and name in compat.BILINEAR and other.data and not any(copies[a] for a in input_axes(eqn, operand))
+    ):
+        settle([kind])
     return None
-
-
-def _gathered_varying(eqn: Any, varying: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Along which axes a gain varies after a lookup."""
-    numbers, shape = eqn.params["dimension_numbers"], eqn.outvars[0].aval.shape
-    gone = [*numbers.collapsed_slice_dims, *numbers.operand_batching_dims]
-    chosen = any(varying[a] for a in numbers.start_index_map)
-    kept = dict(zip(numbers.offset_dims, [a for a in range(len(varying)) if a not in gone], strict=True))
-    return tuple(size > 1 and (varying[kept[a]] if a in kept else chosen) for a, size in enumerate(shape))
 
 
 # --- what comes of a weight --------------------------------------------------------------------------------------------
@@ -269,132 +295,116 @@ def gain_operand(eqn: Any, kinds: Sequence[Kind]) -> int | None:
     the norm of a weight norm, a spectral norm's largest singular value. A norm of W's is B's own norm beside B; any
     other gain is the same for both.
     """
-    name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
-    for gain in {"mul": (0, 1), "div": (1,)}.get(name, ()):
-        weight, factor, aval = kinds[1 - gain], kinds[gain], eqn.invars[gain].aval
-        if not weight.weight or weight.obstacle or len(eqn.invars[1 - gain].aval.shape) != len(shape):
+    for gain in {"mul": (0, 1), "div": (1,)}.get(eqn.primitive.name, ()):
+        weight, factor, aval = kinds[1 - gain], kinds[gain], eqn.invars[1 - gain].aval
+        if not weight.weight or weight.obstacle or aval.ndim != eqn.outvars[0].aval.ndim:
             continue
-        axes = sum(varies(factor, aval))
+        axes = sum(varies(factor, eqn.invars[gain].aval))
         if factor.weight and not factor.per_example and (weight.static or factor.data):
             # (Of a neuron with one synapse the gain would be that synapse.)
-            if not (factor.cast or factor.joint) and axes < min(2, sum(varies(weight, eqn.invars[1 - gain].aval))):
+            if not (factor.cast or factor.joint) and axes < min(2, sum(varies(weight, aval))):
                 return gain
         elif factor.data and not factor.weight and axes < 2 and weight.breadth > 1:
             return gain
     return None
 
 
+# Linear in each operand, and in the first alone.
+LINEAR = compat.LAYOUT | compat.AFFINE | compat.WRITTEN | compat.SUMMED | {
+    "concatenate", "stack", "neg", "select_n", "reduce_sum", "cumsum", "reduce_window_sum"
+}  # fmt: skip
+LINEAR_IN_FIRST = compat.INDEXED | {"pad", "div"}
+# Linear in a weight, but its elements are mixed: mirror mode cannot undo them.
+MIXING = (
+    compat.AFFINE | compat.EXCHANGED | compat.SUMMED | compat.BILINEAR | {"reduce_sum", "cumsum", "reduce_window_sum"}
+)
+MASKS = {"select_n": (0,), "mul": (0, 1), "div": (1,)}  # operands that may be a mask
+
+
 def _follows(eqn: Any, kinds: Sequence[Kind]) -> bool:
     """Whether B can go where its weight goes: the equation is linear (or affine) in the weights among its operands."""
     name = eqn.primitive.name
     weights = [i for i, k in enumerate(kinds) if k.weight]
-    masks = {0} if name == "select_n" else {0, 1} if name == "mul" else {1} if name == "div" else set()
-    if any(kinds[i].obstacle and not (kinds[i].cast and i in masks and len(weights) > 1) for i in weights):
+    if any(
+        kinds[i].obstacle and not (kinds[i].cast and i in MASKS.get(name, ()) and len(weights) > 1) for i in weights
+    ):
         return False
     weights = [i for i in weights if not kinds[i].cast]
-    if name in compat.LAYOUT | compat.AFFINE | compat.WRITTEN | compat.SUMMED:
-        return True
-    if name in {"concatenate", "stack", "neg", "select_n", "reduce_sum", "cumsum", "reduce_window_sum"}:
-        return True
-    if name in compat.INDEXED or name in {"pad", "div"}:
+    if name in LINEAR_IN_FIRST:
         return weights == [0]
-    return name in {"mul", "dot_general", "conv_general_dilated"} and len(weights) == 1
+    return name in LINEAR or (name in compat.BILINEAR | {"mul"} and len(weights) == 1)
 
 
 def weight_kind(eqn: Any, kinds: Sequence[Kind], result: int = 0) -> Kind:
     """The kind of an equation's result where weights meet other weights, constants and data, and no activation."""
-    name, out = compat.primitive_name(eqn), eqn.outvars[result].aval
-    union = union_of(kinds)
+    name, out, union = compat.primitive_name(eqn), eqn.outvars[result].aval, union_of(kinds)
     factor = gain_operand(eqn, kinds)
     if factor is not None:
-        main = kinds[1 - factor]
-        axes = zip(main.gained or (False,) * out.ndim, varies(kinds[factor], eqn.invars[factor].aval), strict=False)
-        gained = tuple(a or b for a, b in axes) or (False,) * out.ndim
+        main, none = kinds[1 - factor], (False,) * out.ndim
+        axes = zip(main.gained or none, varies(kinds[factor], eqn.invars[factor].aval) or none, strict=True)
         repeated = eqn.invars[1 - factor].aval.shape != out.shape
         return main._replace(
-            gained=gained,
+            gained=tuple(a or b for a, b in axes),
             data=main.data or kinds[factor].data,
             varying=result_varying(eqn, kinds),
             per_example=main.per_example or (main.breadth if repeated else 0),
             unmirrored=main.unmirrored or ("data" if repeated else None),
+            scaled=None,
         )
-    only = [
-        k if k.weight or not k.data else Kind(varying=(False,) * v.aval.ndim)
-        for k, v in zip(kinds, eqn.invars, strict=True)
-    ]
-    varying = result_varying(eqn, only, result)
-    if not jnp.issubdtype(out.dtype, jnp.floating):
-        if not jnp.issubdtype(out.dtype, jnp.complexfloating):  # an index or a comparison has no gradient
-            return union._replace(varying=varying, obstacle=CAST, cast=True)
+    varying = varying_by(eqn, kinds, lambda k: k.weight or not k.data, result)
+    if not jnp.issubdtype(out.dtype, jnp.inexact):  # an index or a comparison has no gradient
+        return union._replace(varying=varying, obstacle=CAST, cast=True)
+    if jnp.issubdtype(out.dtype, jnp.complexfloating):
         return union._replace(varying=varying, obstacle=union.obstacle or name)
-    breadth = union.breadth
-    if name in {"dot_general", "conv_general_dilated"} and _by_uniform(eqn, kinds):
-        breadth = sum(varying)  # a layer's answer to a uniform constant is a bias of its outputs
-    looked_up = name in compat.INDEXED and any(k.data for k in kinds[1:])
     gained = _gained(eqn, kinds, result)
-    split = gained is not None and sum(gained) > max(sum(k.gained or ()) for k in kinds)  # no neuron's any more
-    kind = union._replace(varying=varying, breadth=breadth, gained=gained)
+    kind = union._replace(varying=varying, gained=gained)
+    others = [varies(k, v.aval) for k, v in zip(kinds, eqn.invars, strict=True) if not k.weight]
+    if name in compat.BILINEAR and len(others) == 1 and not any(others[0]):
+        kind = kind._replace(breadth=sum(varying))  # a layer's answer to a uniform constant is a bias of its outputs
     if name == "stop_gradient":
         kind = kind._replace(joint=False)
-    if name in compat.LAYOUT and kinds[0].cast:
-        kind = kind._replace(cast=True)
     cast = any(k.cast for k in kinds)
+    split = gained is not None and sum(gained) > max(sum(k.gained or ()) for k in kinds)  # no neuron's any more
     if not _follows(eqn, kinds) or split:
         reason = CAST if cast else f"{name} of a weight with gains" if split else name
-        kind = kind._replace(obstacle=union.obstacle or reason)
+        kind = kind._replace(obstacle=union.obstacle or reason, cast=name in compat.LAYOUT and kinds[0].cast)
     elif cast:  # masked or chosen by its own size
         kind = kind._replace(obstacle=None, unmirrored=kind.unmirrored or CAST)
     if union.data:
-        return _touched(eqn, kinds, kind, looked_up)
+        return _touched(eqn, kinds, kind)
     plain = union.plain and name not in {"mul", "div", "neg", *compat.WRITTEN}
     if name in {"broadcast_in_dim", "tile"}:
-        plain = union.plain and math.prod(out.shape) == math.prod(eqn.invars[0].aval.shape)
-    mixes = name in compat.AFFINE | compat.EXCHANGED | MIXING
-    return kind._replace(plain=plain, unmirrored=kind.unmirrored or (name if mixes else None))
+        plain = plain and math.prod(out.shape) == math.prod(eqn.invars[0].aval.shape)
+    return kind._replace(plain=plain, unmirrored=kind.unmirrored or (name if name in MIXING else None))
 
 
-# Linear in a weight, but its elements are mixed: mirror mode cannot undo them.
-MIXING = compat.SUMMED | {"reduce_sum", "cumsum", "reduce_window_sum", "dot_general", "conv_general_dilated"}
-
-
-def _by_uniform(eqn: Any, kinds: Sequence[Kind]) -> bool:
-    """Whether a weight meets a constant that is the same everywhere (a state of zeros), or an activity of parameters alone."""
-    others = [(k, v) for k, v in zip(kinds, eqn.invars, strict=True) if not k.weight]
-    return len(others) == 1 and not any(varies(others[0][0], others[0][1].aval))
-
-
-def _gained(eqn: Any, kinds: Sequence[Kind], result: int) -> tuple[bool, ...] | None:
+def _gained(eqn: Any, kinds: Sequence[Kind], result: int) -> Axes | None:
     """The gains of a weight's operands, laid out as the result."""
     if all(k.gained is None for k in kinds):
         return None
     own = [k.gained or (False,) * v.aval.ndim for k, v in zip(kinds, eqn.invars, strict=True)]
-    name = eqn.primitive.name
-    moved = result_varying(eqn, [Kind(varying=v) for v in own], result)
-    if name in compat.GROWN | compat.INDEXED | compat.EXCHANGED:
-        same = eqn.outvars[result].aval.ndim == eqn.invars[0].aval.ndim
-        along = {eqn.params["dimension"]} if name == "concatenate" else set()
-        axes = [any(v[a] for v in own if len(v) > a) or a in along for a in range(len(moved))]
-        moved = tuple(m and v for m, v in zip(moved, axes, strict=True)) if same else moved
-    return moved
+    name, axes = eqn.primitive.name, moved(eqn, own, result)
+    if name in compat.GROWN | compat.INDEXED | compat.EXCHANGED and len(axes) == len(own[0]):
+        along = eqn.params["dimension"] if name == "concatenate" else None
+        axes = tuple(m and (a == along or any(v[a] for v in own if len(v) > a)) for a, m in enumerate(axes))
+    return axes
 
 
-def _touched(eqn: Any, kinds: Sequence[Kind], kind: Kind, looked_up: bool) -> Kind:
+def _touched(eqn: Any, kinds: Sequence[Kind], kind: Kind) -> Kind:
     """What comes of a weight that data touches, or has touched: a weight still, or an activity."""
-    name, out = eqn.primitive.name, eqn.outvars[0].aval
+    name, out, rows = eqn.primitive.name, eqn.outvars[0].aval, kind.per_example
+    looked_up = name in compat.INDEXED and any(k.data for k in kinds[1:])
+    theirs = varying_by(eqn, kinds, lambda k: not k.weight) if len(kinds) > 1 and not looked_up else ()
     assert kind.varying is not None
-    places = {"select_n": [0], "dynamic_update_slice": range(2, len(kinds))}.get(name, [1] if "scatter" in name else [])
-    parts = [k for i, k in enumerate(kinds) if k.data and not k.weight and i not in places]
-    ours = [
-        k._replace(varying=(False,) * v.aval.ndim) if k.weight else k for k, v in zip(kinds, eqn.invars, strict=True)
-    ]
-    theirs = result_varying(eqn, ours) if len(kinds) > 1 and not looked_up else (False,) * len(kind.varying)
-    spread = any(d and not w for d, w in zip(theirs, kind.varying, strict=True))
-    rows = kind.per_example
+    spread = any(d and not w for d, w in zip(theirs, kind.varying, strict=False))
     if name in compat.AFFINE | compat.JOINED | compat.WRITTEN:
-        others = sum(k.weight for k in kinds) > 1 or bool(parts)
-        if (parts and spread) or (rows == 1 and others):
+        places = {"select_n": [0], "dynamic_update_slice": range(2, len(kinds))}.get(
+            name, [1] if "scatter" in name else []
+        )
+        parts = [k for i, k in enumerate(kinds) if k.data and not k.weight and i not in places]
+        if (parts and spread) or (rows == 1 and (parts or sum(k.weight for k in kinds) > 1)):
             return activation(kinds)  # positions added to data, or to what is looked up
-        if parts and not all(k.noise for k in parts):
+        if not all(k.noise for k in parts):
             return kind._replace(obstacle=kind.obstacle or f"{name} of data", unmirrored="data")
     if spread and not rows and kind.breadth < 2:
         return activation(kinds)  # data, scaled
@@ -408,25 +418,5 @@ def _touched(eqn: Any, kinds: Sequence[Kind], kind: Kind, looked_up: bool) -> Ki
         rows = rows or kind.breadth
     if kind.obstacle and rows == 1:
         return activation(kinds)
-    laid_out = name in compat.LAYOUT - compat.EXCHANGED
-    reason = None if laid_out else name if name in compat.EXCHANGED else "data"
+    reason = None if name in compat.LAYOUT - compat.EXCHANGED else name if name in compat.EXCHANGED else "data"
     return kind._replace(per_example=rows, unmirrored=kind.unmirrored or reason, plain=False)
-
-
-def join(a: Kind, b: Kind, name: str) -> Kind:
-    """The kind of a value that may be either (a loop's carry, a branch's result)."""
-    a, b = outside(a), outside(b)
-    if a == b:
-        return a
-    union = union_of([a, b])._replace(plain=False)
-    if union.params and all(k.weight or not (k.data or k.active) for k in (a, b)):
-        return union._replace(unmirrored=union.unmirrored or name, gained=None)
-    if union.params and not any(k.activity for k in (a, b)) and union.breadth > 1 and not union.per_example:
-        return union._replace(unmirrored="data", gained=None)
-    wide = union.params if name == "cond" and union.breadth > 1 else frozenset()  # it may be the weight itself
-    return activation([a, b])._replace(joined=2 if wide else max(a.joined, b.joined), within=a.within | b.within | wide)
-
-
-def outside(kind: Kind) -> Kind:
-    """A kind beyond a loop's or a branch's border, where axes and products are others."""
-    return kind._replace(gain=None, product=None, fan=None, varying=None)

@@ -13,8 +13,8 @@ import numpy as np
 from wmkp import checks
 from wmkp.program import compat
 from wmkp.program.interpreter import collect
-from wmkp.program.kinds import Kind
-from wmkp.program.plans import Analyser, Plan, Step, settle
+from wmkp.program.kinds import Kind, settle
+from wmkp.program.plans import Analyser, Plan, Step
 from wmkp.program.products import Product, WeightTransportError
 
 
@@ -51,8 +51,8 @@ class Projection:
         return self.analysis.matrix_axes(self.path, shape)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and copy: what the analysis answers, in its place."""
-        return {**self.__dict__, "analysis": _answers(self)}
+        """For pickle and copy: all but the analysis, which holds functions."""
+        return {**self.__dict__, "analysis": None}
 
     def direct_shape(self) -> tuple[int, ...]:
         """The shape of feedback from the network's output straight to this projection's input.
@@ -64,39 +64,6 @@ class Projection:
           ValueError: the projections that share this parameter have inputs of different sizes.
         """
         return self.analysis.direct_shape(self.path)
-
-
-class _Answers(NamedTuple):
-    """What an analysis says of one projection: axes and a shape, or the errors in their place."""
-
-    axes: Any
-    direct: Any
-
-    def matrix_axes(self, path: str, shape: tuple[int, ...]) -> Any:
-        return _or_raise(self.axes)
-
-    def direct_shape(self, path: str) -> Any:
-        return _or_raise(self.direct)
-
-
-def _or_raise(answer: Any) -> Any:
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
-def _answers(projection: Projection) -> _Answers:
-    if isinstance(projection.analysis, _Answers):
-        return projection.analysis
-    analysis = projection.analysis
-    found: list[Any] = []
-    shape = analysis.plan.jaxpr.invars[analysis.paths.index(projection.path)].aval.shape
-    for ask in (lambda: projection.matrix_axes(shape), projection.direct_shape):
-        try:
-            found.append(ask())
-        except ValueError as error:
-            found.append(ValueError(*error.args))
-    return _Answers(*found)
 
 
 class Analysis(NamedTuple):
@@ -212,7 +179,7 @@ def _reached(plan: Plan, product: Product, live: set[int]) -> tuple[set[int], bo
     for step in plan.steps:
         into = {i for i, v in enumerate(step.eqn.invars) if isinstance(v, compat.Var) and v in marked}
         outs = {*range(len(step.eqn.outvars))} if into or step.product is product else set()
-        met |= bool(into) and step.product is not None
+        met |= bool(into) and step.product is not None and not step.product.pending
         for inner in step.plans:
             if product not in inner.products():
                 met |= bool(into) and any(True for _ in inner.products())
