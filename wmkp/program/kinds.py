@@ -261,7 +261,7 @@ def still_scaled(eqn: Any, kinds: Sequence[Kind], operand: int) -> Scaled | None
     assert scaled is not None
     other = kinds[1 - operand] if len(kinds) == 2 else CONSTANT
     gone, copies = (False,) * eqn.outvars[0].aval.ndim, scaled.copies
-    if name in compat.LAYOUT and len(kinds) == 1 and (copies is None or name in compat.ORDERED):
+    if name in compat.LAYOUT and len(kinds) == 1 and (copies is None or kind.weight or name in compat.ORDERED):
         axes = moved(eqn, [scaled.axes])
         return Scaled(scaled.product, axes, copies and moved(eqn, [copies])) if any(axes) or copies else None
     alone = not any(k.active for i, k in enumerate(kinds) if i != operand)
