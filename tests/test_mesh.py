@@ -74,7 +74,8 @@ def on_one_device(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "fsdp"), [("kp", False), ("kpm", True), ("wm", False), pytest.param("wmo", True, marks=pytest.mark.slow)]
+    ("name", "fsdp"),
+    [("kp", False), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("kpm", True), ("wmo", True)))],
 )
 def test_eight_devices_do_what_one_does(name, fsdp, caplog, quick_compile):
     losses, one = on_one_device(name)

@@ -130,7 +130,7 @@ MODELS = {  # fun, the matrix's shape, its fan_in, how many uses share a paramet
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["dense", "transposed", "fused", "twice", "stacked"])
 def test_law_of_angles(name):
     """tan(theta) = sqrt(fan_in / N), within a degree, wherever a matrix stands."""
     fun, shape, fan_in, uses = MODELS[name]
@@ -221,9 +221,7 @@ def test_law_of_every_noise(noise, samples, std, relu):
     assert measured == pytest.approx(wmkp.mirror_angle(samples, 96, rule), abs=1)
 
 
-@pytest.mark.parametrize(
-    ("phi", "std", "samples"), [(jnp.tanh, 1.0, 300), (jax.nn.gelu, 0.3, 900), (jax.nn.softplus, 1.0, 400)]
-)
+@pytest.mark.parametrize(("phi", "std", "samples"), [(jnp.tanh, 1.0, 300), (jax.nn.gelu, 0.3, 900)])
 def test_law_of_other_activations(phi, std, samples):
     """c = E[phi^2] / (sigma^2 E[phi']^2) at weights of unit norm, where the scale is sigma^2 E[phi']."""
     w = normal(6, 96, 200)
@@ -258,7 +256,7 @@ def test_gaussian_noise_is_box_and_mullers():
     assert np.isfinite(x).all()
 
 
-@pytest.mark.parametrize("noise", ["gaussian", "uniform", "rademacher", "orthogonal"])
+@pytest.mark.parametrize("noise", ["rademacher", "orthogonal"])
 def test_keys_of_any_generator_draw_noise(noise):
     mirror = wmkp.weight_mirror(noise).mirror
     drawn = [drawn_noise(key, mirror, 1, 60, 40)
@@ -267,7 +265,7 @@ def test_keys_of_any_generator_draw_noise(noise):
     np.testing.assert_array_equal(drawn[1], drawn[2])
 
 
-@pytest.mark.parametrize("noise", ["gaussian", "uniform", "rademacher"])
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
 def test_noise_has_its_distribution_and_no_two_entries_alike(noise):
     """Held against the distribution function (Kolmogorov's bound at one in 10,000), and among neighbours in each way."""
     shape = (3, 200, 70)
@@ -317,7 +315,6 @@ def in_parts_of_60(monkeypatch):
 @pytest.mark.parametrize(
     ("noise", "samples"),
     [
-        ("orthogonal", 997),
         ("orthogonal+antithetic", 150),
     ],
 )
@@ -338,8 +335,7 @@ def test_noise_drawn_in_parts(monkeypatch, noise, samples):
         assert np.std(in_parts) == pytest.approx(np.std(mean), rel=0.5)
 
 
-@pytest.mark.parametrize("noise", ["rademacher", "orthogonal+antithetic"])
-@pytest.mark.parametrize("samples", [61, 1921])
+@pytest.mark.parametrize(("noise", "samples"), [("rademacher", 1921), ("orthogonal+antithetic", 61)])
 def test_parts_make_up_the_number_of_samples(monkeypatch, noise, samples):
     """Of an identity the signal is X^T X / N, whose diagonal is 1 for signs, and whose trace is fan_in for any of these."""
     in_parts_of_60(monkeypatch)
@@ -438,7 +434,7 @@ def test_default_number_of_samples_reaches_the_target():
 # --- better noise -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fan_in", [1, 2, 7, 36])
+@pytest.mark.parametrize("fan_in", [1, 7, 36])
 def test_orthogonal_noise_is_orthogonal(fan_in):
     """X^T X = N sigma^2 I for whole blocks, at any size, with signs that are drawn anew; rows orthogonal below that."""
     blocks, rule = 3, one_estimate(noise="orthogonal", noise_std=0.7)
@@ -515,8 +511,9 @@ PARTS = {  # noise, samples over fan_in, activation
     ("name", "fan_in", "written"),
     [
         *itertools.product(PARTS, [256], [False]),
-        *itertools.product(("most of one", "part of one in pairs"), [256], [True]),
-        *itertools.product(("most of one", "a block in pairs"), (255, 257, 509), [False]),
+        ("part of one in pairs", 256, True),
+        ("most of one", 255, False),
+        ("a block in pairs", 509, False),
     ],
 )
 def test_orthogonal_noise_written_down_or_not(monkeypatch, name, fan_in, written):
@@ -555,7 +552,7 @@ def test_law_of_orthogonal_noise(samples, paired):
 
 @pytest.mark.parametrize(
     ("noise", "samples"),
-    [("antithetic", 64), ("antithetic", 384), ("orthogonal", 64), ("orthogonal", 384), ("orthogonal+antithetic", 128)],
+    [("antithetic", 384), ("orthogonal", 64), ("orthogonal+antithetic", 128)],
 )
 def test_law_of_better_noise_for_relu(noise, samples):
     rule = one_estimate(noise=noise, num_samples=samples, activation=jax.nn.relu)
@@ -846,7 +843,7 @@ def test_design_figures():
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.1])
-@pytest.mark.parametrize("blocks", [1, 2, 3, 5])
+@pytest.mark.parametrize("blocks", [1, 5])
 def test_samples_for_the_angle_of_whole_blocks(blocks, rate):
     """What so many whole blocks come to takes so many, and no sample more for rounding's sake."""
     rule = one_estimate(noise="orthogonal", activation=jax.nn.relu, rate=rate)
@@ -1029,7 +1026,7 @@ def test_where_there_is_no_bias_a_gain_may_be():
     np.testing.assert_array_equal(kept, blocked)
 
 
-@pytest.mark.parametrize("spec", [(None, "b"), ("a", None), ("b", "a"), (("b", "a"), None)])
+@pytest.mark.parametrize("spec", [("a", None), (("b", "a"), None)])
 def test_parts_of_a_weight_on_devices_are_mirrored_each_by_itself(spec):
     mesh, P = (
         jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2),

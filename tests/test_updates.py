@@ -177,7 +177,7 @@ ACCEPTED = {
     some_slow(
         ACCEPTED,
         {
-            "L2, nesterov", "adam", "clipped by value", "schedule-free", "a scheduled hyperparameter",
+            "L2, nesterov", "adam", "momentum", "hyperparameters", "masked decay", "clipped by value", "schedule-free", "a scheduled hyperparameter",
             "every other step transformed", "a rule a matrix",
         },
     ),
@@ -264,7 +264,7 @@ def test_a_schedule_in_python_is_tried_as_it_is():
     some_slow(
         REFUSED,
         {
-            "adaptive clipping", "L2, rmsprop", "clipped by a huge global norm", "normalized",
+            "adaptive clipping", "lars", "prodigy", "noise", "L2, clip", "L2, rmsprop", "clipped by a huge global norm", "normalized",
         },
     ),
 )  # fmt: skip
