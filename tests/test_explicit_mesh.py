@@ -87,7 +87,7 @@ def close(ours, theirs, **how):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), **how)
 
 
-@pytest.mark.parametrize("name", some_slow([n for n in RULES if n != "ss"], {"wm bias", "pfa", "ia", "aa"}))
+@pytest.mark.parametrize("name", some_slow([n for n in RULES if n != "ss"], {"wm", "wm bias", "pfa", "ia", "aa"}))
 def test_a_divided_net_learns_as_one_device_does(name, mesh, quick_compile):
     params, x = whole()
     losses, one = train(RULES[name], params, x)

@@ -65,7 +65,7 @@ def backprop():
     return compiled_backprop(case())
 
 
-@pytest.mark.parametrize("rule", some_slow(RULES, {"FA", "WM"}))
+@pytest.mark.parametrize("rule", some_slow(RULES, {"FA", "SS", "WM"}))
 def test_an_engaged_step_has_backprops_products_copies_and_bytes(rule, backprop):
     """Beside B and its optimizer's state, a thousand bytes are allowed: addresses of results, and alignment.
 

@@ -369,7 +369,12 @@ def unpacked(b):
         CASES,
         {
             "frSF",
+            "uSF",
+            "DKP",
             "KP, transported",
+            "WM, other noise",
+            "activity mirror",
+            "all five, over the mean square",
             "amplitude + decay on orthogonal noise",
             "all five, whitened",
             "SA",
