@@ -171,6 +171,15 @@ def test_resuming_what_is_finished_or_never_began(finished, tmp_path, capsys):
     assert (tmp_path / "new" / "checkpoints" / "2").exists()
 
 
+@pytest.mark.slow
+def test_a_run_that_grows_longer_ends_with_the_bits_of_a_long_one(tmp_path):
+    settings_of = {"schedule": "step", "drop_epochs": (1.0,)}
+    whole = run(tmp_path / "whole", epochs=2, **settings_of)
+    run(tmp_path / "longer", epochs=1, **settings_of)
+    longer = run(tmp_path / "longer", epochs=2, resume=True, **settings_of)
+    assert_same_bits(end_state(longer), end_state(whole))
+
+
 def test_examples_per_second_are_those_of_compiled_steps(tmp_path, monkeypatch):
     clock, whole = [0.0], build.build
 
