@@ -16,7 +16,7 @@ from wmkp.rules import Mirror, RandomFeedback, Rule, check_mirror, check_scale, 
 
 
 class Alignment(NamedTuple):
-    """The gradient of a loss R(B; W, x) as a signal, one coefficient for each primitive, with u = W x and v = B^T x.
+    """The gradient of a loss R(B; W, x) as a signal, with one coefficient for each primitive; u = W x and v = B^T x.
 
     Attributes:
       decay: of ``1/2 |B|^2``, which gives ``dB`` proportional to ``-B``.
@@ -24,9 +24,9 @@ class Alignment(NamedTuple):
       sparse: of ``1/2 |v|^2``: ``-x v^T``.
       null: of ``1/2 |B u|^2``: ``-(B u) u^T``.
       self_alignment: of ``-<B, W^T>``: ``W^T``; transports the weights.
-      whiten: whether amplitude's ``x u^T`` is freed of the input's covariance, ``E[x x^T]^-1 E[x u^T]``; not local.
-      normalize: by what amplitude, sparse and null are divided: "none" (1), "mean" (x's mean square, the scale of
-        ``E[x x^T]``) or "total" (fan_in times that, at least its largest eigenvalue).
+      whiten: whether ``E[x x^T]^-1`` multiplies amplitude's ``x u^T``; not local.
+      normalize: the divisor of amplitude, sparse and null. "none": 1. "mean": x's mean square, the scale of
+        ``E[x x^T]``. "total": fan_in times that, which is at least its largest eigenvalue.
     """
 
     decay: float = 0.0
@@ -38,7 +38,7 @@ class Alignment(NamedTuple):
     normalize: str = "none"
 
     def __call__(self, synapses: Synapses) -> jax.Array:
-        """R's gradient at B, in W's layout; R is a mean over samples, and over the uses of the parameter."""
+        """R's gradient at B, in W's layout. R is a mean over samples and over the uses of the parameter."""
         x, samples = synapses.x, synapses.samples
         if not self.whiten:
             if self.normalize != "none":
@@ -58,7 +58,7 @@ class Alignment(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Descend:
-    """``update`` of a transformation that takes ``rate`` times the signal away, and keeps no state."""
+    """``update`` of a stateless transformation that subtracts ``rate`` times the signal."""
 
     rate: float
 
@@ -71,12 +71,12 @@ def _no_state(feedback: Any) -> optax.EmptyState:
 
 
 def local_gradient(alignment: Alignment, synapses: Synapses, samples: Any) -> jax.Array:
-    """The gradient of R with respect to B, in W's layout (``whiten`` apart, which needs the covariance).
+    """The gradient of R with respect to B, in W's layout, without ``whiten`` (which needs the covariance).
 
     Args:
       alignment: the coefficients.
       synapses: x, u, B, and W for ``self_alignment``.
-      samples: what sums over samples are divided by: their number, times a normalization if there is one.
+      samples: the divisor of sums over samples: their number, times a normalization if there is one.
     """
     # Each side is divided by the root: a quotient by all samples is less than float16 can hold.
     multiply = synapses.multiply

@@ -20,7 +20,7 @@ from wmkp.rules import ProductFeedback, Rule, RuleOrRules, check_rule, check_sam
 def angle(a: jax.Array, b: jax.Array) -> jax.Array:
     """The angle between two arrays of one shape, each taken as one vector: degrees in [0, 180], NaN if one is zero.
 
-    ``2 atan2(|a/|a| - b/|b||, |a/|a| + b/|b||)``: accurate down to rounding where arccos loses all under 0.03 degrees.
+    ``2 atan2(|a/|a| - b/|b||, |a/|a| + b/|b||)`` is accurate to rounding. arccos fails below 0.03 degrees.
     """
     a, b = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (a, b))
     a, b = _unit(a), _unit(b)
@@ -213,7 +213,7 @@ def stream_growth(activations: Sequence[jax.Array]) -> jax.Array:
 def _carried_deltas(
     fun: Callable[..., Any], rule: RuleOrRules, params: Any, feedback: Any, args: Any, has_aux: bool
 ) -> tuple[Analysis, dict[str, jax.Array]]:
-    """The analysis, and by path the errors as the rule carries them."""
+    """The analysis, and the errors that the rule carries, by path."""
     checks.flag("has_aux", has_aux)
     checks.values("args", args)
     analysis = analyse(fun, params, *args)

@@ -69,7 +69,7 @@ def init_feedback(key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], pa
 
 
 def companions(analysis: Analysis, rules: dict[str, Rule], leaves: list[Any], feedback: list[Any]) -> list[Any]:
-    """For each parameter what the error goes back through: W itself under backprop, None where there is nothing."""
+    """For each parameter the array that carries the error back: W itself under backprop, None where there is none."""
     sites, projections = analysis.sites(), analysis.projections()
     result: list[Any] = []
     for path, w, b in zip(analysis.paths, leaves, feedback, strict=True):
@@ -93,7 +93,7 @@ def companions(analysis: Analysis, rules: dict[str, Rule], leaves: list[Any], fe
 
 
 def carried(rule: Rule, projection: Projection | None, path: str, w: Any, b: Any) -> Any:
-    """What carries the error back by the rule (W's shape, or Direct); ValueError if this B is not one of the rule's."""
+    """The array that carries the error back (W's shape, or Direct). ValueError if this B is not one of the rule's."""
     assert rule.backward is not None
     try:
         carrier = rule.backward(w, b)
@@ -133,9 +133,9 @@ def evaluate(
     entries: list[Any] | None = None,
     key: Any = None,
 ) -> Any:
-    """``fun``'s value, the error going back through ``carriers``; taps come in by ``tapped(product, x, y, tap)``.
+    """``fun``'s value; errors go back through ``carriers``. ``tapped(product, x, y, tap)`` puts taps in.
 
-    ``entries`` are feedback's, for B's signals: without them there are none. Without a ``key`` there is no noise.
+    ``entries`` are feedback's, for B's signals. Without them there are no signals, and without a ``key`` no noise.
     """
     direct = any(isinstance(carrier, Direct) for carrier in carriers)
     last = analysis.last() if direct else None
@@ -195,12 +195,12 @@ def _circuits(analysis: Analysis, rules: dict[str, Rule], leaves: list[Any]) -> 
 
 
 def _leaves_alone(rule: Rule) -> bool:
-    """Whether a function under the rule is the function itself: backprop, and nothing else."""
+    """Whether the rule leaves the function unchanged: backprop without noise or error."""
     return rule.backward is None and rule.error is None and not rule.noise
 
 
 def _whole(entry: Any, product: Product) -> Any:
-    """A B that is no array, for a signal in its structure; ValueError where a use of the weight has a part of it alone."""
+    """A B that is no array, for a signal of its structure. ValueError if a use of the weight has only a part of it."""
     if entry is None or is_array(entry):
         return None
     if product.stack or len(product.params) > 1:
@@ -298,14 +298,14 @@ def _check_key(rules: dict[str, Rule], key: Any) -> None:
 
 
 def _check_no_feedback(params: Any, feedback: Any) -> None:
-    """Under backprop alone, feedback is nothing, or fits params all the same."""
+    """Under backprop alone, feedback must be None or fit params."""
     named_leaves(params)
     if feedback is not None:
         feedback_leaves(params, feedback)
 
 
 def check_loss(fun: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
-    """``fun``, but ValueError if what it returns is not a real scalar (beside auxiliary data)."""
+    """``fun`` with a check: ValueError if it does not return a real scalar (beside auxiliary data)."""
 
     def loss(*args: Any) -> Any:
         out = fun(*args)

@@ -26,7 +26,7 @@ def initial_feedback(key: jax.Array, rules: dict[str, Rule], analysis: Analysis,
 
 
 def made(rule: Rule, key: jax.Array, projection: Projection, w: Any) -> Any:
-    """The B that a rule starts from; an error that names the rule if it is none."""
+    """The B that a rule starts from. If ``init`` fails or returns no B, an error names the rule."""
     assert rule.init is not None
     try:
         b = rule.init(key, projection, compat.gathered(w))
@@ -45,7 +45,7 @@ def made(rule: Rule, key: jax.Array, projection: Projection, w: Any) -> Any:
 
 
 def _check_transports(rule: Rule, w: Any, b: Any) -> None:
-    """ValueError if ``backward`` makes what carries the error of W, though the rule says that W stays where it is."""
+    """ValueError if ``backward`` reads W although the rule says that it transports nothing."""
     if rule.transports not in ("nothing", "changes") or rule.backward is None:
         return
     try:

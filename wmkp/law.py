@@ -42,9 +42,9 @@ def _gain(mirror: Mirror) -> float:
 
 
 def _response(activation: Activation, std: float) -> tuple[float, float, float]:
-    """E[phi'(z)], and how much more than a linear response's the variance of phi's signal is: all of phi, its odd part.
+    """E[phi'(z)], and the variances of phi's signal: of all of phi, and of its odd part.
 
-    For z Gaussian of standard deviation ``std``; the variances are E[phi^2] / (std^2 E[phi']^2), 1 for a linear phi.
+    z is Gaussian of standard deviation ``std``. A variance is E[phi^2] / (std^2 E[phi']^2), relative to a linear response, for which it is 1.
     """
     if activation is None:
         return 1.0, 1.0, 1.0
@@ -116,24 +116,24 @@ def _tangent_squared(num_samples: int, fan_in: int, mirror: Mirror) -> float:
 
 
 def variance(mirror: Mirror, fan_in: int) -> float:
-    """Of one estimate's noise, over |W|^2: tan^2 of the angle that it alone leaves."""
+    """The variance of one estimate's noise relative to |W|^2: tan^2 of the angle that one estimate leaves."""
     return _tangent_squared(samples_drawn(mirror, fan_in), fan_in, mirror._replace(rate=1.0))
 
 
 def noise_left(mirror: Mirror, noise: float, count: jax.Array) -> jax.Array | float:
-    """Of B's own noise before the mirror step ``count``, over |W|^2, where one estimate has ``noise``."""
+    """The variance of B's noise before the mirror step ``count``, relative to |W|^2. One estimate has ``noise``."""
     if mirror.rate is None:
         return noise / jnp.maximum(count - 1, 1) if noise else 0.0
     return noise * _share(mirror)
 
 
 def _share(mirror: Mirror) -> float:
-    """What averaging leaves of an estimate's variance."""
+    """The share of an estimate's variance that remains after averaging."""
     return 1 / mirror.start if mirror.rate is None else mirror.rate / (2 - mirror.rate)
 
 
 def _excess(mirror: Mirror) -> float:
-    """How much more than a linear response's the variance of the signal is."""
+    """By how much the signal's variance exceeds a linear response's."""
     _, whole, odd = _response(mirror.activation, mirror.noise_std)
     excess = (odd if "antithetic" in mirror.noise else whole) - 1
     return excess if excess > 1e-9 else 0.0  # ReLU's pairs are linear, but for rounding

@@ -28,7 +28,7 @@ TOGETHER = 2**22
 
 
 def _transforms(mirror: Mirror, fan_in: int, shared: bool) -> bool:
-    """Whether a projection's noise need not be written down: part of one Hartley matrix, of which at least half is drawn."""
+    """Whether transforms can compute a mirror step: one Hartley matrix, of which at least half is drawn."""
     samples = samples_drawn(mirror, fan_in)
     paired = "antithetic" in mirror.noise
     if "orthogonal" not in mirror.noise or mirror.signal or shared or (paired and samples % 2):
@@ -37,11 +37,11 @@ def _transforms(mirror: Mirror, fan_in: int, shared: bool) -> bool:
 
 
 def _by_transforms(key: jax.Array, mirror: Mirror, w: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """``_estimate`` where ``_transforms``, from the same noise.
+    """``_estimate`` by transforms, from the same noise (see ``_transforms``).
 
-    Its rows are h_j s, h_j a row of the Hartley matrix and s the signs of its columns. So all responses together are the
-    transform of s W, and x y^T summed over samples is s times the transform of the responses: some log2(fan_in) operations for
-    each weight in the place of 4 fan_in.
+    The noise's rows are h_j s, where h_j is a row of the Hartley matrix and s are the signs of its columns. So all
+    responses together are the transform of s W. The sum of x y^T over samples is s times the transform of the
+    responses. Each weight takes about log2(fan_in) operations instead of 4 fan_in.
     """
     blocks, fan_in, _ = w.shape
     samples = samples_drawn(mirror, fan_in)
@@ -59,7 +59,7 @@ def _by_transforms(key: jax.Array, mirror: Mirror, w: jax.Array, bias: jax.Array
 
 
 def _at_once(mirror: Mirror, blocks: int, fan_in: int, shared: bool) -> int:
-    """The most samples of a projection that are in memory at a time."""
+    """The largest number of a projection's samples in memory at a time."""
     # (Devices that share the noise share all of it, or each part would cost them a sum; a loss is one of all samples.)
     if shared or mirror.signal:
         return samples_drawn(mirror, fan_in)
@@ -67,7 +67,7 @@ def _at_once(mirror: Mirror, blocks: int, fan_in: int, shared: bool) -> int:
 
 
 def _numbers(mirror: Mirror, shape: tuple[int, ...]) -> int:
-    """Of noise, responses and signals: what a projection's ``_estimate`` has in memory at a time."""
+    """How many numbers of noise, responses and signals a projection's ``_estimate`` has in memory at a time."""
     blocks, fan_in, fan_out = shape
     samples = min(samples_drawn(mirror, fan_in), _at_once(mirror, blocks, fan_in, False))
     numbers = blocks * (samples * (fan_in + fan_out) + fan_in * fan_out)
@@ -106,7 +106,7 @@ def _by_products(
     b: jax.Array | None,
     spread: Callable[[jax.Array], jax.Array] | None,
 ) -> jax.Array:
-    """``_estimate``, so many samples at a time."""
+    """``_estimate`` by matrix products, a part of the samples at a time."""
     blocks, fan_in, _ = w.shape
     samples = samples_drawn(mirror, fan_in)
     at_once = _at_once(mirror, blocks, fan_in, spread is not None)
@@ -151,12 +151,12 @@ def _bias_matrix(product: Product, bias: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def targets(rules: dict[str, Rule], analysis: Analysis) -> dict[Product, Mirror]:
-    """The products that mirror mode is to reach, each with its mirror.
+    """The products that mirror mode must reach, each with its mirror.
 
     Raises:
       WeightTransportError: noise alone cannot reach one.
-      ValueError: it would take too much noise, or noise whose signals the weight's dtype cannot hold; or a bias is kept beside
-        a gain.
+      ValueError: it would take too much noise; the weight's dtype cannot hold its signals; or a bias is kept beside a
+        gain.
     """
     wanted: dict[Product, Mirror] = {}
     for path, products in analysis.sites().items():
@@ -202,7 +202,7 @@ def targets(rules: dict[str, Rule], analysis: Analysis) -> dict[Product, Mirror]
 
 
 def _without_weights(signal: Signal) -> Signal:
-    """The signal, W not shown to it."""
+    """The signal, without access to W."""
     return lambda seen: signal(seen._replace(w=None))
 
 
@@ -214,9 +214,9 @@ def signals(
     feedback: list[Any],
     spread: Callable[[jax.Array], jax.Array] | None = None,
 ) -> list[Any]:
-    """Mirror mode's signal for each parameter leaf, None for those that mirror nothing.
+    """Mirror mode's signal for each parameter leaf, None for those that do not mirror.
 
-    ``spread`` says where among devices a projection's noise (K, N, fan_in) is drawn, if they share it.
+    ``spread`` says where a projection's noise (K, N, fan_in) is drawn if devices share it.
     """
     wanted = targets(rules, analysis)
     products = list(wanted)
@@ -265,13 +265,13 @@ def signals(
 
 
 def at_start(rules: dict[str, Rule]) -> tuple[dict[str, Rule], int]:
-    """The rules that mirror before training by themselves, and how many mirror steps they take."""
+    """The rules that mirror before training, and their number of mirror steps."""
     starts = [rule.mirror.start for rule in rules.values() if rule.mirror]
     return only(rules, lambda mirror: mirror.start > 0), max(starts, default=0)
 
 
 def only(rules: dict[str, Rule], which: Callable[[Mirror], bool]) -> dict[str, Rule]:
-    """The rules, without a mirror mode but for those whose mirror is ``which``."""
+    """The rules, with a mirror mode only where ``which`` accepts the mirror."""
     return {p: r if r.mirror and which(r.mirror) else r._replace(mirror=None) for p, r in rules.items()}
 
 
@@ -315,17 +315,16 @@ def lags(
     count: jax.Array,
     parts: int = 1,
 ) -> dict[str, jax.Array]:
-    """How far each B is from the estimate of W^T that the mirror step ``count`` brings, beyond what noise explains.
+    """How far each B is from the mirror step's estimate of W^T, beyond what noise explains. W is not read.
 
-    W is not read. Of an estimate E, whose noise has the variance v by the law of angles, and of B, whose own noise has
-    u, ``|E - B|^2`` is (v + u) |W|^2 where B does not lag, and ``|E|^2`` is (1 + v) |W|^2. What is above that, by more
-    than two standard deviations, is lag.
+    Let v be the variance of the estimate E by the law of angles, and u that of B. Without lag ``|E - B|^2`` is (v + u)
+    |W|^2 and ``|E|^2`` is (1 + v) |W|^2. What exceeds this by more than two standard deviations is lag.
 
     Args:
-      parts: of how many devices' estimates each signal is the mean.
+      parts: the number of devices over which each signal is a mean.
 
     Returns:
-      ``{path: degrees}``, the angle whose tangent is the lag over |W|; for mirrors that average, with no bias kept.
+      ``{path: degrees}``, the angle whose tangent is the lag over |W|, for mirrors that average and keep no bias.
     """
     sizes, projections, found = [w.size for w in leaves], analysis.projections(), {}
     for i, (path, signal, b) in enumerate(zip(analysis.paths, signals, entries, strict=True)):

@@ -18,9 +18,9 @@ SMALL = 256
 def draw_noise(key: jax.Array, mirror: Mirror, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
     """Noise of shape (K, N, fan_in): K projections, N samples of each.
 
-    Orthogonal noise has X^T X = N sigma^2 I for every block of fan_in samples: a Hartley matrix, orthogonal at any size
-    and made of one table of fan_in values, its columns' signs drawn anew and, for a last block that is not whole, its
-    rows drawn at random. Antithetic noise is pairs x, -x.
+    Orthogonal noise has X^T X = N sigma^2 I for every block of fan_in samples. A block is a Hartley matrix, made of one
+    table of fan_in values, with new random signs of its columns. An incomplete last block has random rows of it.
+    Antithetic noise is pairs x, -x.
     """
     return noise_in_parts(key, mirror, shape, dtype)(0, shape[1])
 
@@ -28,7 +28,7 @@ def draw_noise(key: jax.Array, mirror: Mirror, shape: tuple[int, int, int], dtyp
 def noise_in_parts(
     key: jax.Array, mirror: Mirror, shape: tuple[int, int, int], dtype: Any
 ) -> Callable[[Any, int], jax.Array]:
-    """What ``draw_noise`` draws, in parts: ``(start, count) -> (K, count, fan_in)``, for parts that do not overlap."""
+    """What ``draw_noise`` draws, in parts that do not overlap: ``(start, count) -> (K, count, fan_in)``."""
     blocks, samples, fan_in = shape
     if "antithetic" in mirror.noise:
         kind = mirror.noise.replace("antithetic", "").strip("+") or "gaussian"
@@ -54,8 +54,9 @@ def noise_in_parts(
 def _words(key: jax.Array, shape: tuple[int, int, int]) -> tuple[jax.Array, jax.Array]:
     """Two random uint32 of a shape: Threefry-2x32 (Salmon et al. 2011) of each element's place.
 
-    It is jax.random's own cipher. That runs its rounds on CPUs as a loop over memory; written out, they are one pass
-    (``python -m benchmarks.noise`` times both). An element depends on its place alone, so that devices share the work.
+    This is jax.random's own cipher. On CPUs jax.random runs its rounds as a loop over memory; written out, they are one
+    pass (``python -m benchmarks.noise`` times both). An element depends only on its place, so devices can share the
+    work.
     """
     seed = jax.random.key_data(key)
     if seed.shape != (2,):  # a key of another generator
@@ -102,7 +103,7 @@ def _gaussian(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Ar
 
 
 def _signs(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
-    """Random signs: 32 of each word, where jax.random.rademacher takes a word for each."""
+    """Random signs: 32 from each word, where jax.random.rademacher uses one word for each."""
     blocks, samples, fan_in = shape
     # By jax.random, whose loop the compiler fuses with nothing: it would make each word anew for each of its bits.
     words = jax.random.bits(key, (blocks, samples, -(-fan_in // 32)), jnp.uint32)
@@ -112,8 +113,10 @@ def _signs(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array
 
 
 def hartley_draw(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> tuple[jax.Array, jax.Array | None]:
-    """What is random in orthogonal noise: signs of the columns of each block, (K, whole blocks + 1, fan_in); and the rows
-    of the last block where it is not whole, (K, rest), or None."""
+    """The random part of orthogonal noise: column signs of each block, and the rows of an incomplete last block.
+
+    The signs are (K, whole blocks + 1, fan_in). The rows are (K, rest), or None if the last block is complete.
+    """
     blocks, samples, fan_in = shape
     whole, rest = divmod(samples, fan_in)
     if not rest:
@@ -125,7 +128,7 @@ def hartley_draw(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> tup
 
 
 def _cas_by_table(row: jax.Array, n: int, dtype: Any) -> jax.Array:
-    """cas(2 pi j k / n) for these rows j and every k, cas = cos + sin: on CPUs faster than to work it out."""
+    """cas(2 pi j k / n) for these rows j and every k, where cas = cos + sin. On CPUs a table is faster."""
     # With j = j1 m + j2 it is cos(j1 m) cas(j2) + sin(j1 m) cas(-j2): two tables of about sqrt(n) rows.
     m = math.isqrt(n - 1) + 1
     steps = np.arange(m, dtype=np.int64)[:, None] * np.arange(n) % n * (2 * np.pi / n)
@@ -141,8 +144,9 @@ def _cas_by_table(row: jax.Array, n: int, dtype: Any) -> jax.Array:
 def _cas_by_angle(j: jax.Array, k: jax.Array, n: int) -> jax.Array:
     """cas(2 pi j k / n) in float32, element by element, for j, k < n < 2^16.
 
-    An accelerator makes it inside the product that takes it, as it does Gaussian noise; rows of a table it would look up,
-    write down and read again. It is sqrt(2) sin(2 pi (j k / n + 1/8)), the angle counted in integers, 8 n to a turn.
+    An accelerator computes it inside the product that uses it, as it does Gaussian noise. It would look up the rows of
+    a table, write them and read them again. cas is sqrt(2) sin(2 pi (j k / n + 1/8)); the angle is counted in integers,
+    8 n to a turn.
     """
     product = j.astype(jnp.uint32) * k.astype(jnp.uint32)
     whole = (product.astype(jnp.float32) * np.float32(1 / n)).astype(jnp.uint32)  # of turns, or one off: no division
@@ -186,7 +190,7 @@ def _hartley_rows(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> Ca
 
 @functools.lru_cache
 def _hartley_matrix(n: int, dtype: Any) -> np.ndarray:
-    """cas(2 pi j k / n); one array for all projections of a program, which so holds it once."""
+    """cas(2 pi j k / n), one array for all projections, so a program holds it once."""
     places = np.arange(n)
     circle = np.cos(2 * np.pi / n * places) + np.sin(2 * np.pi / n * places)
     return circle.astype(dtype)[np.outer(places, places) % n]
@@ -195,7 +199,7 @@ def _hartley_matrix(n: int, dtype: Any) -> np.ndarray:
 def hartley(x: jax.Array) -> jax.Array:
     """x times the matrix cas(2 pi j k / n), over the last axis, which has n entries.
 
-    By a fast Fourier transform F, of which it is Re F - Im F (Bracewell 1983), or by the matrix where that is small.
+    It is Re F - Im F for a fast Fourier transform F (Bracewell 1983), or the matrix product if n is small.
     """
     n = x.shape[-1]
     if n < SMALL:

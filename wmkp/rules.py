@@ -93,7 +93,7 @@ P = ParamSpec("P")
 
 
 def named(factory: Callable[P, Rule]) -> Callable[P, Rule]:
-    """A factory whose rules are named as they are made, ``weight_mirror(noise='gaussian')``: distinct ones distinctly."""
+    """Names a factory's rules by their arguments, such as ``weight_mirror(noise='gaussian')``."""
     signature = inspect.signature(factory)
 
     @functools.wraps(factory)
@@ -165,7 +165,7 @@ def learned(w: jax.Array, b: Any) -> Any:
 
 
 def _check_unrelated(b: jax.Array, w: jax.Array, path: str) -> None:
-    """ValueError if B is W over again, drawn from the same key (as far as values are known: not while tracing)."""
+    """ValueError if B equals W because both were drawn from one key. Traced values are not checked."""
     if isinstance(b, jax.core.Tracer) or not isinstance(w, jax.Array | np.ndarray) or isinstance(w, jax.core.Tracer):
         return
     x, y = (np.asarray(a.ravel()[:64], np.float64) for a in (b, w))
@@ -183,7 +183,7 @@ def check_scale(scale: float) -> None:
 
 
 def _std(scale: float, fan_in: int, path: str, w: jax.Array) -> float:
-    """B's standard deviation. ValueError if draws of it are beyond W's dtype, and B would be infinite or all zeros."""
+    """B's standard deviation. ValueError if W's dtype cannot hold draws of it, so that B would be infinite or zero."""
     std, limits = scale / math.sqrt(fan_in), jnp.finfo(w.dtype)
     if not float(limits.smallest_subnormal) <= std <= float(limits.max) / 6:  # no draw is beyond six of them
         raise ValueError(
@@ -281,12 +281,12 @@ class _SignedMagnitudes:
 
 
 def _signed(w: jax.Array, b: jax.Array) -> jax.Array:
-    """B's magnitudes with W's signs of the moment."""
+    """B's magnitudes with W's current signs."""
     return jax.lax.stop_gradient(jnp.abs(b) * jnp.sign(w))
 
 
 def _exact_start(start: str) -> Mirror | None:
-    """The mirror of a start: exact in one step, for the B that will only have to stay there."""
+    """The mirror of a mirrored start: exact in one step, and only before training."""
     checks.one_of("start", start, ("random", "mirror"))
     return Mirror("orthogonal", rate=1.0, each_step=False, start=1) if start == "mirror" else None
 
@@ -573,7 +573,7 @@ def weight_mirror(
 
 
 def _mirror(noise: Any, noise_std: Any, num_samples: Any, activation: Any, bias: Any, angle: Any, start: Any) -> Mirror:
-    """A mirror, its noise and its start chosen if they are None; its rate is the caller's to choose."""
+    """A mirror with default noise and start where they are None. The caller sets the rate."""
     if noise is None:
         noise = "orthogonal" if activation is None else "orthogonal+antithetic"
     checks.one_of("noise", noise, NOISES)
@@ -622,7 +622,7 @@ def check_mirror(mirror: Mirror) -> None:
 
 
 def _check_fields(rule: Rule) -> None:
-    """TypeError or ValueError unless a rule, which may be the user's own, is whole."""
+    """TypeError or ValueError if a rule (perhaps the user's own) is incomplete."""
     if (rule.init is None) != (rule.backward is None):
         lacking = "init" if rule.init is None else "backward"
         raise ValueError(

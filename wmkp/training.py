@@ -44,7 +44,7 @@ class TrainState(NamedTuple):
 
 
 class CompiledStep:
-    """A jitted step (its other attributes are the jitted function's) that says what was wrong with a call that failed."""
+    """A jitted step that explains why a call failed. Its other attributes are those of the jitted function."""
 
     def __init__(self, step: Callable[..., Any], explain: Callable[..., None]):
         self._step, self._explain = step, explain
@@ -439,17 +439,17 @@ def _check_mirror_optimizer(mirror_optimizer: Any) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Where the batch of a step over ``mesh`` belongs: its first axis, of examples, divided among all devices."""
+    """Where a batch belongs on ``mesh``: its first axis, of examples, divided among all devices."""
     _check_mesh(mesh)
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def state_sharding(state: Any, mesh: Mesh, fsdp: bool = False) -> Any:
-    """Where each array of a ``TrainState`` belongs that ``make_steps`` trains over ``mesh``.
+    """Where each array of a ``TrainState`` belongs when ``make_steps`` trains over ``mesh``.
 
     Args:
       state: the state, or its shapes.
-      mesh, fsdp: as ``make_steps`` takes them.
+      mesh, fsdp: as in ``make_steps``.
 
     Returns:
       A pytree of NamedSharding, in state's structure.

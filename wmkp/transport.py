@@ -115,7 +115,7 @@ def transport(fun: Callable[..., Any], rule: RuleOrRules, params: Any, feedback:
 
 
 def measure(engaged: Callable[..., Any], names: list[str], params: Any, feedback: Any, args: Any) -> Transport:
-    """``transport`` for a function ``engaged(params, feedback, *args)`` made in any way."""
+    """``transport`` for any function ``engaged(params, feedback, *args)``."""
     leaves, tree = jax.tree.flatten(params)
     leaves = [jnp.asarray(w) for w in leaves]
     others, others_tree = jax.tree.flatten((feedback, args))

@@ -117,7 +117,7 @@ _TRIALS = 1024  # steps tried at most: a warm-up may start at a rate of zero, an
 
 
 def _check_holds(optimizer: optax.GradientTransformation, tree: Any) -> None:
-    """Tries the optimizer on small arrays in the tree's structure: the difference of two weights must only shrink."""
+    """Tries the optimizer on small arrays in the tree's structure: the difference of two weights may only shrink."""
     if not jax.tree.leaves(tree):
         return
     try:
@@ -237,7 +237,7 @@ def check_finite(optimizer: optax.GradientTransformation, params: Any) -> None:
 
 
 def _traced(updates: Any) -> bool:
-    """Whether an optimizer's updates of known arrays are not known: a learning rate of it is traced, and it cannot be tried."""
+    """Whether an optimizer's updates of known arrays are traced: its learning rate is, and it cannot be tried."""
     return any(isinstance(u, jax.core.Tracer) for u in jax.tree.leaves(updates))
 
 

@@ -46,7 +46,7 @@ class Projection:
         """Which axes of the parameter, of this shape, number its groups (and scans' steps), its inputs and its outputs.
 
         Raises:
-          ValueError: the parameter is not one matrix (or a stack of them) that is used whole, in one place.
+          ValueError: the parameter is not one matrix (or a stack of them) used whole in one place.
         """
         return self.analysis.matrix_axes(self.path, shape)
 
@@ -57,8 +57,8 @@ class Projection:
     def direct_shape(self) -> tuple[int, ...]:
         """The shape of feedback from the network's output straight to this projection's input.
 
-        (steps of a scan over stacked weights..., size of one input, size of one error); the output is that of the last
-        projection to be evaluated, and inputs and errors are those of one sample (and position, where both have it).
+        It is (steps of a scan over stacked weights..., size of one input, size of one error). The output is that of the
+        last projection. Inputs and errors are those of one sample, and of one position where both have positions.
 
         Raises:
           ValueError: the projections that share this parameter have inputs of different sizes.
