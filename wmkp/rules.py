@@ -434,7 +434,7 @@ def _product(w: jax.Array, b: ProductFeedback) -> jax.Array:
 
 @named
 def product_feedback_alignment(expansion: float = 4.0, scale: float = 1.0) -> Rule:
-    """Product feedback alignment (PFA; Li et al. 2024): the error goes back through a product R B, and B learns.
+    """Product feedback alignment (PFA; Li and Benna 2024): the error goes back through a product R B, and B learns.
 
     ``dL/dx := R B delta``. The error passes through an intermediate population larger than x's. B learns as under
     Kolen-Pollack, from its own two sides: ``dB = -eta (R^T x) delta^T - lambda B``, with W's learning rate and decay
