@@ -20,6 +20,7 @@ from wmkp.program.kinds import (
     join,
     outside,
     result_varying,
+    settle,
     still_scaled,
     summed,
     union_of,
@@ -130,7 +131,8 @@ def _sliced(kind: Kind, length: int) -> Kind:
 
 def either(plans: Sequence[Plan]) -> list[Kind]:
     """The results of one of several branches."""
-    outputs = zip(*(plan.outputs for plan in plans), strict=True)
+    bare = lambda kind: kind._replace(scaled=None) if kind.weight else kind
+    outputs = zip(*(map(bare, plan.outputs) for plan in plans), strict=True)
     return [outside(functools.reduce(lambda a, b: join(a, b, "cond"), kinds)) for kinds in outputs]
 
 
@@ -409,6 +411,12 @@ class Analyser:
             outs = [k._replace(data=True, unmirrored="cond") if k.weight else k for k in outs]
         for plan in plans:
             self.note_joined(plan.outputs, outs)
+        for i, out in enumerate(outs):  # a weight that an activation has scaled in one branch, as a spectral norm may
+            scaled = [plan.outputs[i] for plan in plans if plan.outputs[i].scaled]
+            if out.weight and len(scaled) == 1:
+                outs[i] = out._replace(scaled=scaled[0].scaled)
+            else:
+                settle(scaled)
         return Step(site.eqn, "cond", None, plans), outs
 
     def scan(self, site: Site) -> Found:
