@@ -247,10 +247,10 @@ def _deltas(
 
 
 def input_covariances(fun: Callable[..., Any], params: Any, *args: Any) -> dict[str, jax.Array]:
-    """E[x x^T] of each projection's input: what mirroring on activity multiplies W^T by (eq. 5).
+    """E[x x^T] of each projection's input: what mirroring on activity multiplies W^T by.
 
-    It is a mean over batch and positions, not centred. A convolution's input is its patches, in the kernel's (height,
-    width, channel) order. A parameter with several uses has the mean over them.
+    See eq. 5. It is a mean over batch and positions, not centred. A convolution's input is its patches, in the kernel's
+    (height, width, channel) order. A parameter with several uses has the mean over them.
 
     Args:
       fun: any JAX function ``fun(params, *args)``.
