@@ -139,6 +139,12 @@ def _excess(mirror: Mirror) -> float:
     return excess if excess > 1e-9 else 0.0  # ReLU's pairs are linear, but for rounding
 
 
+def concentrated(mirror: Mirror) -> bool:
+    """Whether an estimate's noise is at one input alone: that of an even response, summed over a Hartley matrix, is."""
+    _, whole, odd = _response(mirror.activation, mirror.noise_std)
+    return mirror.noise == "orthogonal" and whole - odd > 1e-9
+
+
 def _one_estimate(directions: float, fan_in: int, excess: float, orthogonal: bool) -> float:
     """tan^2 of the angle of one estimate."""
     uneven = fan_in / directions

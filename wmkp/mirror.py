@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from wmkp import checks
 from wmkp.feedback import feedback_leaves
-from wmkp.law import mirror_gain, mirror_rate, noise_left, samples_drawn, variance
+from wmkp.law import concentrated, mirror_gain, mirror_rate, noise_left, samples_drawn, variance
 from wmkp.noise import SMALL, hartley, hartley_draw, noise_in_parts
 from wmkp.program import compat
 from wmkp.program.interpreter import collect
@@ -318,7 +318,7 @@ def lags(
     """How far each B is from the mirror step's estimate of W^T, beyond what noise explains. W is not read.
 
     Let v be the variance of the estimate E by the law of angles, and u that of B. Without lag ``|E - B|^2`` is (v + u)
-    |W|^2 and ``|E|^2`` is (1 + v) |W|^2. What exceeds this by more than two standard deviations is lag.
+    |W|^2 and ``|E|^2`` is (1 + v) |W|^2. What exceeds this is lag, if by more than three standard deviations.
 
     Args:
       parts: the number of devices over which each signal is a mean.
@@ -331,20 +331,38 @@ def lags(
         mirror = None if signal is None or b is None else rules[path].mirror
         if mirror is None or mirror.signal is not None or mirror.bias == "kept":
             continue
-        shares = [
-            (math.prod(p.stack) * p.weight_aval.size / sum(sizes[j] for j in p.params), p.fans()[0])
-            for p in analysis.sites()[path]
-            if p.needs_feedback and i in p.params
-        ]
-        noise = sum(share * variance(mirror, fan_in) for share, fan_in in shares)
-        noise /= parts * sum(share for share, _ in shares) ** 2  # the mean over uses
+        products = [p for p in analysis.sites()[path] if p.needs_feedback and i in p.params]
+        shares = [math.prod(p.stack) * p.weight_aval.size / sum(sizes[j] for j in p.params) for p in products]
+        noise = sum(a * variance(mirror, p.fans()[0]) for a, p in zip(shares, products, strict=True))
+        noise /= parts * sum(shares) ** 2  # the mean over uses
         estimate = (signal / mirror_gain(rules[path])).astype(jnp.promote_types(signal.dtype, jnp.float32))
         size = jnp.sum(estimate**2) / (1 + noise)
         moved = jnp.sum((estimate - b) ** 2) / jnp.where(size > 0, size, 1)
-        explained = noise + noise_left(mirror, noise, count)
-        beyond = moved - explained * (1 + 2 * math.sqrt(2 / projections[path].fan_in))
-        found[path] = jnp.rad2deg(jnp.arctan(jnp.sqrt(jnp.maximum(beyond, 0))))
+        explained = (noise + noise_left(mirror, noise, count)) * (
+            1 + 1 / projections[path].fan_in
+        )  # (and along W itself)
+        beyond = moved - explained
+        spread = jnp.sqrt(2 * (1 + noise) / _independent(mirror, products, estimate))
+        found[path] = jnp.rad2deg(jnp.arctan(jnp.sqrt(jnp.where(beyond > 3 * explained * spread, beyond, 0))))
     return found
+
+
+def _independent(mirror: Mirror, products: list[Product], estimate: jax.Array) -> Any:
+    """Of how many independent numbers, of like size, an estimate's noise is made.
+
+    The noise is the same mixture of inputs in all columns of W: there are fan_in for each column that W is as if made of, its
+    participation ratio |W|^4 / |W^T W|^2 (taken from 64 columns of the estimate, and 64 at most).
+    """
+    if concentrated(mirror):
+        return 1
+    (product, *others), fan_in = products, min(p.fans()[0] for p in products)
+    if others or not product.plain or estimate.shape != (*product.stack, *product.weight_aval.shape):
+        return fan_in
+    columns = product.to_matrices(estimate)[..., :64]
+    gram = jnp.einsum("kio,kip->kop", columns, columns)
+    total = jnp.sum(gram**2)
+    ratio = jnp.sum(columns**2) ** 2 / jnp.where(total > 0, total, 1)
+    return fan_in * jnp.clip(ratio, 1, 64)
 
 
 def mirror_signals(
