@@ -77,7 +77,7 @@ class _Session:
       state, tally, step: what changes from step to step.
       first_loss: of its first step; NaN until that is known.
       ran_away: whether it was warned that the loss has risen far above that.
-      lags, lagged: how far B was behind W at the last mirror step, by path; whether that was warned of.
+      lags, lagged: how far B was behind W at the last mirror step, by path; at how many lines in a row it was too far.
       verified: whether a checkpoint of this session was read back.
       begin, since: when and at which step the measured stretch began.
     """
@@ -95,7 +95,7 @@ class _Session:
     since: int = 0
     ran_away: bool = False
     lags: dict[str, Any] = dataclasses.field(default_factory=dict)
-    lagged: bool = False
+    lagged: int = 0
     verified: bool = False
 
     def start_clock(self) -> None:
@@ -241,8 +241,10 @@ def _warn_of_lag(session: _Session) -> None:
     """Says so, once, where B was far behind W at the last mirror step."""
     lags = {path: float(lag) for path, lag in jax.device_get(session.lags).items()}
     path = max(lags, key=lambda p: lags[p], default="")
-    if not session.lagged and lags and lags[path] > LAG:
-        session.lagged = True
+    if session.lagged < 2:  # (noise alone does it now and then, but seldom twice)
+        session.lagged = session.lagged + 1 if lags and lags[path] > LAG else 0
+        if session.lagged < 2:
+            return
         _warn(
             f"B lags {lags[path]:.1f} degrees behind W at {path} when it is mirrored, beyond what noise explains. Such a lag "
             "can end learning: --mirror-every 1 mirrors more often, and --rule mkp does not lag"
