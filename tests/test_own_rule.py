@@ -268,3 +268,62 @@ def test_a_signal_of_another_shape_is_refused():
     feedback = wmkp.init_feedback(KEY, rule, loss, PARAMS, X, T)
     with pytest.raises(ValueError, match=r"rule.signal returned .*B's own structure"):
         wmkp.value_and_grad(loss, rule)(PARAMS, feedback, X, T)
+
+
+# --- forward direct feedback ------------------------------------------------------------------------------------------
+
+
+@in_float64
+def test_forward_direct_feedback_learns_the_jacobian():
+    """The mean of many estimates is that of the true Jacobian over the batch, in size too; the gradients are DFA's."""
+    rule = wmkp.forward_direct_feedback_alignment(rate=0.1)
+    feedback = wmkp.init_feedback(KEY, rule, loss, PARAMS, X, T)
+    step = wmkp.value_and_grad(loss, rule)
+    once = jax.jit(jax.vmap(lambda key: step(PARAMS, feedback, X, T, key=key)[1]))
+    grads, signals = once(jax.random.split(KEY, 3000))
+    h, k, e = forward()
+    jacobian = {"c": PARAMS["c"], "b": np.mean([PARAMS["b"] @ np.diag(1 - row**2) @ PARAMS["c"] for row in k], 0)}
+    assert feedback["a"] is None
+    for name, expected in jacobian.items():
+        found = np.asarray(feedback[name].array - np.asarray(signals[name].array).mean(0) / 0.1)
+        cosine = np.vdot(found, expected) / np.linalg.norm(found) / np.linalg.norm(expected)
+        assert np.degrees(np.arccos(cosine)) < 3
+        assert np.linalg.norm(found - expected) < 0.06 * np.linalg.norm(expected)
+    at_b = (1 - k**2) * (e @ np.asarray(feedback["c"].array).T)
+    np.testing.assert_allclose(grads["b"][0], h.T @ at_b, rtol=0, atol=1e-12)
+
+
+def test_forward_direct_feedback_in_steps():
+    """B goes by its own rate whatever W's optimizer does, and ends at the output's Jacobian, within its law's noise."""
+    rule = wmkp.forward_direct_feedback_alignment(rate=0.02)
+    step_loss = lambda p, m, batch, key: (loss(p, *batch), (m, {}))
+    params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), PARAMS)
+    batch = jnp.asarray(X, jnp.float32), jnp.asarray(T, jnp.float32)
+    steps = wmkp.make_steps(step_loss, rule, optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.0)), params, batch)
+    run = jax.jit(lambda state: jax.lax.scan(lambda s, _: steps.engaged_step(s, batch), state, length=600)[0])
+    state = run(steps.init(KEY, params))
+    assert np.linalg.norm(state.feedback["c"].array - params["c"]) < 0.3 * np.linalg.norm(params["c"])
+
+
+def test_what_forward_direct_feedback_cannot_do_is_said():
+    rule = wmkp.forward_direct_feedback_alignment()
+    feedback = wmkp.init_feedback(KEY, rule, loss, PARAMS, X, T)
+    with pytest.raises(ValueError, match=r"give key=jax\.random\.key"):
+        wmkp.value_and_grad(loss, rule)(PARAMS, feedback, X, T)
+
+    @jax.custom_vjp
+    def bent(x):
+        return jnp.tanh(x)
+
+    bent.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (g,))
+    by_hand = lambda p, x, t: jnp.sum((bent(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"] - t) ** 2)
+    with pytest.raises(TypeError, match=r"jax\.custom_jvp, or take direct_kolen_pollack"):
+        wmkp.value_and_grad(by_hand, rule)(PARAMS, feedback, X, T, key=KEY)
+
+    def recurrent(p, xs, t):
+        tick = lambda h, x: ((new := jnp.tanh(x @ p["a"] + h)), jnp.tanh(new @ p["b"]) @ p["c"])
+        return jnp.sum((jax.lax.scan(tick, jnp.zeros((7, 5)), xs)[1] - t) ** 2)
+
+    with pytest.raises(ValueError, match=r"outside of any lax\.scan; take direct_kolen_pollack"):
+        feedback = wmkp.init_feedback(KEY, rule, recurrent, PARAMS, X[None], T[None])
+        wmkp.value_and_grad(recurrent, rule)(PARAMS, feedback, X[None], T[None], key=KEY)

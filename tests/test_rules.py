@@ -443,7 +443,8 @@ def test_every_factory_has_a_case():
     homes = {"wmkp.rules", "wmkp.alignment"}
     factories = [f for f in vars(wmkp).values() if callable(f) and getattr(f, "__module__", "") in homes]
     names = {f().name for f in factories if not isinstance(f, type) and f is not wmkp.alignment}
-    assert names - found == {"information_alignment", "local"}, "which have tests of their own"
+    own = {"information_alignment", "local", "forward_direct_feedback_alignment"}
+    assert names - found == own, "which have tests of their own"
 
 
 def test_information_alignment_equals_numpy(float64):
@@ -1619,6 +1620,7 @@ VALUES = [
     *(rule for rule, _ in CASES.values() if not isinstance(rule, Mapping) and "activation" not in rule.name),
     wmkp.weight_mirror(activation=relu),
     wmkp.information_alignment(),
+    wmkp.forward_direct_feedback_alignment(),
 ]
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from wmkp import checks
+from wmkp.forward import DESCENT, ForwardSignal
 from wmkp.program.interpreter import Direct
 from wmkp.program.pathways import Signal, hebbian
 from wmkp.program.products import Product, WeightTransportError
@@ -513,6 +514,35 @@ def direct_kolen_pollack(scale: float = 1.0) -> Rule:
     """
     check_scale(scale)
     return Rule("direct_kolen_pollack", _RandomDirect(scale), learned, hebbian, direct=True)
+
+
+@named
+def forward_direct_feedback_alignment(rate: float = 0.1, scale: float = 1.0) -> Rule:
+    """Forward direct feedback alignment (FDFA; Bacho and Chu 2024): direct feedback that learns the output's derivatives.
+
+    The error goes back as under ``direct_feedback_alignment``: ``dL/dx := B_l e``. At each step noise xi on each input x
+    runs forward with the data, and forward-mode differentiation gives its effect on the output, ``J xi``. B_l follows the
+    mean of J^T over samples: ``B_l <- B_l + rate (xi (J xi)^T - B_l)``. Nothing is transported.
+
+    ``value_and_grad`` makes the signal, and needs a ``key`` for the noise; ``make_steps`` gives it one. A step costs a
+    second forward pass.
+
+    Args:
+      rate: the share of B_l that a step replaces.
+      scale: B starts Gaussian with standard deviation ``scale / sqrt(outputs)``.
+
+    Raises:
+      ValueError: an argument is out of its range; from ``init_feedback``, as ``direct_feedback_alignment``; from a step, an
+        output inside a ``lax.scan``.
+
+    Example:
+      >>> rule = wmkp.forward_direct_feedback_alignment()
+    """
+    check_scale(scale)
+    checks.number("rate", rate, "lie in (0, 1]", lambda x: 0 < x <= 1)
+    return Rule(
+        "forward_direct_feedback_alignment", _RandomDirect(scale), learned, ForwardSignal(rate), DESCENT, direct=True
+    )
 
 
 @named

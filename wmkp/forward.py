@@ -1,0 +1,111 @@
+"""How direct feedback learns the output's derivatives: forward mode says what noise inside does to the output."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from wmkp.program.interpreter import Direct, Handler, anchored, run
+from wmkp.program.pathways import Synapses
+from wmkp.program.products import Product
+from wmkp.program.projections import Analysis, direct_sizes, is_array
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardSignal:
+    """The signal ``rate (B - J^T)``: the first part here; ``value_and_grad`` takes away the second (``jacobians``)."""
+
+    rate: float
+
+    def __call__(self, synapses: Synapses) -> jax.Array:
+        """B's decay."""
+        return self.rate / synapses.uses * synapses.b
+
+
+def _no_state(params: Any) -> optax.EmptyState:
+    return optax.EmptyState()
+
+
+def _down(signal: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    return jax.tree.map(jnp.negative, signal), state
+
+
+# Goes down the signal as it is; functions of this module, so that a rule that has it can be pickled and compared.
+DESCENT = optax.GradientTransformation(_no_state, _down)
+
+
+def jacobians(
+    key: Any, signals: dict[str, ForwardSignal], analysis: Analysis, leaves: list[Any], args: Any
+) -> dict[int, Direct]:
+    """For the projections of these signals ``rate`` times the mean of xi (J xi)^T, whose expectation is J^T.
+
+    xi is standard Gaussian noise on the projection's input, and J the Jacobian of the network's output with respect to
+    that. One pass serves all projections: each sees what the others' noise does as noise of its own.
+    """
+    sites = {path: [p for p in analysis.sites()[path] if p.needs_feedback] for path in signals}
+    products = [p for found in sites.values() for p in found]
+    if not products:
+        return {}
+    last = analysis.last()
+    if last.lengths:
+        raise ValueError(
+            "forward_direct_feedback_alignment needs the last projection outside of any lax.scan; take direct_kolen_pollack()"
+        )
+    if any(p.stack not in ((), p.lengths) for p in products):
+        raise ValueError(
+            "forward_direct_feedback_alignment needs each scan around a projection to go over its weights, or none to; "
+            "take direct_kolen_pollack()"
+        )
+    keys = jax.random.split(key, len(products))
+    avals = [jax.ShapeDtypeStruct((*p.lengths, *p.input_avals[0].shape), p.input_avals[0].dtype) for p in products]
+    noise = [jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, avals, strict=True)]
+    output = functools.partial(_output, analysis, products, last, leaves, args)
+    try:
+        _, change = jax.jvp(output, (jax.tree.map(jnp.zeros_like, noise),), (noise,))
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(
+            "forward_direct_feedback_alignment differentiates the network in forward mode, which its jax.custom_vjp does not "
+            "have. Write it as a jax.custom_jvp, or take direct_kolen_pollack()."
+        ) from error
+    found = {p: _mean(p, xi, change) for p, xi in zip(products, noise, strict=True)}
+    result = {}
+    for path, site in sites.items():
+        i = analysis.paths.index(path)
+        if site:
+            result[i] = Direct((signals[path].rate / len(site) * sum(found[p] for p in site)).astype(leaves[i].dtype))
+    return result
+
+
+def _output(
+    analysis: Analysis, products: list[Product], last: Product, leaves: list[Any], args: Any, taps: list[jax.Array]
+) -> Any:
+    """The network's output, with so much added to the inputs of these products."""
+
+    def on_product(handler: Handler, product: Product, x: Any, w: Any, b: Any, tap: Any) -> Any:
+        y = product.multiply(x if tap is None else x + tap, w)
+        if product is last:
+            handler.channel = y
+        return y
+
+    inputs = [(x, x) for x in [*leaves, *(leaf for leaf in jax.tree.leaves(args) if is_array(leaf))]]
+    start = jnp.zeros(last.output_aval.shape, last.output_aval.dtype)
+    handler = Handler(
+        on_product, dict(zip(products, taps, strict=True)), start, anchored((inputs, analysis.plan.consts))
+    )
+    run(analysis.plan, inputs, handler)
+    return handler.channel
+
+
+def _mean(product: Product, xi: jax.Array, change: jax.Array) -> jax.Array:
+    """The mean of xi (J xi)^T over samples (and over the steps of scans that have one B), in B's shape."""
+    _, inputs, errors = direct_sizes(product.input_avals[0].shape, change.shape)
+    changes = change.reshape(-1, errors)
+    steps = math.prod(product.lengths)
+    signal = jnp.einsum("tsi,se->tie", xi.reshape(steps, -1, inputs), changes) / len(changes)
+    return signal.reshape(*product.stack, inputs, errors) if product.stack else signal.mean(0)
