@@ -1,5 +1,6 @@
 """TrainState, and the two steps that train it: engaged and mirror mode, each compiled on its own."""
 
+import dataclasses
 import functools
 import numbers
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from wmkp import checks, mirror, updates
 from wmkp.engaged import check_loss, value_and_grad
@@ -16,6 +17,8 @@ from wmkp.feedback import feedback_leaves, initial_feedback
 from wmkp.program import compat
 from wmkp.program.projections import Analysis, analyse, check_traceable, named_leaves
 from wmkp.rules import Mirror, Rule, RuleOrRules, learning_part, resolve
+from wmkp.sharding import batch_sharding as batch_sharding
+from wmkp.sharding import check_mesh, state_sharding
 
 
 class TrainState(NamedTuple):
@@ -148,11 +151,11 @@ def make_steps(
     checks.function("loss_fn", loss_fn, "loss_fn(params, model_state, batch, key)")
     checks.transformation("optimizer", optimizer)
     if mirror_optimizer is not None:
-        _check_mirror_optimizer(mirror_optimizer)
+        updates.check_mirror_optimizer(mirror_optimizer)
     if axis_name is not None and not isinstance(axis_name, str | tuple):
         raise TypeError(f"axis_name must be the name of an axis of pmap or shard_map; got {checks.shown(axis_name)}")
     if mesh is not None:
-        _check_mesh(mesh)
+        check_mesh(mesh)
     checks.flag("fsdp", fsdp)
     checks.flag("check_finite", check_finite)
     if clip_norm is not None:
@@ -161,175 +164,236 @@ def make_steps(
         raise ValueError("give axis_name (inside a pmap or shard_map of your own) or mesh, not both")
     if fsdp and mesh is None:
         raise ValueError("fsdp divides the state over a mesh: give mesh")
-    key_aval = jax.eval_shape(lambda: jax.random.key(0))
-    analysis = analyse(loss_fn, params, model_state, batch, key_aval)
+    analysis = analyse(loss_fn, params, model_state, batch, jax.eval_shape(lambda: jax.random.key(0)))
     _check_output(analysis, model_state, check_finite)
     rules = resolve(rule, analysis)
     mirror.targets(rules, analysis)
-    mirrors = {path: r.mirror for path, r in rules.items() if r.mirror is not None}
     # B's optimizers: W's (None), and those that rules have of their own.
-    trainers = list(dict.fromkeys(r.optimizer for r in rules.values() if r.signal is not None))
-    feedback_optimizers = [updates.kolen_pollack(optimizer) if own is None else own for own in trainers]
-    clip = None if clip_norm is None else updates.clip_together(clip_norm)
-    engaged_gradient = value_and_grad(loss_fn, rule, has_aux=True)
-    tree: Any = jax.tree.structure(params)
-    examples = checks.avals({"params": params, "model_state": model_state, "batch": batch})
+    trainers = tuple(dict.fromkeys(r.optimizer for r in rules.values() if r.signal is not None))
+    training = _Training(
+        analysis=analysis,
+        rules=rules,
+        gradient=value_and_grad(loss_fn, rule, has_aux=True),
+        optimizer=optimizer,
+        trainers=trainers,
+        feedback_optimizers=[updates.kolen_pollack(optimizer) if own is None else own for own in trainers],
+        mirror_optimizer=mirror_optimizer,
+        clip=None if clip_norm is None else updates.clip_together(clip_norm),
+        axis_name=axis_name,
+        mesh=mesh,
+        fsdp=fsdp,
+        check_finite=check_finite,
+        tree=jax.tree.structure(params),
+        examples=checks.avals({"params": params, "model_state": model_state, "batch": batch}),
+    )
+    compiled = (jax.jit(step, donate_argnums=0) for step in (training.engaged_step, training.mirror_step))
+    return Steps(training.init, *(CompiledStep(step, training.explain) for step in compiled))
 
-    def check_as_given(name: str, value: Any, shapes: bool = True) -> None:
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Training:
+    """What the steps share: the arguments of ``make_steps``, and what it made of them.
+
+    Attributes:
+      gradient: ``value_and_grad`` of the loss.
+      trainers, feedback_optimizers: B's optimizers: those that rules have of their own, and None for W's; the same with
+        W's made fit for B.
+      clip: what scales gradients and signals down together, or None.
+      tree: params' structure.
+      examples: the shapes of params, model_state and batch, by name.
+    """
+
+    analysis: Analysis
+    rules: dict[str, Rule]
+    gradient: Callable[..., Any]
+    optimizer: optax.GradientTransformation
+    trainers: tuple[optax.GradientTransformation | None, ...]
+    feedback_optimizers: list[optax.GradientTransformation]
+    mirror_optimizer: optax.GradientTransformation | None
+    clip: optax.GradientTransformation | None
+    axis_name: Any
+    mesh: Mesh | None
+    fsdp: bool
+    check_finite: bool
+    tree: Any
+    examples: dict[str, Any]
+
+    def check_as_given(self, name: str, value: Any, shapes: bool = True) -> None:
+        """ValueError or TypeError for what is not like the example of that name."""
         given = name.removeprefix("state.")
-        checks.alike(name, value, examples[given], f"the {given} that make_steps was given", shapes=shapes)
+        checks.alike(name, value, self.examples[given], f"the {given} that make_steps was given", shapes=shapes)
 
-    def check_state(state: TrainState) -> None:
+    def check_state(self, state: TrainState) -> None:
         """While a step is traced: the state is one of these steps'."""
         if not isinstance(state, TrainState):
             raise TypeError(f"state must be a TrainState, as steps.init returns it; got {type(state).__name__}")
         for name in ("step", "mirrored"):
             number = jax.ShapeDtypeStruct((), jnp.int32)
             checks.alike(f"state.{name}", getattr(state, name), number, "the one that steps.init makes")
-        check_as_given("state.params", state.params)
+        self.check_as_given("state.params", state.params)
         feedback_leaves(state.params, state.feedback)
-        check_as_given("state.model_state", state.model_state)
+        self.check_as_given("state.model_state", state.model_state)
         checks.key(state.key, "state.key")
-        expected = jax.eval_shape(optimizer.init, state.params)
+        expected = jax.eval_shape(self.optimizer.init, state.params)
         checks.alike("state.opt_state", state.opt_state, expected, "what optimizer.init returns", dtypes=False)
-        makers = [(optimizer if own is None else own).init for own in trainers]
-        expected = tuple(jax.eval_shape(make, learning(state.feedback, i)) for i, make in enumerate(makers))
+        makers = [(self.optimizer if own is None else own).init for own in self.trainers]
+        expected = tuple(jax.eval_shape(make, self.learning(state.feedback, i)) for i, make in enumerate(makers))
         checks.alike("state.feedback_opt_state", state.feedback_opt_state, expected, "what init returns", dtypes=False)
 
-    def learning(feedback: Any, trainer: int) -> Any:
+    def learning(self, feedback: Any, trainer: int) -> Any:
         """Feedback with None in place of what one optimizer does not train."""
-        leaves = tree.flatten_up_to(feedback)
-        for i, path in enumerate(analysis.paths):
-            rule = rules.get(path)
-            mine = rule is not None and rule.signal is not None and rule.optimizer == trainers[trainer]
+        leaves = self.tree.flatten_up_to(feedback)
+        for i, path in enumerate(self.analysis.paths):
+            rule = self.rules.get(path)
+            mine = rule is not None and rule.signal is not None and rule.optimizer == self.trainers[trainer]
             leaves[i] = learning_part(leaves[i]) if mine else None
-        return tree.unflatten(leaves)
+        return self.tree.unflatten(leaves)
 
-    def redrawn(key: jax.Array, params: Any, feedback: Any) -> Any:
+    def redrawn(self, key: jax.Array, params: Any, feedback: Any) -> Any:
         """Feedback with a new B under those rules that draw one for each batch."""
-        again = {path: rule for path, rule in rules.items() if rule.redrawn}
-        return _overlay(feedback, initial_feedback(key, again, analysis, params)) if again else feedback
+        again = {path: rule for path, rule in self.rules.items() if rule.redrawn}
+        return _overlay(feedback, initial_feedback(key, again, self.analysis, params)) if again else feedback
 
-    def mean(x: Any) -> Any:
-        return x if axis_name is None else jax.tree.map(lambda leaf: jax.lax.pmean(leaf, axis_name), x)
+    def mean(self, x: Any) -> Any:
+        """The mean over the devices of a map around the steps."""
+        return x if self.axis_name is None else jax.tree.map(lambda leaf: jax.lax.pmean(leaf, self.axis_name), x)
 
-    def place(state: Any) -> Any:
-        """The state where it belongs on the mesh."""
-        if mesh is None:
-            return state
-        return jax.tree.map(jax.lax.with_sharding_constraint, state, state_sharding(state, mesh, fsdp))
-
-    spread = None
-    if mesh is not None and mesh.size > 1:  # noise (K, N, fan_in), its samples divided among the devices
-        samples = NamedSharding(mesh, PartitionSpec(None, mesh.axis_names, None))
-        spread = functools.partial(jax.lax.with_sharding_constraint, shardings=samples)
-
-    def own(x: Any) -> Any:
+    def own(self, x: Any) -> Any:
         """A replicated value as each device's own, so that what is derived from it is not yet summed over devices."""
-        if axis_name is None:
-            return x
-        return jax.tree.map(lambda leaf: compat.vary(leaf, axis_name), x)
+        return x if self.axis_name is None else jax.tree.map(lambda leaf: compat.vary(leaf, self.axis_name), x)
 
-    def floats(f: Callable[[Any], Any], tree: Any) -> Any:
-        """``f`` of the floating-point leaves; counters and random keys are the same on every device."""
-        return jax.tree.map(lambda x: f(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+    def own_key(self, key: jax.Array) -> jax.Array:
+        """Another key on each device."""
+        return key if self.axis_name is None else jax.random.fold_in(self.own(key), jax.lax.axis_index(self.axis_name))
 
-    def own_key(key: jax.Array) -> jax.Array:
-        return key if axis_name is None else jax.random.fold_in(own(key), jax.lax.axis_index(axis_name))
+    def place(self, state: Any) -> Any:
+        """The state where it belongs on the mesh."""
+        if self.mesh is None:
+            return state
+        return jax.tree.map(jax.lax.with_sharding_constraint, state, state_sharding(state, self.mesh, self.fsdp))
 
-    def engaged_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        check_state(state)
-        check_as_given("batch", batch, shapes=False)
+    @functools.cached_property
+    def spread(self) -> Callable[[jax.Array], jax.Array] | None:
+        """Divides the samples of noise (K, N, fan_in) among the mesh's devices."""
+        if self.mesh is None or self.mesh.size == 1:
+            return None
+        samples = NamedSharding(self.mesh, PartitionSpec(None, self.mesh.axis_names, None))
+        return functools.partial(jax.lax.with_sharding_constraint, shardings=samples)
+
+    def engaged_step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        """See ``Steps``."""
+        self.check_state(state)
+        self.check_as_given("batch", batch, shapes=False)
         key, loss_key, draw_key = jax.random.split(state.key, 3)
-        feedback = redrawn(draw_key, state.params, state.feedback)
-        (loss, (model_state, metrics)), (grads, signal) = engaged_gradient(
-            own(state.params),
-            own(feedback),
-            floats(own, state.model_state),
+        feedback = self.redrawn(draw_key, state.params, state.feedback)
+        (loss, (model_state, metrics)), (grads, signal) = self.gradient(
+            self.own(state.params),
+            self.own(feedback),
+            _floats(self.own, state.model_state),
             batch,
-            own_key(loss_key),
-            key=own_key(jax.random.fold_in(draw_key, len(analysis.paths))),
+            self.own_key(loss_key),
+            key=self.own_key(jax.random.fold_in(draw_key, len(self.analysis.paths))),
         )
-        metrics = {"loss": loss, **metrics}
         # Signals that nothing reads cost nothing to average: the compiler leaves them out.
-        grads, signal, metrics = mean((grads, signal, metrics))
-        model_state = floats(mean, model_state)
-        if check_finite:
-            pairs = zip(tree.flatten_up_to(grads), tree.flatten_up_to(signal), strict=True)
-            finite = {path: _all_finite(pair) for path, pair in zip(analysis.paths, pairs, strict=True)}
+        grads, signal, metrics = self.mean((grads, signal, {"loss": loss, **metrics}))
+        if self.check_finite:
+            pairs = zip(self.tree.flatten_up_to(grads), self.tree.flatten_up_to(signal), strict=True)
+            finite = {path: _all_finite(pair) for path, pair in zip(self.analysis.paths, pairs, strict=True)}
             metrics["finite"] = {"loss": jnp.isfinite(metrics["loss"]), **finite}
+        state = self.updated(state._replace(feedback=feedback, key=key), grads, signal)
+        return self.place(state._replace(model_state=_floats(self.mean, model_state))), metrics
+
+    def updated(self, state: TrainState, grads: Any, signal: Any) -> TrainState:
+        """The state after these gradients of W and signals of B."""
         clipped = signal
-        if clip is not None:
-            (grads, clipped), _ = clip.update((grads, signal), optax.EmptyState())
-        change, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, change)
-        feedback_opt_state = list(state.feedback_opt_state)
-        for i, trainer in enumerate(feedback_optimizers):
-            mine, towards = learning(feedback, i), learning(clipped if trainers[i] is None else signal, i)
-            if trainers[i] is None:
+        if self.clip is not None:
+            (grads, clipped), _ = self.clip.update((grads, signal), optax.EmptyState())
+        change, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        feedback, feedback_opt_state = state.feedback, list(state.feedback_opt_state)
+        for i, trainer in enumerate(self.feedback_optimizers):
+            by_ours = self.trainers[i] is None
+            mine, towards = self.learning(feedback, i), self.learning(clipped if by_ours else signal, i)
+            if by_ours:
                 feedback_opt_state[i] = updates.same_hyperparams(state.opt_state, feedback_opt_state[i])
-            change, feedback_opt_state[i] = trainer.update(towards, feedback_opt_state[i], mine)
-            feedback = _overlay(feedback, optax.apply_updates(mine, change))
-        state = TrainState(
-            state.step + 1, params, feedback, model_state, opt_state, tuple(feedback_opt_state), state.mirrored, key
+            moved, feedback_opt_state[i] = trainer.update(towards, feedback_opt_state[i], mine)
+            feedback = _overlay(feedback, optax.apply_updates(mine, moved))
+        return state._replace(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, change),
+            feedback=feedback,
+            opt_state=opt_state,
+            feedback_opt_state=tuple(feedback_opt_state),
         )
-        return place(state), metrics
 
     def mirrored(
-        key: jax.Array, chosen: dict[str, Rule], leaves: list[Any], entries: list[Any], count: jax.Array, before: bool
+        self,
+        key: jax.Array,
+        chosen: dict[str, Rule],
+        leaves: list[Any],
+        entries: list[Any],
+        count: jax.Array,
+        before: bool,
     ) -> tuple[list[Any], list[Any]]:
         """B after the mirror step number ``count`` (from 1) of these rules, and its signals."""
-        if before and not compat.is_bound(axis_name):  # ``init`` outside of the devices' map: one draw for all
-            signals = mirror.signals(key, chosen, analysis, leaves, entries, spread)
+        if before and not compat.is_bound(self.axis_name):  # ``init`` outside of the devices' map: one draw for all
+            signals = mirror.signals(key, chosen, self.analysis, leaves, entries, self.spread)
         else:
-            signals = mean(mirror.signals(own_key(key), chosen, analysis, own(leaves), own(entries), spread))
-        after = mirror.averaged(chosen, analysis, entries, signals, count, before)
-        for i, (path, signal, b) in enumerate(zip(analysis.paths, signals, entries, strict=True)):
-            if signal is not None and b is not None and by_hand(mirrors[path]):
-                assert mirror_optimizer is not None
-                change, _ = mirror_optimizer.update(signal, mirror_optimizer.init(b), b)
+            inputs = self.own(leaves), self.own(entries)
+            signals = self.mean(mirror.signals(self.own_key(key), chosen, self.analysis, *inputs, self.spread))
+        after = mirror.averaged(chosen, self.analysis, entries, signals, count, before)
+        for i, (path, signal, b) in enumerate(zip(self.analysis.paths, signals, entries, strict=True)):
+            if signal is not None and b is not None and self.by_hand(self.rules[path].mirror):
+                assert self.mirror_optimizer is not None
+                change, _ = self.mirror_optimizer.update(signal, self.mirror_optimizer.init(b), b)
                 after[i] = b + change
         return after, signals
 
-    def by_hand(mirror: Mirror) -> bool:
-        return mirror_optimizer is not None and mirror.each_step and mirror.signal is None
+    def by_hand(self, mirror: Mirror | None) -> bool:
+        """Whether ``mirror_optimizer`` moves this mirror's B."""
+        return self.mirror_optimizer is not None and mirror is not None and mirror.each_step and mirror.signal is None
 
-    def mirror_step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        check_state(state)
+    def mirror_step(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """See ``Steps``."""
+        self.check_state(state)
         key, noise_key = jax.random.split(state.key)
-        count, chosen = state.mirrored + 1, mirror.only(rules, lambda mirror: mirror.each_step)
-        leaves, entries = jax.tree.leaves(state.params), tree.flatten_up_to(state.feedback)
-        after, signals = mirrored(noise_key, chosen, leaves, entries, count, False)
+        count, chosen = state.mirrored + 1, mirror.only(self.rules, lambda mirror: mirror.each_step)
+        leaves, entries = jax.tree.leaves(state.params), self.tree.flatten_up_to(state.feedback)
+        after, signals = self.mirrored(noise_key, chosen, leaves, entries, count, False)
         metrics: dict[str, Any] = {}
-        watched = mirror.only(chosen, lambda mirror: not by_hand(mirror))
-        parts = 1 if axis_name is None else jax.lax.psum(1, axis_name)
-        if lags := mirror.lags(watched, analysis, leaves, entries, signals, count, parts):
+        watched = mirror.only(chosen, lambda mirror: not self.by_hand(mirror))
+        parts = 1 if self.axis_name is None else jax.lax.psum(1, self.axis_name)
+        if lags := mirror.lags(watched, self.analysis, leaves, entries, signals, count, parts):
             metrics["lag"] = lags
             # B is read for the lag before it is overwritten; otherwise it would be copied.
-            waits = zip(analysis.paths, after, strict=True)
+            waits = zip(self.analysis.paths, after, strict=True)
             after = [compat.after(b, lags[path]) if path in lags else b for path, b in waits]
-        return place(state._replace(feedback=tree.unflatten(after), mirrored=count, key=key)), metrics
+        return self.place(state._replace(feedback=self.tree.unflatten(after), mirrored=count, key=key)), metrics
 
-    @functools.partial(jax.jit, static_argnums=(1, 2))
-    def period(key: jax.Array, steps: int, own: bool, leaves: list[Any], entries: list[Any]) -> list[Any]:
-        """Mirroring before training; ``own``: of those rules alone that ask for some."""
-        chosen = mirror.at_start(rules)[0] if own else rules
-        step = lambda key, leaves, entries, count: mirrored(key, chosen, leaves, entries, count, True)[0]
-        return mirror.period(step, key, steps, leaves, entries)
+    @functools.cached_property
+    def period(self) -> Callable[..., list[Any]]:
+        """Mirroring before training, compiled; ``own``: of those rules alone that ask for some."""
 
-    def init(key: jax.Array, params: Any, model_state: Any = None, mirror_steps: int | None = None) -> TrainState:
+        def period(key: jax.Array, steps: int, own: bool, leaves: list[Any], entries: list[Any]) -> list[Any]:
+            chosen = mirror.at_start(self.rules)[0] if own else self.rules
+            step = lambda *args: self.mirrored(args[0], chosen, *args[1:], before=True)[0]
+            return mirror.period(step, key, steps, leaves, entries)
+
+        return jax.jit(period, static_argnums=(1, 2))
+
+    def init(self, key: jax.Array, params: Any, model_state: Any = None, mirror_steps: int | None = None) -> TrainState:
+        """See ``Steps``."""
         own = mirror_steps is None
         if mirror_steps is None:
-            mirror_steps = mirror.at_start(rules)[1]
+            mirror_steps = mirror.at_start(self.rules)[1]
         checks.key(key)
-        check_as_given("params", params)
+        self.check_as_given("params", params)
         named_leaves(params)
-        check_as_given("model_state", model_state)
+        self.check_as_given("model_state", model_state)
         must = "not be negative, nor 2^31 or more"
         checks.number("mirror_steps", mirror_steps, must, lambda n: 0 <= n < 2**31, numbers.Integral)
-        updates.check_usable(optimizer, params)
-        updates.check_finite(optimizer, params)
-        if mirror_steps and not mirrors:
+        updates.check_usable(self.optimizer, params)
+        updates.check_finite(self.optimizer, params)
+        if mirror_steps and not any(rule.mirror for rule in self.rules.values()):
             raise ValueError(
                 "mirror_steps asks for a mirror period, but no rule here has a mirror mode; weight_mirror() has"
             )
@@ -337,23 +401,24 @@ def make_steps(
         # (Weakly typed it would be another after a step, which would then be compiled again.)
         params, model_state, key = jax.tree.map(_own_copy, (params, model_state, key))
         key, feedback_key, noise_key = jax.random.split(key, 3)
-        feedback = initial_feedback(feedback_key, rules, analysis, params)
+        feedback = initial_feedback(feedback_key, self.rules, self.analysis, params)
         if mirror_steps:
-            entries = tree.flatten_up_to(feedback)
-            feedback = tree.unflatten(period(noise_key, mirror_steps, own, jax.tree.leaves(params), entries))
+            entries = self.tree.flatten_up_to(feedback)
+            feedback = self.tree.unflatten(self.period(noise_key, mirror_steps, own, jax.tree.leaves(params), entries))
+        learning = enumerate(self.feedback_optimizers)
         state = TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             feedback=feedback,
             model_state=model_state,
-            opt_state=optimizer.init(params),
-            feedback_opt_state=tuple(o.init(learning(feedback, i)) for i, o in enumerate(feedback_optimizers)),
+            opt_state=self.optimizer.init(params),
+            feedback_opt_state=tuple(trainer.init(self.learning(feedback, i)) for i, trainer in learning),
             mirrored=jnp.asarray(mirror_steps, jnp.int32),
             key=key,
         )
-        return state if mesh is None else jax.jit(place)(state)
+        return state if self.mesh is None else jax.jit(self.place)(state)
 
-    def explain(error: Exception, state: Any = None, batch: Any = None, *more: Any, **named: Any) -> None:
+    def explain(self, error: Exception, state: Any = None, batch: Any = None, *more: Any, **named: Any) -> None:
         """Raises what was wrong with a step's arguments, if it is one of the mistakes that JAX sees before the step does."""
         for name, value in (("state", state), ("batch", batch)):
             for path, leaf in jax.tree_util.tree_leaves_with_path(value):
@@ -374,14 +439,11 @@ def make_steps(
                 "state or batch is not on the devices of the step: take the state from its own steps.init, and put batches "
                 f"where it is, over a mesh by batch_sharding(mesh) ({checks.first_line(error)})"
             ) from error
-        if isinstance(error, NameError | AssertionError) and axis_name is not None:
+        if isinstance(error, NameError | AssertionError) and self.axis_name is not None:
             raise ValueError(
-                f"axis_name={axis_name!r} is the axis of no jax.pmap or jax.shard_map around the step; call it inside "
+                f"axis_name={self.axis_name!r} is the axis of no jax.pmap or jax.shard_map around the step; call it inside "
                 "one, or leave axis_name out"
             ) from error
-
-    compiled = (jax.jit(step, donate_argnums=0) for step in (engaged_step, mirror_step))
-    return Steps(init, *(CompiledStep(step, explain) for step in compiled))
 
 
 def _check_output(analysis: Analysis, model_state: Any, check_finite: bool) -> None:
@@ -403,76 +465,14 @@ def _check_output(analysis: Analysis, model_state: Any, check_finite: bool) -> N
     checks.alike("the model_state that loss_fn returns", out[1][0], model_state, "the model_state that it is given")
 
 
-def _check_mesh(mesh: Any) -> None:
-    if not isinstance(mesh, Mesh) or not mesh.size:
-        raise TypeError(
-            f"mesh must be a jax.sharding.Mesh, such as Mesh(jax.devices(), ('d',)); got {checks.shown(mesh)}"
-        )
-    if any(kind != AxisType.Auto for kind in mesh.axis_types):
-        raise ValueError(
-            f"mesh has axes of other types than Auto ({checks.shown(mesh)}), and the steps are whole programs that JAX divides: "
-            "give jax.sharding.Mesh(jax.devices(), ('d',)), or jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,)); or "
-            "leave mesh out, and put params and batches on the explicit mesh, under jax.set_mesh"
-        )
-
-
-def _check_mirror_optimizer(mirror_optimizer: Any) -> None:
-    """It keeps no state, and follows the signal uphill."""
-    checks.transformation("mirror_optimizer", mirror_optimizer)
-    use = "use wmkp.updates.weight_mirror or wmkp.updates.calibrated_mirror"
-    with jax.ensure_compile_time_eval():
-        b, signal = jnp.zeros((3, 4)), jnp.ones((3, 4))
-        try:
-            state = mirror_optimizer.init(b)
-            change = float(mirror_optimizer.update(signal, state, b)[0].sum())
-        except Exception as error:
-            raise ValueError(
-                f"mirror_optimizer must take one B at a time; tried on a matrix, it raised {checks.first_line(error)}; {use}"
-            ) from error
-        if jax.tree.leaves(state):
-            raise ValueError(f"mirror_optimizer must keep no state, as momentum or a schedule would; {use}")
-    if not 0 <= change < float("inf"):
-        raise ValueError(
-            f"mirror_optimizer must go along the signal (which is no gradient); it changes a B of zeros by {change / 12:g} "
-            f"for a signal of 1; {use}"
-        )
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Where a batch belongs on ``mesh``: its first axis, of examples, divided among all devices."""
-    _check_mesh(mesh)
-    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-
-
-def state_sharding(state: Any, mesh: Mesh, fsdp: bool = False) -> Any:
-    """Where each array of a ``TrainState`` belongs when ``make_steps`` trains over ``mesh``.
-
-    Args:
-      state: the state, or its shapes.
-      mesh, fsdp: as in ``make_steps``.
-
-    Returns:
-      A pytree of NamedSharding, in state's structure.
-    """
-
-    _check_mesh(mesh)
-    checks.flag("fsdp", fsdp)
-
-    def sharding(x: Any) -> NamedSharding:
-        if (aval := checks.aval(x)) is None:
-            raise TypeError(f"state must hold arrays (or their shapes) alone; got {checks.shape(x)}")
-        # W, B and their moments are divided alike, since all that counts is the shape.
-        fits = [size if size % mesh.size == 0 else 0 for size in aval.shape]
-        if not fsdp or not any(fits):
-            return NamedSharding(mesh, PartitionSpec())
-        return NamedSharding(mesh, PartitionSpec(*[None] * fits.index(max(fits)), mesh.axis_names))
-
-    return jax.tree.map(sharding, state)
-
-
 def _own_copy(x: Any) -> jax.Array:
     copy = jnp.copy(x)
     return copy.astype(copy.dtype) if copy.aval.weak_type else copy
+
+
+def _floats(f: Callable[[Any], Any], tree: Any) -> Any:
+    """``f`` of the floating-point leaves; counters and random keys are the same on every device."""
+    return jax.tree.map(lambda x: f(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
 def _all_finite(tree: Any) -> jax.Array:

@@ -354,3 +354,25 @@ def calibrated_mirror(rule: Rule, rate: Any = None) -> optax.GradientTransformat
             "calibrated_mirror(rule, rate=1 / t) for the t-th"
         )
     return weight_mirror(rate / gain, gain)
+
+
+def check_mirror_optimizer(mirror_optimizer: Any) -> None:
+    """It keeps no state, and follows the signal uphill."""
+    checks.transformation("mirror_optimizer", mirror_optimizer)
+    use = "use wmkp.updates.weight_mirror or wmkp.updates.calibrated_mirror"
+    with jax.ensure_compile_time_eval():
+        b, signal = jnp.zeros((3, 4)), jnp.ones((3, 4))
+        try:
+            state = mirror_optimizer.init(b)
+            change = float(mirror_optimizer.update(signal, state, b)[0].sum())
+        except Exception as error:
+            raise ValueError(
+                f"mirror_optimizer must take one B at a time; tried on a matrix, it raised {checks.first_line(error)}; {use}"
+            ) from error
+        if jax.tree.leaves(state):
+            raise ValueError(f"mirror_optimizer must keep no state, as momentum or a schedule would; {use}")
+    if not 0 <= change < float("inf"):
+        raise ValueError(
+            f"mirror_optimizer must go along the signal (which is no gradient); it changes a B of zeros by {change / 12:g} "
+            f"for a signal of 1; {use}"
+        )
