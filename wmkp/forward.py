@@ -78,7 +78,8 @@ def jacobians(
     for path, site in sites.items():
         i = analysis.paths.index(path)
         if site:
-            result[i] = Direct((signals[path].rate / len(site) * sum(found[p] for p in site)).astype(leaves[i].dtype))
+            mean = jnp.stack([found[p] for p in site]).mean(0)
+            result[i] = Direct((signals[path].rate * mean).astype(leaves[i].dtype))
     return result
 
 

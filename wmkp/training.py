@@ -375,7 +375,7 @@ class _Training:
 
         def period(key: jax.Array, steps: int, own: bool, leaves: list[Any], entries: list[Any]) -> list[Any]:
             chosen = mirror.at_start(self.rules)[0] if own else self.rules
-            step = lambda *args: self.mirrored(args[0], chosen, *args[1:], before=True)[0]
+            step = lambda key, ws, bs, count: self.mirrored(key, chosen, ws, bs, count, True)[0]
             return mirror.period(step, key, steps, leaves, entries)
 
         return jax.jit(period, static_argnums=(1, 2))
