@@ -112,122 +112,67 @@ class Builder:
         axis = self.draw(st.integers(0, len(shape) - 1))
         size = shape[axis]
         grown = lambda by: [s + by * (i == axis) for i, s in enumerate(shape)]
-        cut = lambda x, start, n: lax.slice_in_dim(x, start, start + n, axis=axis)
-        if kind == "transpose":
-            order = self.draw(st.permutations(range(len(shape))))
-            w = inner([shape[i] for i in np.argsort(order)])
-            return lambda p, d: w(p, d).transpose(order)
-        if kind == "reshape":
-            w = inner(
-                [math.prod(shape)]
-                if self.draw(st.booleans())
-                else [*shape[:-2], shape[-1], shape[-2]]
-                if len(shape) > 1
-                else shape
-            )
-            return lambda p, d: w(p, d).reshape(shape)
-        if kind == "slice":
-            w, start = inner(grown(2)), self.draw(st.integers(0, 2))
-            return lambda p, d: cut(w(p, d), start, size)
-        if kind == "concatenate" and size > 1:
-            first = self.draw(st.integers(1, size - 1))
-            v, w = inner(grown(first - size)), inner(grown(-first))
-            return lambda p, d: jnp.concatenate([v(p, d), w(p, d)], axis)
-        if kind == "pad" and size > 1:
-            w = inner(grown(-1))
-            return lambda p, d: jnp.pad(w(p, d), [(int(i == axis), 0) for i in range(len(shape))])
-        if kind == "scale":
-            w, c = inner(shape), self.choose(2.0, -0.5, self.constant(*shape), self.constant(shape[-1]))
-            return lambda p, d: w(p, d) * c
-        if kind == "div":
+        without = [s for i, s in enumerate(shape) if i != axis] or [1]
+        c, order = self.constant(*shape), self.rng.permutation(size)
+        mask, start, half = c > 0, int(self.rng.integers(3)), int(self.rng.integers(2))
+        axes = self.rng.permutation(len(shape)).tolist()
+        double = lambda w: 2 * w
+        norm = lambda w: jnp.sqrt(0.1 + jnp.sum(w**2))
+        same = {
+            "scale": lambda w, d: w * (2.0, -0.5, c, c.reshape(-1, shape[-1])[0])[start + half], "div": lambda w, d: w / 3.0,
+            "mask": lambda w, d: w * mask, "where": lambda w, d: jnp.where(mask, w, 0.1), "shift": lambda w, d: w + c,
+            "data mask": lambda w, d: jnp.where(d["flag"] > 0, w, -w), "neg": lambda w, d: -w,
+            "cast": lambda w, d: w.astype(jnp.float32).astype(jnp.float64), "rev": lambda w, d: jnp.flip(w, axis),
+            "take": lambda w, d: jnp.take(w, order, axis=axis), "roll": lambda w, d: jnp.roll(w, 1, axis),
+            "take_along": lambda w, d: jnp.take_along_axis(w, np.argsort(c, axis), axis=axis),
+            "identity vmap": lambda w, d: jax.vmap(double)(w), "barrier": lambda w, d: lax.optimization_barrier(w),
+        }  # fmt: skip
+        two = {
+            "where2": lambda v, w: jnp.where(mask, v, w), "sum": lambda v, w: v + w, "difference": lambda v, w: v - 2 * w
+        }  # fmt: skip
+        other = {  # made of a weight of another shape
+            "transpose": ([shape[i] for i in np.argsort(axes)], lambda w, d: w.transpose(axes)),
+            "reshape": ([math.prod(shape)] if half else [*shape[:-2], *shape[:-3:-1]], lambda w, d: w.reshape(shape)),
+            "slice": (grown(2), lambda w, d: lax.slice_in_dim(w, start, start + size, axis=axis)),
+            "squeeze": ([*shape[:axis], 1, *shape[axis:]], lambda w, d: jnp.squeeze(w, axis)),
+            "index": ([2, *shape], lambda w, d: w[(0, 1, -1)[start]]), "unstack": ([2, *shape], lambda w, d: sum(w)),
+            "data index": ([4, *shape], lambda w, d: w[d["k"]]),
+            "dynamic": (grown(2), lambda w, d: lax.dynamic_slice_in_dim(w, d["k"] % 3, size, axis)),
+            "split": (grown(size), lambda w, d: jnp.split(w, 2, axis)[half]),
+            "broadcast": (without, lambda w, d: jnp.broadcast_to(
+                w if len(shape) == 1 else jnp.expand_dims(w, axis), shape)),
+        }  # fmt: skip
+        if size > 1:
+            other["pad"] = grown(-1), lambda w, d: jnp.pad(w, [(int(i == axis), 0) for i in range(len(shape))])
+        if len(shape) > 1:
+            other["swap"] = [*shape[:-2], shape[-1], shape[-2]], lambda w, d: jnp.swapaxes(w, -1, -2)
+        if kind in same:
             w = inner(shape)
-            return lambda p, d: w(p, d) / 3.0
-        if kind == "mask":
-            w, m = inner(shape), self.constant(*shape) > 0
-            return lambda p, d: w(p, d) * m
-        if kind == "where":
-            w, m = inner(shape), self.constant(*shape) > 0
-            return lambda p, d: jnp.where(m, w(p, d), 0.1)
-        if kind == "where2":
-            v, w, m = inner(shape), inner(shape), self.constant(*shape) > 0
-            return lambda p, d: jnp.where(m, v(p, d), w(p, d))
+            return lambda p, d: same[kind](w(p, d), d)
+        if kind in two:
+            v, w = inner(shape), inner(shape)
+            return lambda p, d: two[kind](v(p, d), w(p, d))
+        if kind in other:
+            w = inner(other[kind][0])
+            return lambda p, d: other[kind][1](w(p, d), d)
+        if kind in ("jit", "remat"):
+            w, around = inner(shape), jax.jit if kind == "jit" else jax.checkpoint
+            return lambda p, d: around(lambda p, d: 2 * w(p, d))(p, d)
+        if kind == "cond":
+            v, w = inner(shape), inner(shape)
+            return lambda p, d: lax.cond(d["flag"] > 0, lambda: v(p, d), lambda: -w(p, d))
+        if kind == "concatenate" and size > 1:
+            v, w = inner(grown(1 - size)), inner(grown(-1))
+            return lambda p, d: jnp.concatenate([v(p, d), w(p, d)], axis)
+        if kind == "stack" and size == 2:
+            v, w = inner(without), inner(without)
+            return lambda p, d: jnp.stack([v(p, d), w(p, d)], axis).reshape(shape)
         if kind == "norm" and math.prod(shape) > 1:
             before, self.selected = self.selected, False
             w = inner(shape)
             static, self.selected = not self.selected, before or self.selected
             # A norm that data enters is the same beside B.
-            return lambda p, d: w(p, d) / jnp.sqrt(0.1 + jnp.sum(w(p, d) ** 2)) if static else w(p, d)
-        if kind == "data mask":
-            w = inner(shape)
-            return lambda p, d: jnp.where(d["flag"] > 0, w(p, d), -w(p, d))
-        if kind in ("sum", "difference"):
-            v, w = inner(shape), inner(shape)
-            return lambda p, d: v(p, d) + w(p, d) if kind == "sum" else v(p, d) - 2 * w(p, d)
-        if kind == "shift":
-            w, c = inner(shape), self.constant(*shape)
-            return lambda p, d: w(p, d) + c
-        if kind == "neg":
-            w = inner(shape)
-            return lambda p, d: -w(p, d)
-        if kind == "cast":
-            w = inner(shape)
-            return lambda p, d: w(p, d).astype(jnp.float32).astype(jnp.float64)
-        if kind == "rev":
-            w = inner(shape)
-            return lambda p, d: jnp.flip(w(p, d), axis)
-        if kind == "broadcast":
-            w = inner([s for i, s in enumerate(shape) if i != axis] or [1])
-            if len(shape) == 1:
-                return lambda p, d: jnp.broadcast_to(w(p, d), shape)
-            return lambda p, d: jnp.broadcast_to(jnp.expand_dims(w(p, d), axis), shape)
-        if kind == "squeeze":
-            w = inner([*shape[:axis], 1, *shape[axis:]])
-            return lambda p, d: jnp.squeeze(w(p, d), axis)
-        if kind == "index":
-            w, k = inner([2, *shape]), self.choose(0, 1, -1)
-            return lambda p, d: w(p, d)[k]
-        if kind == "unstack":
-            w = inner([2, *shape])
-            return lambda p, d: sum(w(p, d))
-        if kind == "data index":
-            w = inner([4, *shape])
-            return lambda p, d: w(p, d)[d["k"]]
-        if kind == "dynamic":
-            w = inner(grown(2))
-            return lambda p, d: lax.dynamic_slice_in_dim(w(p, d), d["k"] % 3, size, axis)
-        if kind == "take":
-            w, order = inner(shape), self.rng.permutation(size)
-            return lambda p, d: jnp.take(w(p, d), order, axis=axis)
-        if kind == "take_along":
-            w, order = inner(shape), np.argsort(self.constant(*shape), axis)
-            return lambda p, d: jnp.take_along_axis(w(p, d), order, axis=axis)
-        if kind == "roll":
-            w = inner(shape)
-            return lambda p, d: jnp.roll(w(p, d), 1, axis)
-        if kind == "swap" and len(shape) > 1:
-            w = inner([*shape[:-2], shape[-1], shape[-2]])
-            return lambda p, d: jnp.swapaxes(w(p, d), -1, -2)
-        if kind == "jit":
-            w = inner(shape)
-            return lambda p, d: jax.jit(lambda p, d: 2 * w(p, d))(p, d)
-        if kind == "remat":
-            w = inner(shape)
-            return lambda p, d: jax.checkpoint(lambda p, d: 2 * w(p, d))(p, d)
-        if kind == "identity vmap":
-            w = inner(shape)
-            return lambda p, d: jax.vmap(lambda row: 2 * row)(w(p, d))
-        if kind == "barrier":
-            w = inner(shape)
-            return lambda p, d: lax.optimization_barrier(w(p, d))
-        if kind == "cond":
-            v, w = inner(shape), inner(shape)
-            return lambda p, d: lax.cond(d["flag"] > 0, lambda: v(p, d), lambda: -w(p, d))
-        if kind == "split":
-            w, half = inner(grown(size)), self.choose(0, 1)
-            return lambda p, d: jnp.split(w(p, d), 2, axis)[half]
-        if kind == "stack" and size == 2:
-            v, w = (inner([s for i, s in enumerate(shape) if i != axis] or [1]) for _ in range(2))
-            return lambda p, d: jnp.stack([v(p, d), w(p, d)], axis).reshape(shape)
+            return lambda p, d: w(p, d) / norm(w(p, d)) if static else w(p, d)
         return self.param(shape, stack)
 
     # --- blocks: (env, a of shape (N, size)) -> (N, other size)
