@@ -3,14 +3,13 @@
 Each is a signal, a function of what a projection's synapses see, and an optimizer of B's own: a use of what any rule may have.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from wmkp import checks
+from wmkp.forward import descent
 from wmkp.program.pathways import Synapses
 from wmkp.rules import Mirror, RandomFeedback, Rule, check_mirror, check_scale, fixed, learned, named
 
@@ -54,20 +53,6 @@ class Alignment(NamedTuple):
         whitened = jnp.linalg.solve(c + ridge, product.to_matrices(signal).astype(c.dtype))
         signal = product.from_matrices(whitened, signal.shape).astype(signal.dtype)
         return (signal + local_gradient(self._replace(amplitude=0.0), synapses, samples)) / synapses.uses
-
-
-@dataclasses.dataclass(frozen=True)
-class _Descend:
-    """``update`` of a stateless transformation that subtracts ``rate`` times the signal."""
-
-    rate: float
-
-    def __call__(self, signal: Any, state: Any, feedback: Any = None) -> tuple[Any, Any]:
-        return jax.tree.map(lambda s: -(self.rate * s).astype(s.dtype), signal), state
-
-
-def _no_state(feedback: Any) -> optax.EmptyState:
-    return optax.EmptyState()
 
 
 def local_gradient(alignment: Alignment, synapses: Synapses, samples: Any) -> jax.Array:
@@ -181,7 +166,7 @@ def alignment(
     init = RandomFeedback(scale)
     transports = "weights" if self_alignment else "nothing"
     if on == "activity":
-        descend = optax.GradientTransformation(_no_state, _Descend(rate))
+        descend = descent(rate)
         return Rule(name, init, learned, losses, descend, transports=transports)
     if whiten or normalize != "none":
         raise ValueError('whiten and normalize have a meaning on="activity" alone: noise is white, its variance known')

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from wmkp import checks, mirror
 from wmkp.feedback import feedback_leaves, initial_feedback
-from wmkp.forward import ForwardSignal, jacobians
+from wmkp.forward import forward_signal, jacobians
 from wmkp.program import compat, pathways
 from wmkp.program.interpreter import Direct, Handler, anchored, run
 from wmkp.program.pathways import hebbian
@@ -292,7 +292,7 @@ def _check_call(params: Any, feedback: Any, args: Any, named: dict[str, Any]) ->
 def _check_key(rules: dict[str, Rule], key: Any) -> None:
     if key is not None:
         checks.key(key)
-    elif noisy := [rule for rule in rules.values() if rule.noise or isinstance(rule.signal, ForwardSignal)]:
+    elif noisy := [rule for rule in rules.values() if rule.noise or rule.signal is forward_signal]:
         raise ValueError(
             f"rule {noisy[0].name} has noise in engaged mode: give key=jax.random.key(0), another at each call"
         )
@@ -391,7 +391,7 @@ def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = F
             if backward is not None and learns:
                 carrier, pull_back = jax.vjp(functools.partial(backward, leaves[i]), entries[i])
                 (signal[i],) = pull_back(compat.divided_as(grads[i], jax.typeof(carrier)))
-        learn = {path: one.signal for path, one in rules.items() if isinstance(one.signal, ForwardSignal)}
+        learn = [path for path, one in rules.items() if one.signal is forward_signal]
         for i, taught in jacobians(key, learn, analysis, leaves, args).items():
             signal[i] = jax.tree.map(jnp.subtract, signal[i], taught)
         return value, (jax.tree.unflatten(tree, grads), jax.tree.unflatten(tree, signal))

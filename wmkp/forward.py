@@ -15,38 +15,37 @@ from wmkp.program.products import Product
 from wmkp.program.projections import Analysis, direct_sizes, is_array
 
 
+def forward_signal(synapses: Synapses) -> jax.Array:
+    """The signal ``B - J^T``: its first part here. ``value_and_grad`` takes away the second (``jacobians``)."""
+    return synapses.b / synapses.uses
+
+
 @dataclasses.dataclass(frozen=True)
-class ForwardSignal:
-    """The signal ``rate (B - J^T)``: the first part here; ``value_and_grad`` takes away the second (``jacobians``)."""
+class _Descend:
+    """``update`` of a stateless transformation that subtracts ``rate`` times the signal."""
 
     rate: float
 
-    def __call__(self, synapses: Synapses) -> jax.Array:
-        """B's decay."""
-        return self.rate / synapses.uses * synapses.b
+    def __call__(self, signal: Any, state: Any, feedback: Any = None) -> tuple[Any, Any]:
+        return jax.tree.map(lambda s: -(self.rate * s).astype(s.dtype), signal), state
 
 
-def _no_state(params: Any) -> optax.EmptyState:
+def _no_state(feedback: Any) -> optax.EmptyState:
     return optax.EmptyState()
 
 
-def _down(signal: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-    return jax.tree.map(jnp.negative, signal), state
+def descent(rate: float) -> optax.GradientTransformation:
+    """Goes down the signal; unlike optax's, it can be pickled and compared, as rules are."""
+    return optax.GradientTransformation(_no_state, _Descend(rate))
 
 
-# Goes down the signal as it is; functions of this module, so that a rule that has it can be pickled and compared.
-DESCENT = optax.GradientTransformation(_no_state, _down)
-
-
-def jacobians(
-    key: Any, signals: dict[str, ForwardSignal], analysis: Analysis, leaves: list[Any], args: Any
-) -> dict[int, Direct]:
-    """For the projections of these signals ``rate`` times the mean of xi (J xi)^T, whose expectation is J^T.
+def jacobians(key: Any, paths: list[str], analysis: Analysis, leaves: list[Any], args: Any) -> dict[int, Direct]:
+    """For these projections the mean of xi (J xi)^T, whose expectation is J^T, by their leaf numbers.
 
     xi is standard Gaussian noise on the projection's input, and J the Jacobian of the network's output with respect to
     that. One pass serves all projections: each sees what the others' noise does as noise of its own.
     """
-    sites = {path: [p for p in analysis.sites()[path] if p.needs_feedback] for path in signals}
+    sites = {path: [p for p in analysis.sites()[path] if p.needs_feedback] for path in paths}
     products = [p for found in sites.values() for p in found]
     if not products:
         return {}
@@ -79,7 +78,7 @@ def jacobians(
         i = analysis.paths.index(path)
         if site:
             mean = jnp.stack([found[p] for p in site]).mean(0)
-            result[i] = Direct((signals[path].rate * mean).astype(leaves[i].dtype))
+            result[i] = Direct(mean.astype(leaves[i].dtype))
     return result
 
 

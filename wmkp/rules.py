@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from wmkp import checks
-from wmkp.forward import DESCENT, ForwardSignal
+from wmkp.forward import descent, forward_signal
 from wmkp.program.interpreter import Direct
 from wmkp.program.pathways import Signal, hebbian
 from wmkp.program.products import Product, WeightTransportError
@@ -540,8 +540,9 @@ def forward_direct_feedback_alignment(rate: float = 0.1, scale: float = 1.0) -> 
     """
     check_scale(scale)
     checks.number("rate", rate, "lie in (0, 1]", lambda x: 0 < x <= 1)
+    optimizer = descent(rate)
     return Rule(
-        "forward_direct_feedback_alignment", _RandomDirect(scale), learned, ForwardSignal(rate), DESCENT, direct=True
+        "forward_direct_feedback_alignment", _RandomDirect(scale), learned, forward_signal, optimizer, direct=True
     )
 
 

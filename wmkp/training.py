@@ -152,18 +152,7 @@ def make_steps(
     checks.transformation("optimizer", optimizer)
     if mirror_optimizer is not None:
         updates.check_mirror_optimizer(mirror_optimizer)
-    if axis_name is not None and not isinstance(axis_name, str | tuple):
-        raise TypeError(f"axis_name must be the name of an axis of pmap or shard_map; got {checks.shown(axis_name)}")
-    if mesh is not None:
-        check_mesh(mesh)
-    checks.flag("fsdp", fsdp)
-    checks.flag("check_finite", check_finite)
-    if clip_norm is not None:
-        checks.positive("clip_norm", clip_norm)
-    if mesh is not None and axis_name is not None:
-        raise ValueError("give axis_name (inside a pmap or shard_map of your own) or mesh, not both")
-    if fsdp and mesh is None:
-        raise ValueError("fsdp divides the state over a mesh: give mesh")
+    _check_options(axis_name, mesh, fsdp, clip_norm, check_finite)
     analysis = analyse(loss_fn, params, model_state, batch, jax.eval_shape(lambda: jax.random.key(0)))
     _check_output(analysis, model_state, check_finite)
     rules = resolve(rule, analysis)
@@ -444,6 +433,21 @@ class _Training:
                 f"axis_name={self.axis_name!r} is the axis of no jax.pmap or jax.shard_map around the step; call it inside "
                 "one, or leave axis_name out"
             ) from error
+
+
+def _check_options(axis_name: Any, mesh: Any, fsdp: Any, clip_norm: Any, check_finite: Any) -> None:
+    if axis_name is not None and not isinstance(axis_name, str | tuple):
+        raise TypeError(f"axis_name must be the name of an axis of pmap or shard_map; got {checks.shown(axis_name)}")
+    if mesh is not None:
+        check_mesh(mesh)
+    checks.flag("fsdp", fsdp)
+    checks.flag("check_finite", check_finite)
+    if clip_norm is not None:
+        checks.positive("clip_norm", clip_norm)
+    if mesh is not None and axis_name is not None:
+        raise ValueError("give axis_name (inside a pmap or shard_map of your own) or mesh, not both")
+    if fsdp and mesh is None:
+        raise ValueError("fsdp divides the state over a mesh: give mesh")
 
 
 def _check_output(analysis: Analysis, model_state: Any, check_finite: bool) -> None:

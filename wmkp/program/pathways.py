@@ -254,21 +254,9 @@ def directly(
             u, w, noise = kept[3:]
             samples = e.size // errors
             seen = Synapses(
-                x,
-                u,
-                delta,
-                e,
-                b,
-                w,
-                noise,
-                _draw(key, 2),
-                outer,
-                product.multiply,
-                samples,
-                circuit.uses,
-                inputs,
-                product,
-            )
+                x, u, delta, e, b, w, noise, _draw(key, 2),
+                outer, product.multiply, samples, circuit.uses, inputs, product,
+            )  # fmt: skip
             assert circuit.signal is not None
             db = circuit.signal(seen)
             check_signal(db, b.shape, "B's")
