@@ -175,8 +175,19 @@ def make_steps(
         tree=jax.tree.structure(params),
         examples=checks.avals({"params": params, "model_state": model_state, "batch": batch}),
     )
-    compiled = (jax.jit(step, donate_argnums=0) for step in (training.engaged_step, training.mirror_step))
-    return Steps(training.init, *(CompiledStep(step, training.explain) for step in compiled))
+
+    # Functions, and not bound methods: a copy of a step is the step, and its errors count the user's arguments.
+    def engaged_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        return training.engaged_step(state, batch)
+
+    def mirror_step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        return training.mirror_step(state)
+
+    def explain(*args: Any, **named: Any) -> None:
+        training.explain(*args, **named)
+
+    compiled = (jax.jit(step, donate_argnums=0) for step in (engaged_step, mirror_step))
+    return Steps(training.init, *(CompiledStep(step, explain) for step in compiled))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
