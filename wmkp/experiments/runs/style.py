@@ -109,7 +109,7 @@ def finish(axes: Any, *, ylabel: str, xlabel: str = "Epoch", angles: bool = Fals
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         low, high = axes.dataLim.intervalx
         if 0 <= high - low < 1:  # an evaluation or two within an epoch (infinite where nothing is drawn)
-            axes.set_xlim(math.floor(low) - 0.1, math.floor(high) + 1.1)
+            axes.set_xlim(math.floor(low) - 0.05, (math.ceil(high) if high > low else math.floor(high) + 1) + 0.05)
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
