@@ -351,12 +351,18 @@ def _independent(mirror: Mirror, products: list[Product], estimate: jax.Array) -
     """Of how many independent numbers, of like size, an estimate's noise is made.
 
     The noise is the same mixture of inputs in all columns of W: there are fan_in for each column that W is as if made of, its
-    participation ratio |W|^4 / |W^T W|^2 (taken from 64 columns of the estimate, and 64 at most).
+    participation ratio |W|^4 / |W^T W|^2 (taken from 64 columns of the estimate, and 64 at most). Where W is divided over
+    explicit axes, which this would have to gather, it is fan_in: fewer lags show then.
     """
     if concentrated(mirror):
         return 1
     (product, *others), fan_in = products, min(p.fans()[0] for p in products)
-    if others or not product.plain or estimate.shape != (*product.stack, *product.weight_aval.shape):
+    if (
+        others
+        or not product.plain
+        or compat.divided(estimate)
+        or estimate.shape != (*product.stack, *product.weight_aval.shape)
+    ):
         return fan_in
     columns = product.to_matrices(estimate)[..., :64]
     gram = jnp.einsum("kio,kip->kop", columns, columns)

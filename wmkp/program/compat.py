@@ -177,9 +177,14 @@ def vary(x: jax.Array, axis_name: str) -> jax.Array:
         return x
 
 
+def divided(x: Any) -> bool:
+    """Whether an array's type says that it is divided over a mesh of explicit axes."""
+    return isinstance(x, jax.Array) and any(axis is not None for axis in jax.typeof(x).sharding.spec)
+
+
 def gathered(x: Any) -> Any:
     """An array whose type says how it is divided over a mesh (of explicit axes), whole on every device; others as they are."""
-    if not isinstance(x, jax.Array) or all(axis is None for axis in jax.typeof(x).sharding.spec):
+    if not divided(x):
         return x
     return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*[None] * x.ndim)))
 

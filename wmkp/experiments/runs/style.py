@@ -34,6 +34,16 @@ RC: Any = {
     "svg.hashsalt": "wmkp",  # the same picture is the same file
 }
 styled = mpl.rc_context(RC)  # a decorator of what draws
+# For notebooks, whose labels have formulas: plt.rcParams |= style.NOTEBOOK.
+NOTEBOOK: Any = RC | {
+    "text.parse_math": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+}
 
 DOTS, SHORT, LONG, DASHDOT = (0, (1, 1.2)), (0, (3.5, 1.3)), (0, (8, 1.8)), (0, (6, 1.4, 1, 1.4))
 # Okabe and Ito's colours, which the colour-blind can tell apart; dashes and markers besides, for print in grey.
