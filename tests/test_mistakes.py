@@ -442,6 +442,7 @@ WRONG = {
         }.items()
     },
     "a batch of NumPy's strings": (lambda: steps(KP).engaged_step(state(), np.full((4, 3), "x")), "batch[''] is ndarray", "JAX cannot trace"),
+    "a mirror that never mirrors": (lambda: init(custom(mirror=wmkp.Mirror(each_step=False))), "give start=1"),
     "a mirror's flag": (lambda: init(custom(mirror=wmkp.Mirror(each_step="no"))), "rule.mirror.each_step must be True or False"),
     "a mirror's losses": (lambda: init(custom(mirror=wmkp.Mirror(signal="decay"))), "rule.mirror.signal must be a function"),
     "shapes in place of params, steps.init": (lambda: steps(KP).init(KEY, jax.eval_shape(lambda: PARAMS)), "params['b'] is ShapeDtypeStruct"),

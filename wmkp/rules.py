@@ -646,6 +646,8 @@ def check_mirror(mirror: Mirror) -> None:
         must += " (rate=None is the mean over all mirror steps, the first of them before training)"
     checks.number("start", mirror.start, must, lambda x: least <= x < 2**31, numbers.Integral)
     checks.flag("rule.mirror.each_step", mirror.each_step)
+    if not mirror.each_step and mirror.start == 0:
+        raise ValueError("rule.mirror never mirrors: give start=1, a mirror step before training, or each_step=True")
     if mirror.signal is not None:
         checks.function("rule.mirror.signal", mirror.signal, "(synapses) -> array in W's layout, or None")
     if mirror.activation is not None and not callable(mirror.activation):
