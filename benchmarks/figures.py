@@ -120,8 +120,7 @@ LEGEND = (
 )
 HEAD = (
     "# Results\n\nWeight mirrors and mirrored Kolen-Pollack end where backprop ends: on a small conv net over five seeds, and on a "
-    "small Transformer over three. Feedback alignment and sign symmetry do not; the Transformer's other baseline, direct "
-    "feedback alignment, does not either. The other runs have one seed each; there, a gap of a point or less means nothing. Two "
+    "small Transformer over three. Feedback alignment and sign symmetry end behind it. The other runs have one seed each; there, a gap of a point or less means nothing. Two "
     "CPU cores made all of them. The paper's ImageNet results have not been reproduced.\n\n"
     f"{LEGEND}\n\nEvery table was written by `python -m benchmarks.figures` from the runs' own files. Special runs are in the "
     f"[appendix]({APPENDIX}): CIFAR-10 by the paper's code, orders of data, JPEG, quirks, the ImageNet recipe."

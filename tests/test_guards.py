@@ -176,8 +176,8 @@ def test_what_waits_is_the_same_to_the_bit():
 
 
 @pytest.mark.parametrize("noise", some_slow(["gaussian", "orthogonal"], {"gaussian"}))
-def test_a_mirror_step_is_two_products_a_projection(noise):
-    """Or two Fourier transforms, of the dense layer's 256 inputs: its noise is not written down. And one small one for its lag."""
+def test_a_mirror_step_is_two_products_a_projection_and_a_small_one_for_its_lag(noise):
+    """Or two Fourier transforms, of the dense layer's 256 inputs: its noise is not written down."""
     steps, state = steps_and_state(case(), wmkp.weight_mirror(noise, target_angle=45.0, rate=1.0))
     compiled = steps.mirror_step.lower(state).compile()
     transforms = compiled.as_text().count(" fft(")

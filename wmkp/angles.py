@@ -1,4 +1,4 @@
-"""What to watch: matrix angles and delta angles, in degrees, and the covariances of what projections get."""
+"""What to watch: matrix and delta angles, norms of errors, growth of a stream, covariances of projections' inputs."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""wmkp compare: the learning rules side by side, seed by seed from the same initial weights, on the same data in the same order."""
+"""wmkp compare: the rules side by side. All rules of a seed share initial weights and the order of the data."""
 
 import csv
 import dataclasses
