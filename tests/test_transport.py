@@ -1,5 +1,8 @@
 """Weight transport never happens in silence: what B cannot follow is an error that says what to do."""
 
+import copy
+import pickle
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -406,6 +409,47 @@ def test_weights_that_are_local_to_their_neurons(name):
     expected = jax.jit(jax.grad(fun))(params, X)
     largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected))  # of whose rounding small ones are
     chex.assert_trees_all_close(grads, expected, rtol=1e-4, atol=1e-6 * max(largest, 10))
+
+
+standardized = lambda x: (x - x.mean(-1, keepdims=True)) / (0.1 + x.std(-1, keepdims=True))
+ROLES = {
+    "a layer norm of data": (lambda p, x, i: standardized(x) * p["v"], {"v": "first layer"}),
+    "a bias of data": (lambda p, x, i: x + p["v"], {"v": "added"}),
+    "a first layer by hand": (lambda p, x, i: (x[:, :, None] * p["w"]).sum(1), {"w": "first layer"}),
+    "rows looked up, summed": (lambda p, x, i: p["w"][jnp.stack([i, i], 1)].sum(1), {"w": "added"}),
+    "rows looked up, with gains": (lambda p, x, i: p["w"][i] * p["v"], {"v": "gain", "w": "added"}),
+    "data with places, with gains": (lambda p, x, i: (x + p["w"][:3]) * p["v"], {"v": "gain"}),
+    "rows looked up, by a matrix": (lambda p, x, i: p["w"][i] * p["u"][:3], {"u": "refused"}),
+    "data with places, by a matrix": (lambda p, x, i: (x + p["w"][:3]) * p["u"][:3], {"u": "refused"}),
+}
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_roles_of_what_meets_data(name):
+    """Nothing goes back to data; what it makes of a parameter is an activity, to which an error goes through a gain."""
+    make, expected = ROLES[name]
+    params = {**weights("w", "u", "out"), "v": jnp.arange(1.0, 7.0)}
+    found = wmkp.roles(lambda p, x, i: jnp.sum(jnp.sin(make(p, x, i) @ p["out"])), params, X, jnp.array([1, 4, 2]))
+    assert {path: found[path] for path in expected} == {path: (role,) for path, role in expected.items()}
+
+
+def test_projections_are_compared_copied_and_pickled_whole():
+    params = weights("first", "w") | {"twice": jnp.ones((6, 6)), "bent": jnp.ones((6, 6))}
+
+    def fun(p, x):
+        h = tanh_first(p, x) @ p["twice"] @ p["twice"]
+        return jnp.sum(h @ jnp.tanh(p["bent"]) @ p["w"])
+
+    found = wmkp.projections(fun, params, X)
+    assert found == wmkp.projections(fun, params, X)
+    for again in (pickle.loads(pickle.dumps(found)), copy.deepcopy(found), {k: copy.copy(p) for k, p in found.items()}):
+        assert again == found and pickle.loads(pickle.dumps(again)) == found
+        assert again["w"].matrix_axes((6, 6)) == ([], [0], [1]) and again["w"].direct_shape() == (6, 6)
+        for path, why in {"twice": "not one matrix", "bent": "not one matrix", "w": r"is \[6, 6\], not \[6\]"}.items():
+            with pytest.raises(ValueError, match=why):
+                again[path].matrix_axes((6,) if path == "w" else (6, 6))
+        with pytest.raises(ValueError, match="different sizes"):
+            again["first"].direct_shape()
 
 
 def test_custom_derivatives_around_a_projection_are_not_thrown_away():

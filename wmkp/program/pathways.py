@@ -169,28 +169,31 @@ def through_feedback(
         # B is read for dx, and overwritten (as W is, where B is made of it) by what comes of these.
         dw = compat.after(product.weight_gradient(x, delta), dx)
         if circuit.own:
-            return dx, dw, *own_signal(x, b, error, delta, dx, *kept[2:]), None, None
+            return dx, dw, *_own_signal(product, circuit, x, b, error, delta, dx, *kept[2:]), None, None
         if circuit.signal is not None and circuit.error is not None:
             return dx, dw, compat.after(product.weight_gradient(x, error), dx), None, None, None
         return dx, dw, None if circuit.signal is None else dw, None, None, None
 
-    def own_signal(
-        x: Any, b: Any, error: Any, delta: Any, dx: Any, key: Any, u: Any, w: Any, entry: Any, noise: Any
-    ) -> tuple[Any, Any]:
-        x, u, delta, error, w, noise = (a if a is None else compat.gathered(a) for a in (x, u, delta, error, w, noise))
-        seen = Synapses(
-            x, u, delta, error, compat.gathered(b) if entry is None else entry, w, noise, _draw(key, 2),
-            product.weight_gradient, product.multiply, product.samples(), circuit.uses, product.fans()[0], product,
-        )  # fmt: skip
-        assert circuit.signal is not None
-        signal = circuit.signal(seen)
-        if entry is not None and not isinstance(signal, jax.Array):
-            return None, _in_structure(signal, entry)
-        check_signal(signal, b.shape, "its weight's at this use")
-        return compat.after(compat.divided_as(signal.astype(b.dtype), jax.typeof(b)), dx), None
-
     multiply.defvjp(forward, backward)
     return multiply(x, w, b, entry, noise, key)
+
+
+def _own_signal(
+    product: Product, circuit: Circuit, x: Any, b: Any, error: Any, delta: Any, dx: Any, key: Any, u: Any, w: Any,
+    entry: Any, noise: Any,
+) -> tuple[Any, Any]:  # fmt: skip
+    """The cotangents of ``b`` and ``entry``, of which a rule's own signal makes one."""
+    x, u, delta, error, w, noise = (a if a is None else compat.gathered(a) for a in (x, u, delta, error, w, noise))
+    seen = Synapses(
+        x, u, delta, error, compat.gathered(b) if entry is None else entry, w, noise, _draw(key, 2),
+        product.weight_gradient, product.multiply, product.samples(), circuit.uses, product.fans()[0], product,
+    )  # fmt: skip
+    assert circuit.signal is not None
+    signal = circuit.signal(seen)
+    if entry is not None and not isinstance(signal, jax.Array):
+        return None, _in_structure(signal, entry)
+    check_signal(signal, b.shape, "its weight's at this use")
+    return compat.after(compat.divided_as(signal.astype(b.dtype), jax.typeof(b)), dx), None
 
 
 def _in_structure(signal: Any, entry: Any) -> Any:

@@ -88,6 +88,11 @@ class Site(NamedTuple):
         """The weight whose parameter has the most axes."""
         return max(self.weights, key=lambda i: self.kinds[i].breadth)
 
+    def gains_of_data(self) -> list[int]:
+        """Which operands are parameters that multiply what another makes of data, element by element (rows looked up, say)."""
+        mixed = any(k.data and (k.obstacle or k.per_example == 1) for k in self.kinds)
+        return [i for i in self.weights if not self.kinds[i].data and mixed and self.name in compat.MULTIPLIED]
+
     def product(self, weight: int, obstacle: str | None, kinds: list[Kind] | None = None) -> Product:
         return Product(self.eqn, self.bind, weight, kinds or self.kinds, obstacle, self.lengths)
 
@@ -240,12 +245,20 @@ class Analyser:
     def weight(self, site: Site) -> Found:
         """Weights, constants and data; or an activation that scales all of a weight, or its neurons."""
         eqn, bind, kinds, name = site.eqn, site.bind, site.kinds, site.name
+        gains = site.gains_of_data()
+        for i in gains:
+            if kinds[i].breadth > 1:
+                return site.refused(i, f"{name}, element by element", gain=True)
+            self.note([kinds[i]], "gain")
         if name in compat.AFFINE:
             _note_bias(site)
         outs = [self.one(eqn, kinds, i)._replace(scaled=None) for i in range(len(eqn.outvars))]
         out = outs[0]
         if out.activity or not out.weight:
-            self.note(kinds, "added")
+            for i in set(site.weights) - set(gains):
+                scaled = name in compat.MULTIPLIED and not kinds[i].data
+                by_hand = kinds[i].per_example == kinds[i].breadth > 1  # (a row looked up has fewer axes)
+                self.note([kinds[i]], "first layer" if scaled or by_hand else "added")
         action = "follow" if out.weight and not out.obstacle else "own" if out.static else "bind"
         gain = gain_operand(eqn, kinds) if action == "follow" else None
         if gain is not None and kinds[gain].activity:

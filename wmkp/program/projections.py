@@ -40,9 +40,9 @@ class Projection:
     feedback: bool
     uses: int
     obstacle: str | None
-    analysis: "Analysis" = dataclasses.field(repr=False, compare=False)
+    analysis: "Analysis | Answers" = dataclasses.field(repr=False, compare=False)
 
-    def matrix_axes(self, shape: tuple[int, ...]) -> tuple[list[int], list[int], list[int]]:
+    def matrix_axes(self, shape: tuple[int, ...]) -> "Axes":
         """Which axes of the parameter, of this shape, number its groups (and scans' steps), its inputs and its outputs.
 
         Raises:
@@ -51,8 +51,8 @@ class Projection:
         return self.analysis.matrix_axes(self.path, shape)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and copy: all but the analysis, which holds functions."""
-        return {**self.__dict__, "analysis": None}
+        """For pickle and copy: in place of the analysis, which holds functions, what it says of this projection."""
+        return {**self.__dict__, "analysis": self.analysis.answers(self.path)}
 
     def direct_shape(self) -> tuple[int, ...]:
         """The shape of feedback from the network's output straight to this projection's input.
@@ -64,6 +64,40 @@ class Projection:
           ValueError: the projections that share this parameter have inputs of different sizes.
         """
         return self.analysis.direct_shape(self.path)
+
+
+Axes = tuple[list[int], list[int], list[int]]
+
+
+class Answers(NamedTuple):
+    """What an analysis says of one parameter, each an answer or the error that the question raises.
+
+    Attributes:
+      shape: the parameter's.
+      axes, direct: see ``Projection.matrix_axes`` and ``Projection.direct_shape``.
+    """
+
+    shape: tuple[int, ...]
+    axes: Axes | ValueError
+    direct: tuple[int, ...] | ValueError
+
+    def matrix_axes(self, path: str, shape: tuple[int, ...]) -> Axes:
+        """See ``Projection.matrix_axes``."""
+        if shape != self.shape:
+            raise ValueError(f"params[{path!r}] is {list(self.shape)}, not {list(shape)}")
+        if isinstance(self.axes, ValueError):
+            raise self.axes
+        return self.axes
+
+    def direct_shape(self, path: str) -> tuple[int, ...]:
+        """See ``Projection.direct_shape``."""
+        if isinstance(self.direct, ValueError):
+            raise self.direct
+        return self.direct
+
+    def answers(self, path: str) -> "Answers":
+        """Itself."""
+        return self
 
 
 class Analysis(NamedTuple):
@@ -95,7 +129,10 @@ class Analysis(NamedTuple):
 
     def last(self) -> Product:
         """The last product to be evaluated: the network's output."""
-        return [product for product in self.plan.products() if not product.obstacle][-1]
+        products = [product for product in self.plan.products() if not product.obstacle]
+        if not products:
+            raise ValueError("no projection makes the output, so it has no error for direct feedback to send")
+        return products[-1]
 
     def direct_shape(self, path: str) -> tuple[int, ...]:
         """See ``Projection.direct_shape``."""
@@ -123,6 +160,18 @@ class Analysis(NamedTuple):
             raise ValueError(f"params[{path!r}] takes inputs of different sizes; direct feedback needs one size")
         return (*stacks.pop(), *shapes.pop())
 
+    def answers(self, path: str) -> Answers:
+        """What it says of one parameter."""
+
+        def answer(question: Callable[..., Any], *more: Any) -> Any:
+            try:
+                return question(path, *more)
+            except ValueError as error:
+                return error.with_traceback(None)
+
+        shape = self.plan.jaxpr.invars[self.paths.index(path)].aval.shape
+        return Answers(shape, answer(self.matrix_axes, shape), answer(self.direct_shape))
+
     def _check_output(self, product: Product, around: list[Step]) -> None:
         """ValueError unless a product, inside these steps, has one error whenever it is evaluated, and none of a later step."""
         if any(step.action in {"cond", "shard_map"} for step in around):
@@ -137,11 +186,11 @@ class Analysis(NamedTuple):
                 "scan's body; let an output that is fed back pass jax.lax.stop_gradient; or use another rule."
             )
 
-    def matrix_axes(self, path: str, shape: tuple[int, ...]) -> tuple[list[int], list[int], list[int]]:
+    def matrix_axes(self, path: str, shape: tuple[int, ...]) -> Axes:
         """See ``Projection.matrix_axes``."""
         products, leaf = self.sites()[path], self.paths.index(path)
         product = products[0]
-        roles: tuple[list[int], list[int], list[int]] = ([], [], [])
+        roles: Axes = ([], [], [])
         whole = len(products) == 1 and product.plain and not product.unmirrored and not product.obstacle
         for axis, size in enumerate(shape):
             # Laid out as the product sees it, an axis' index varies along the groups, the inputs or the outputs.
