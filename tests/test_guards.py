@@ -37,16 +37,20 @@ def loss_fn(params, model_state, batch, key):
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean(), (model_state, {})
 
 
+def drawn(i, *shape):
+    return np.random.default_rng(i).normal(size=shape).astype(np.float32)
+
+
 def case(batch_size=4, side=8):
-    draw = lambda i, *shape: jax.random.normal(jax.random.fold_in(KEY, i), shape) / 4
+    draw = lambda i, *shape: drawn(i, *shape) / 4
     params = {
         "first": draw(0, 3, 3, 3, 8),
         "second": draw(1, 3, 3, 8, 16),
         "dense": draw(2, side * side * 4, 24),
         "output": draw(3, 24, 10),
-        "bias": jnp.zeros(10),
+        "bias": np.zeros(10, np.float32),
     }
-    batch = {"image": draw(4, batch_size, side, side, 3), "label": jnp.arange(batch_size) % 10}
+    batch = {"image": draw(4, batch_size, side, side, 3), "label": np.arange(batch_size) % 10}
     return models.Case(loss_fn, params, None, OPTIMIZER, batch)
 
 
@@ -56,8 +60,9 @@ def compiled_backprop(case):
 
 
 def steps_and_state(case, rule):
+    """The steps, and the shapes of their state."""
     steps = wmkp.make_steps(case.loss_fn, rule, case.optimizer, case.params, case.batch)
-    return steps, steps.init(KEY, case.params)
+    return steps, jax.eval_shape(steps.init, KEY, case.params)
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +100,10 @@ def test_gpus_lay_out_what_convolutions_share_with_an_update(platform, written):
 
 def test_signs_are_made_a_matrix_at_a_time():
     """Sign symmetry's W of signs is there when its error is, not from the forward pass on."""
-    params = [jax.random.normal(jax.random.fold_in(KEY, i), (64, 64)) / 8 for i in range(6)]
+    params = [drawn(i, 64, 64) / 8 for i in range(6)]
     forward = lambda params, x: functools.reduce(lambda x, w: jnp.tanh(x @ w), params, x)
     loss_fn = lambda params, model_state, x, key: ((forward(params, x) ** 2).mean(), (model_state, {}))
-    chain = models.Case(loss_fn, params, None, OPTIMIZER, jnp.ones((8, 64)))
+    chain = models.Case(loss_fn, params, None, OPTIMIZER, np.ones((8, 64), np.float32))
     plain, plain_state = compiled_backprop(chain)
     steps, state = steps_and_state(chain, RULES["SS"])
     ours = steps.engaged_step.lower(state, chain.batch).compile()
@@ -141,7 +146,7 @@ def test_weight_gradients_by_patches_lay_out_no_batch_anew():
 def test_strided_positions_are_picked_out_when_delta_is_there(monkeypatch):
     """Shortcuts of one position and stride 2: what they read is not kept twice, whole and picked out."""
     monkeypatch.setattr(patches, "LEAST", 0)
-    draw = lambda i, *shape: jax.random.normal(jax.random.fold_in(KEY, i), shape) / 8
+    draw = lambda i, *shape: drawn(i, *shape) / 8
     params = {"stem": draw(0, 3, 3, 3, 32)}
     for i, n in enumerate((32, 64)):
         params |= {f"a{i}": draw(i, 3, 3, n, 2 * n), f"b{i}": draw(i, 3, 3, 2 * n, 2 * n)}
@@ -208,7 +213,8 @@ def test_each_step_compiles_once():
             compilations.append(event)
 
     some = case()
-    steps, state = steps_and_state(some, RULES["WM"])
+    steps, _ = steps_and_state(some, RULES["WM"])
+    state = steps.init(KEY, some.params)
     batches = [jax.tree.map(lambda x, i=i: jnp.roll(x, i, 0), some.batch) for i in range(7)]
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

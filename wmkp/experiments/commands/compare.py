@@ -257,10 +257,13 @@ def start(name: str, config: Compare, epochs: int, dataset: data.Dataset) -> Tri
             first(config.batch_size, dataset.train),
         )
 
+    mirror_steps = config.mirror_steps if mirrors else None
+    feedback = jax.jit(partial(steps.init, mirror_steps=mirror_steps), compiler_options=QUICK)
+
     def init(key: jax.Array) -> wmkp.TrainState:
         params_key, state_key = jax.random.split(key)
         with refusals(f"--rules {name} cannot train this network"):
-            return steps.init(state_key, initial(params_key), mirror_steps=config.mirror_steps if mirrors else None)
+            return feedback(state_key, initial(params_key))
 
     # XLA's convolutions on CPUs are slow inside of a loop of its own.
     slow = config.model == "conv" and jax.default_backend() == "cpu"
