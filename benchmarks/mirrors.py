@@ -155,7 +155,7 @@ def vit(data_dir: Path | None) -> Task:
     config = Train(dataset="mnist", data_dir=data_dir, model="vit-ti", patch=7, steps=400, batch_size=32)
     schedule = optax.warmup_cosine_decay_schedule(0.0, 5e-4, 40, 400)
     about = "ViT-Ti, patches of 7x7, MNIST; batch 32, AdamW at 5e-4, 400 steps"
-    return of_experiments(config, optax.adamw(schedule, weight_decay=0.05), "% wrong", 1, about)
+    return of_experiments(config, optax.adamw(schedule, weight_decay=0.05), "% wrong", 3, about)
 
 
 def resnet(data_dir: Path | None) -> Task:
