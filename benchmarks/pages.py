@@ -38,7 +38,6 @@ def pages(comparison: Path | None = None, every_rule: Path | None = None) -> Non
     fill("CITATION.cff", "address", address.citation())
     address.write_first_cells()
     if comparison is not None:
-        fill("docs/results.md", "table", (comparison / "comparison.md").read_text())
         shutil.copy(comparison / "comparison.png", ROOT / "docs" / "comparison.png")
     if every_rule is not None:
         fill("docs/rules.md", "rules", (every_rule / "comparison.md").read_text())

@@ -152,7 +152,7 @@ def test_a_missing_package_is_one_line(command, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     code, _, error = command("train", "mlp-digits-bp", "--out", tmp_path / "run")
     assert code == 2 and error.count("\n") == 1
-    assert "sklearn.datasets is missing" in error and 'pip install "wmkp[experiments]"' in error
+    assert "sklearn.datasets is missing" in error and 'pip install -e ".[experiments]"' in error
 
 
 def test_a_download_without_network_is_one_line_and_soon(command, tmp_path, monkeypatch):
@@ -164,7 +164,7 @@ def test_a_download_without_network_is_one_line_and_soon(command, tmp_path, monk
     for answer in answers:
         monkeypatch.setattr(requests, "head", answer)
         code, _, error = command("data", "mnist", "--data-dir", tmp_path)
-        assert code == 2 and "does not answer; is there a network?" in error and error.count("\n") == 1
+        assert code == 2 and "does not answer; check the network" in error and error.count("\n") == 1
 
 
 # --- config.json ------------------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_a_download_without_network_is_one_line_and_soon(command, tmp_path, monk
         ("steps", False, "steps must be an integer or null; got false"),
         ("hidden", 3, "hidden must be a list, each item an integer; got 3"),
         ("hidden", [3, True], "hidden must be a list, each item an integer"),
-        ("hidden", [3] * 3000, "--hidden must name the widths of at least 1 layer and at most 256; got 3000"),
+        ("hidden", [3] * 3000, "--hidden must give the widths of 1 to 256 layers; got 3000"),
         ("model", "nonsense", "model must be one of mlp, residual-mlp, lenet"),
         ("out", None, "out must be text; got null"),
     ],
@@ -201,14 +201,14 @@ def test_a_setting_of_another_type_is_named(name, value, said, tmp_path):
     [
         ("constant", {"epochs": 5.0}, None),
         ("step", {"epochs": 5.0}, None),
-        ("cosine", {"epochs": 5.0}, "only if its --schedule is constant or step: cosine ends with the run"),
+        ("cosine", {"epochs": 5.0}, "but only with a constant or step --schedule: cosine ends with the run"),
         (
             "constant",
             {"epochs": 2.0},
-            "--epochs was 3.0 and is 2.0; give another --out to train anew; .* not with less",
+            "--epochs was 3.0 and is 2.0; use another --out to train from the start. .* not with fewer",
         ),
-        ("constant", {"steps": 5}, "--steps was None and is 5; give another --out to train anew"),
-        ("constant", {"epochs": 5.0, "seed": 1}, "--seed was 0 and is 1; give another --out$"),
+        ("constant", {"steps": 5}, "--steps was None and is 5; use another --out to train from the start"),
+        ("constant", {"epochs": 5.0, "seed": 1}, "--seed was 0 and is 1; use another --out$"),
     ],
 )
 def test_a_run_may_grow_longer_unless_its_schedule_spans_it(schedule, changes, said, tmp_path):
@@ -311,7 +311,7 @@ def test_a_run_that_runs_away_is_warned_of_once(capsys):
     for step, loss in enumerate((199.0, 201.0, 1e6), 1):
         session.step, session.tally = step, tally(loss)
         train._log(session)
-        assert ("the run has run away" in capsys.readouterr().err) == (loss == 201.0)
+        assert ("the loss diverges" in capsys.readouterr().err) == (loss == 201.0)
 
 
 def test_an_error_that_one_answer_would_have_is_marked():

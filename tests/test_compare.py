@@ -193,7 +193,7 @@ def test_tfds_without_tensorflow(monkeypatch, tmp_path, tfds_dir):
         (["--batch-size", "0"], "--batch-size must be at least 1; got 0"),
         (["--batch-size", "1199"], "at most the 1198 training examples"),
         (["--hidden", "8", "-1"], "--hidden must be at least 1; got -1"),
-        (["--hidden"], "at least 1 layer"),
+        (["--hidden"], "1 to 256 layers"),
         (["--learning-rate", "nan"], "--learning-rate must be positive and finite; got nan"),
         (["--learning-rate", "-1"], "--learning-rate must be positive"),
         (["--weight-decay", "-0.1"], "--weight-decay must be at least 0"),
@@ -217,7 +217,7 @@ def test_bad_input(monkeypatch, tmp_path, capsys, arguments, message):
     [
         (
             ["--learning-rate", "1e300"],
-            "--rules wm cannot train this network: optimizer makes updates that are not finite",
+            "--rules wm cannot train this network: optimizer makes infinite or NaN updates",
         ),
     ],
 )

@@ -167,9 +167,9 @@ def branching(params, xs):
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (readout_first, r"params\['h'\].* goes on to a projection in the next step.*after the state"),
-        (autoregressive, r"params\['o'\].* goes on to a projection in the next step.*stop_gradient"),
-        (autoregressive_chunks, r"params\['o'\].* goes on to a projection in the next step.*stop_gradient"),
+        (readout_first, r"params\['h'\].* enters a projection in the next step.*after the state"),
+        (autoregressive, r"params\['o'\].* enters a projection in the next step.*stop_gradient"),
+        (autoregressive_chunks, r"params\['o'\].* enters a projection in the next step.*stop_gradient"),
         (encoded, r"params\['h'\] is used outside of the lax\.scan.*rule=\{\"h\": wmkp\.feedback_alignment"),
         (branching, r"outside of any lax\.cond"),
     ],

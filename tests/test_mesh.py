@@ -211,5 +211,5 @@ def test_errors():
     arguments = (loss_fn, RULES["bp"], OPTIMIZER, {"w": np.ones(3)}, batch())
     with pytest.raises(ValueError, match="axis_name.*or mesh, not both"):
         wmkp.make_steps(*arguments, mesh=the_mesh(), axis_name="d")
-    with pytest.raises(ValueError, match="fsdp.*give mesh"):
+    with pytest.raises(ValueError, match="fsdp.*pass mesh=mesh"):
         wmkp.make_steps(*arguments, fsdp=True)

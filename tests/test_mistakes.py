@@ -172,12 +172,12 @@ WRONG = {
             f"noise_std={std:g} makes signals", "params['w']", "which float16 cannot hold", "nearer to 1")
         for std in (300.0, 1e-4)
     },
-    "alignment that overshoots": (lambda: wmkp.alignment(amplitude=1, decay=20, rate=0.1), "rate * decay must lie below 2"),
+    "alignment that overshoots": (lambda: wmkp.alignment(amplitude=1, decay=20, rate=0.1), "rate * decay must be below 2"),
     "alignment of nothing": (wmkp.alignment, "coefficients", "all zero"),
     "alignment, whitened noise": (lambda: wmkp.alignment(decay=1, whiten=True), "whiten", "activity"),
     "alignment, normalized noise": (lambda: wmkp.alignment(decay=1, normalize="mean"), "normalize", "activity"),
     "a noise that is not used": (lambda: wmkp.alignment(decay=1, on="activity", noise="white"), "noise must be"),
-    "information_alignment": (lambda: wmkp.information_alignment(null=-1), "null must not be negative"),
+    "information_alignment": (lambda: wmkp.information_alignment(null=-1), "null must be a number from 0"),
     "symmetric_alignment": (lambda: wmkp.symmetric_alignment(decay=NAN), "decay must"),
     "activation_alignment": (lambda: wmkp.activation_alignment(rate=0), "rate must"),
     "activity_mirror": (lambda: wmkp.activity_mirror(whiten="yes"), "whiten must be True or False"),
@@ -269,9 +269,9 @@ WRONG = {
     "complex params": (
         lambda: init(KP, changed(w=jnp.ones((6, 2), complex))), "params['w']", "feedback weights are real", "as two real arrays"),
     "feedback forgotten": (
-        lambda: wmkp.value_and_grad(fun, KP)(PARAMS, X), "raised TypeError", "called with params, feedback, *args"),
-    "data closed over": (lambda: init(KP, fun=lambda p, x: fun(p, X) + x.sum()), "Data must be an argument of fun"),
-    "data as lists": (lambda: init(KP, PARAMS, X.tolist(), fun=lambda p, x: fun(p, jnp.array(x))), "nor a Python number or list"),
+        lambda: wmkp.value_and_grad(fun, KP)(PARAMS, X), "raised TypeError", "with feedback: params, feedback, *args"),
+    "data closed over": (lambda: init(KP, fun=lambda p, x: fun(p, X) + x.sum()), "data as arrays in args"),
+    "data as lists": (lambda: init(KP, PARAMS, X.tolist(), fun=lambda p, x: fun(p, jnp.array(x))), "not Python numbers or lists"),
     "no projection": (lambda: init(KP, {"b": jnp.ones(3)}, fun=lambda p, x: (x + p["b"]).sum()), "fun has no projection"),
     "no params, no projection": (lambda: init(KP, {}, fun=lambda p, x: x.sum()), "fun has no projection"),
     "fan_in zero": (lambda: init(KP, changed(first=jnp.ones((0, 6))), X[:, :0]), "params['first']", "fan_in or fan_out is zero"),
@@ -397,11 +397,11 @@ WRONG = {
         }.items()
     },
     "samples beyond 32 bits": (lambda: wmkp.weight_mirror(num_samples=2**31), "num_samples must be an integer of at least 1, and below 2^31"),
-    "a signal beyond float32": (lambda: wmkp.alignment(amplitude=1e300), "amplitude must not be negative, nor above 1e15"),
-    "a rate beyond float32": (lambda: updates.weight_mirror(1e300, 1), "learning_rate must not be negative, nor above 1e15"),
+    "a signal beyond float32": (lambda: wmkp.alignment(amplitude=1e300), "amplitude must be a number from 0 to 1e15"),
+    "a rate beyond float32": (lambda: updates.weight_mirror(1e300, 1), "learning_rate must be a number from 0 to 1e15"),
     # --- arrays that a step took over
     **{
-        f"{name}: deleted": (call, words, "is deleted", "Go on from the state that the step returned")
+        f"{name}: deleted": (call, words, "is deleted", "Continue with the state that the step returned")
         for name, words, call in (
             ("init_feedback", "params['w']", lambda: init(KP, gone(PARAMS))),
             ("value_and_grad", "params['b']", lambda: grad(KP, gone(PARAMS), made(KP))),
@@ -442,7 +442,7 @@ WRONG = {
         }.items()
     },
     "a batch of NumPy's strings": (lambda: steps(KP).engaged_step(state(), np.full((4, 3), "x")), "batch[''] is ndarray", "JAX cannot trace"),
-    "a mirror that never mirrors": (lambda: init(custom(mirror=wmkp.Mirror(each_step=False))), "give start=1"),
+    "a mirror that never mirrors": (lambda: init(custom(mirror=wmkp.Mirror(each_step=False))), "set start=1"),
     "a mirror's flag": (lambda: init(custom(mirror=wmkp.Mirror(each_step="no"))), "rule.mirror.each_step must be True or False"),
     "a mirror's losses": (lambda: init(custom(mirror=wmkp.Mirror(signal="decay"))), "rule.mirror.signal must be a function"),
     "shapes in place of params, steps.init": (lambda: steps(KP).init(KEY, jax.eval_shape(lambda: PARAMS)), "params['b'] is ShapeDtypeStruct"),
@@ -450,7 +450,7 @@ WRONG = {
     "backprop with another tree for feedback": (lambda: grad(BP, PARAMS, X), "feedback must have the structure of params"),
     "nested feedback": (
         lambda: wmkp.matrix_angles({"a": PARAMS, "c": [X]}, {"a": without(made(KP), "w"), "c": [X, X]}),
-        "feedback must have the structure of params", "lacks 'a/w'", "has 'c/1' too many"),
+        "feedback must have the structure of params", "lacks 'a/w'", "also has 'c/1'"),
     # --- mirrors
     **{
         f"{f.__name__} of {bad!r}": (functools.partial(call, bad), *words)
@@ -460,16 +460,16 @@ WRONG = {
             (updates.calibrated_mirror, updates.calibrated_mirror),
         )
         for bad, *words in (
-            (KP, "kolen_pollack has no mirror mode; weight_mirror() has"), (wmkp.weight_mirror, "rule must be", "call it"),
+            (KP, "kolen_pollack has no mirror mode; use one that has, such as weight_mirror()"), (wmkp.weight_mirror, "rule must be", "call it"),
             (None, "rule must be"), ({".*": WM}, "rule must be a wmkp rule"),
             (wmkp.weight_mirror(activation=jnp.square), "activation", "mean slope"),
             (wmkp.weight_mirror(activation=jnp.negative), "activation", "mean slope"),
             (wmkp.weight_mirror(activation=lambda x: x**4), "activation", "mean slope"),
             (wmkp.weight_mirror(activation=lambda x: x * NAN), "activation", "mean slope"),
             (wmkp.weight_mirror(activation=jnp.sum), "activation must map an array elementwise"),
-            (wmkp.weight_mirror(activation=lambda x: x[1:]), "activation must map an array elementwise; of shape [128] it"),
-            (wmkp.weight_mirror(activation=jax.nn.softmax), "activation must map an array elementwise; what this one"),
-            (wmkp.weight_mirror(activation=jnp.sort), "activation must map an array elementwise; what this one"),
+            (wmkp.weight_mirror(activation=lambda x: x[1:]), "activation must map an array elementwise; for shape [128] it"),
+            (wmkp.weight_mirror(activation=jax.nn.softmax), "activation must map an array elementwise; here one element"),
+            (wmkp.weight_mirror(activation=jnp.sort), "activation must map an array elementwise; here one element"),
             (wmkp.weight_mirror(activation=lambda x, y: x), "activation raised TypeError"),
         )
     },
@@ -488,7 +488,7 @@ WRONG = {
         )
     },
     "a mirror of nothing": (lambda: wmkp.mirror_signals(KEY, KP, fun, PARAMS, X), "no rule here has a mirror mode"),
-    "a mirror that needs B": (lambda: wmkp.mirror_signals(KEY, IA, fun, PARAMS, X), "give mirror_signals feedback="),
+    "a mirror that needs B": (lambda: wmkp.mirror_signals(KEY, IA, fun, PARAMS, X), "call mirror_signals(..., feedback=feedback)"),
     **{
         f"{name}: {asked}": (functools.partial(call, wmkp.weight_mirror(noise, **{asked: value}, rate=0.1)), *words)
         for name, call in {
@@ -534,7 +534,7 @@ WRONG = {
     "clipping what is no array": (
         lambda: updates.clip_together(1.0).update((PARAMS, 1.0), optax.EmptyState()), "updates['1'] is float", "floating-point arrays"),
     "gradients in place of signals": (
-        lambda: updates.kolen_pollack(SGD).update(PARAMS, SGD.init(made(KP)), made(KP)), "signal", "'b', 'first' too many"),
+        lambda: updates.kolen_pollack(SGD).update(PARAMS, SGD.init(made(KP)), made(KP)), "signal", "also has 'b', 'first'"),
     "signals of another shape": (
         lambda: updates.kolen_pollack(SGD).update({**made(KP), "w": X}, SGD.init(made(KP)), made(KP)),
         "signal['w'] is float32[4, 3]", "feedback has float32[6, 2]"),
@@ -554,14 +554,14 @@ WRONG = {
         )
     },
     "a mirror's update without B": (
-        lambda: updates.weight_mirror(0.1, 1).update(made(KP), optax.EmptyState()), "needs feedback: update(signal, state, feedback)"),
+        lambda: updates.weight_mirror(0.1, 1).update(made(KP), optax.EmptyState()), "needs feedback: call update(signal, state, feedback)"),
     "a mirror's update of gradients": (
         lambda: updates.weight_mirror(0.1, 1).update(PARAMS, optax.EmptyState(), made(KP)), "signal must have the structure of feedback"),
     **{
         f"calibrated_mirror(rate={bad!r})": (lambda bad=bad: updates.calibrated_mirror(WM, bad), "rate")
         for bad in (-0.1, 2.5, NAN, "0.1", jnp.ones(3))
     },
-    "a mirror's rate and decay": (lambda: updates.weight_mirror(1000.0, 10.0), "learning_rate * decay must lie below 2"),
+    "a mirror's rate and decay": (lambda: updates.weight_mirror(1000.0, 10.0), "learning_rate * decay must be below 2"),
     # --- make_steps
     "an optimizer that wants the loss": (
         lambda: make(rule=wmkp.feedback_alignment(), optimizer=optax.contrib.reduce_on_plateau()).init(KEY, PARAMS),
@@ -578,14 +578,14 @@ WRONG = {
         for bad in values
     },
     **{
-        f"loss_fn returns {what}": (lambda o=o: make(loss_fn=returning(o)), "loss_fn must return (loss, (model_state, metrics))")
+        f"loss_fn returns {what}": (lambda o=o: make(loss_fn=returning(o)), "loss_fn must have the form", "it returned")
         for what, o in {
             "a loss": lambda l, s: l, "metrics alone": lambda l, s: (l, {}), "three": lambda l, s: (l, s, {}),
             "a list": lambda l, s: [l, (s, {})], "no dict": lambda l, s: (l, (s, l)),
         }.items()
     },
-    "loss_fn's metrics have a number for a name": (lambda: make(loss_fn=returning(lambda l, s: (l, (s, {1: l})))), "metrics must have strings for names", "got 1"),
-    "keys of two kinds": (lambda: init(KP, {**PARAMS, 3: X}), "params is no pytree that JAX can take apart", "keys of a dict"),
+    "loss_fn's metrics have a number for a name": (lambda: make(loss_fn=returning(lambda l, s: (l, (s, {1: l})))), "metrics must have strings as names", "got 1"),
+    "keys of two kinds": (lambda: init(KP, {**PARAMS, 3: X}), "JAX cannot flatten params", "dict keys of one type"),
     "loss_fn's metrics hold the loss": (lambda: make(loss_fn=returning(lambda l, s: (l, (s, {"loss": l})))), "metrics must not hold 'loss'"),
     "loss_fn's metrics hold what check_finite reports": (
         lambda: make(loss_fn=returning(lambda l, s: (l, (s, {"finite": l}))), check_finite=True), "metrics must not hold 'finite'"
@@ -593,12 +593,16 @@ WRONG = {
     "loss_fn returns an array": (lambda: make(loss_fn=returning(lambda l, s: (l[None], (s, {})))), "real scalar loss"),
     "loss_fn loses the model's state": (
         lambda: make(loss_fn=returning(lambda l, s: (l, (None, {}))), model_state={"n": X}), "model_state that loss_fn returns", "lacks 'n'"),
-    "loss_fn of two arguments": (lambda: make(loss_fn=fun), "raised TypeError", "positional"),
+    "loss_fn of two arguments": (
+        lambda: make(loss_fn=lambda params, batch: 0.0),
+        "loss_fn must have the form loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics)); got",
+        "(params, batch)",
+    ),
     "a mesh and an axis": (lambda: make(mesh=the_mesh, axis_name="d"), "axis_name", "mesh, not both"),
-    "fsdp without a mesh": (lambda: make(fsdp=True), "give mesh"),
+    "fsdp without a mesh": (lambda: make(fsdp=True), "pass mesh=mesh"),
     "a mirror's optimizer of a tree": (lambda: mirror_with(optax.masked(optax.scale(1), {"w": True})), "mirror_optimizer must take one B at a time"),
     "a mirror's optimizer with a state": (lambda: mirror_with(optax.adam(0.1)), "mirror_optimizer must keep no state"),
-    "a mirror's optimizer that goes down": (lambda: mirror_with(SGD), "mirror_optimizer must go along the signal"),
+    "a mirror's optimizer that goes down": (lambda: mirror_with(SGD), "mirror_optimizer must add the signal"),
     "a mirror's optimizer of NaN": (lambda: mirror_with(optax.scale(NAN)), "mirror_optimizer must"),
     "an optimizer of NaN": (lambda: make(FA, optimizer=optax.sgd(NAN)).init(KEY, PARAMS), "optimizer", "learning rate"),
     "an optimizer under which B cannot be trained": (lambda: make(KP, optimizer=optax.lamb(0.1)).init(KEY, PARAMS), "Kolen-Pollack"),
@@ -606,22 +610,22 @@ WRONG = {
     **{
         f"steps.init(params: {what})": (functools.partial(steps(KP).init, KEY, bad), "params", *words)
         for what, (bad, *words) in {
-            "missing": (without(PARAMS, "w"), "lacks 'w'"), "more": (changed(v=X), "has 'v' too many"),
+            "missing": (without(PARAMS, "w"), "lacks 'w'"), "more": (changed(v=X), "also has 'v'"),
             "another shape": (changed(w=X), "params['w'] is float32[4, 3]", "float32[6, 2]"),
             "another dtype": (changed(w=PARAMS["w"].astype(jnp.bfloat16)), "params['w'] is bfloat16[6, 2]"),
             "None": (None, "structure"),
         }.items()
     },
     **{
-        f"mirror_steps={bad!r}": (lambda bad=bad: steps(WM).init(KEY, PARAMS, mirror_steps=bad), "mirror_steps must not be negative")
+        f"mirror_steps={bad!r}": (lambda bad=bad: steps(WM).init(KEY, PARAMS, mirror_steps=bad), "mirror_steps must be an integer of at least 0")
         for bad in (-1, 1.5, "3", NAN, 2**31)
     },
     "an array twice in a state": (
         lambda: steps(FA).engaged_step((lambda s: s._replace(feedback={**s.feedback, "w": s.params["w"]}))(state(FA)), X),
         "state holds an array twice", "jax.tree.map(jnp.copy, state)"),
     "a mirror period of nothing": (lambda: steps(KP).init(KEY, PARAMS, mirror_steps=1), "mirror_steps", "no rule here has a mirror mode"),
-    "a model state that was not announced": (lambda: steps(KP).init(KEY, PARAMS, {"mean": X}), "model_state", "'mean' too many"),
-    "a state used twice": (used_twice, "is deleted", "Go on from the state that the step returned"),
+    "a model state that was not announced": (lambda: steps(KP).init(KEY, PARAMS, {"mean": X}), "model_state", "also has 'mean'"),
+    "a state used twice": (used_twice, "is deleted", "Continue with the state that the step returned"),
     "params in place of a state": (lambda: steps(KP).engaged_step(PARAMS, X), "state must be a TrainState", "steps.init"),
     "mirror, params in place of a state": (lambda: steps(WM).mirror_step(PARAMS), "state must be a TrainState"),
     "a batch of another structure": (lambda: steps(KP).engaged_step(state(), {"image": X}), "batch must have the structure"),
@@ -636,14 +640,14 @@ WRONG = {
     "a state of another optimizer of B": (
         lambda: steps(KP).engaged_step(state(feedback_opt_state=optax.adam(0.1).init(made(KP))), X), "state.feedback_opt_state"),
     "a state of another model state": (
-        lambda: steps(KP).engaged_step(state(model_state={"mean": X}), X), "state.model_state", "'mean' too many"),
+        lambda: steps(KP).engaged_step(state(model_state={"mean": X}), X), "state.model_state", "also has 'mean'"),
     "a state with no key": (lambda: steps(KP).engaged_step(state(key=None), X), "state.key must be one JAX random key"),
     "an axis that is not there": (lambda: steps(KP, axis_name="d").engaged_step(state(), X), "axis_name='d'", "inside"),
     "an axis of another mesh": (
         lambda: jax.jit(jax.shard_map(steps(KP, axis_name="d").engaged_step, mesh=other_mesh, in_specs=(P(), P("e")), out_specs=P()))(
             state(), X), "axis_name='d'", "inside"),
     "a state of another mesh": (
-        lambda: make(mesh=the_mesh).engaged_step(make(mesh=other_mesh).init(KEY, PARAMS), X), "not on the devices of the step", "steps.init"),
+        lambda: make(mesh=the_mesh).engaged_step(make(mesh=other_mesh).init(KEY, PARAMS), X), "not on the devices of the step", "init of the same steps"),
     "a step of no number": (lambda: steps(KP).engaged_step(state(step=None), X), "state.step must have the structure"),
     "a step of many numbers": (lambda: steps(KP).engaged_step(state(step=jnp.zeros(3, int)), X), "state.step is int32[3]"),
     "a mesh of no device": (lambda: make(mesh=jax.sharding.Mesh(np.array([]), ("d",))), "mesh must be a jax.sharding.Mesh"),
@@ -656,7 +660,7 @@ WRONG = {
     },
     "batch_sharding": (lambda: batch_sharding("d"), "mesh must be a jax.sharding.Mesh"),
     "state_sharding": (lambda: state_sharding(PARAMS, None), "mesh must be a jax.sharding.Mesh"),
-    "state_sharding of strings": (lambda: state_sharding({"w": "x"}, the_mesh), "state must hold arrays"),
+    "state_sharding of strings": (lambda: state_sharding({"w": "x"}, the_mesh), "state must hold only arrays"),
     # --- nnx
     **{
         f"nnx.pure({bad!r})": (functools.partial(wmkp.nnx.pure, bad), "model must be an nnx.Module")
@@ -664,7 +668,7 @@ WRONG = {
     },
     "nnx: other params": (lambda: apply(without(nnx_params, "bias"), nnx_state, X), "params", "lacks 'bias'"),
     "nnx: params of another shape": (lambda: apply({**nnx_params, "kernel": X}, nnx_state, X), "params['kernel'] is float32[4, 3]"),
-    "nnx: another state": (lambda: apply(nnx_params, {"count": X}, X), "state", "'count' too many"),
+    "nnx: another state": (lambda: apply(nnx_params, {"count": X}, X), "state", "also has 'count'"),
     "nnx: a method by name": (lambda: apply(nnx_params, nnx_state, X, method="encode"), "method must be a function"),
 }  # fmt: skip
 
@@ -818,15 +822,15 @@ def test_weights_drawn_from_the_key_of_feedback():
     step = lambda p, state, x, key: (loss(p, x), (state, {}))
     train_key = next(k for k in map(jax.random.key, range(9)))
     for rule in (KP, FA, WM, IA, wmkp.kolen_pollack_transported()):
-        with pytest.raises(ValueError, match=r"key gives params\['w'\].*W was drawn from this key too.*fold_in"):
+        with pytest.raises(ValueError, match=r"key gives params\['w'\].*both were drawn from this key.*fold_in"):
             wmkp.init_feedback(KEY, rule, loss, params, X)
     truncated = {"a": first, "w": jax.nn.initializers.lecun_normal()(jax.random.split(KEY)[1], (16, 4))}
     uniform = {"a": first, "w": jax.random.uniform(jax.random.split(KEY)[1], (16, 4), minval=-1)}
     for drawn in (truncated, uniform, jax.tree.map(np.asarray, params), {"a": first, "w": -w}):
-        with pytest.raises(ValueError, match="W was drawn from this key too"):
+        with pytest.raises(ValueError, match="both were drawn from this key"):
             wmkp.init_feedback(KEY, KP, loss, drawn, X)
     large = jax.tree.map(lambda x: (300 * x).astype(jnp.float16), params)  # whose squares float16 does not hold
-    with pytest.raises(ValueError, match="W was drawn from this key too"):
+    with pytest.raises(ValueError, match="both were drawn from this key"):
         wmkp.init_feedback(KEY, wmkp.kolen_pollack(1200.0), loss, large, X.astype(jnp.float16))
     wmkp.init_feedback(jax.random.fold_in(KEY, 1), KP, loss, params, X)
     one = {"a": np.ones((3, 1), np.float32), "w": np.ones((1, 1), np.float32)}  # a number is a multiple of any other
@@ -834,7 +838,7 @@ def test_weights_drawn_from_the_key_of_feedback():
     init_key = jax.random.split(train_key, 3)[1]  # what steps.init makes of its key
     w = jax.random.normal(jax.random.fold_in(init_key, 1), (16, 4))
     steps = wmkp.make_steps(step, KP, SGD, params, X)
-    with pytest.raises(ValueError, match="W was drawn from this key too"):
+    with pytest.raises(ValueError, match="both were drawn from this key"):
         steps.init(train_key, {"a": first, "w": w})
 
 

@@ -308,7 +308,7 @@ def test_forward_direct_feedback_in_steps():
 def test_what_forward_direct_feedback_cannot_do_is_said():
     rule = wmkp.forward_direct_feedback_alignment()
     feedback = wmkp.init_feedback(KEY, rule, loss, PARAMS, X, T)
-    with pytest.raises(ValueError, match=r"give key=jax\.random\.key"):
+    with pytest.raises(ValueError, match=r"pass key=jax\.random\.key"):
         wmkp.value_and_grad(loss, rule)(PARAMS, feedback, X, T)
 
     @jax.custom_vjp
@@ -317,13 +317,13 @@ def test_what_forward_direct_feedback_cannot_do_is_said():
 
     bent.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (g,))
     by_hand = lambda p, x, t: jnp.sum((bent(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"] - t) ** 2)
-    with pytest.raises(TypeError, match=r"jax\.custom_jvp, or take direct_kolen_pollack"):
+    with pytest.raises(TypeError, match=r"jax\.custom_jvp, or use direct_kolen_pollack"):
         wmkp.value_and_grad(by_hand, rule)(PARAMS, feedback, X, T, key=KEY)
 
     def recurrent(p, xs, t):
         tick = lambda h, x: ((new := jnp.tanh(x @ p["a"] + h)), jnp.tanh(new @ p["b"]) @ p["c"])
         return jnp.sum((jax.lax.scan(tick, jnp.zeros((7, 5)), xs)[1] - t) ** 2)
 
-    with pytest.raises(ValueError, match=r"outside of any lax\.scan; take direct_kolen_pollack"):
+    with pytest.raises(ValueError, match=r"outside of any lax\.scan; use direct_kolen_pollack"):
         feedback = wmkp.init_feedback(KEY, rule, recurrent, PARAMS, X[None], T[None])
         wmkp.value_and_grad(recurrent, rule)(PARAMS, feedback, X[None], T[None], key=KEY)

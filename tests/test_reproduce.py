@@ -489,7 +489,7 @@ def test_a_curve_goes_on_from_its_checkpoint_to_the_bit(dataset, tmp_path):
     assert published.run(variant, dataset, HIDDEN, 12, 3, lambda rows: lines.append(len(rows)), tmp_path) == whole
     assert lines == [11, 12]  # nothing was trained twice
     assert published.run(variant, dataset, HIDDEN, 5, 3, directory=tmp_path) == whole[:5]
-    with pytest.raises(InputError, match=r"started with other settings: seed was 3 and is 4; give another --out"):
+    with pytest.raises(InputError, match=r"started with other settings: seed was 3 and is 4; use another --out"):
         published.run(variant, dataset, HIDDEN, 12, 4, directory=tmp_path)
 
 
@@ -597,10 +597,10 @@ def test_every_battery_names_recipes_and_every_run_is_checked():
         (["akrout-mnist", "--only", "nothing"], "--only: akrout-mnist has no 'nothing'; choose from bp, fa, wm, kp"),
         (["akrout-mnist", "--steps", "3"], "--steps is not for akrout-mnist"),
         (["akrout-mnist", "--workers", "3"], "--workers is not for akrout-mnist"),
-        (["akrout-imagenet", "--process", "1"], "--process are for --distributed runs; give --distributed"),
+        (["akrout-imagenet", "--process", "1"], "--process need --distributed"),
         (["akrout-imagenet", "--distributed", "--coordinator", "x"], "--coordinator must be HOST:PORT"),
         (["akrout-imagenet", "--workers", "-1"], "--workers must be at least 0; got -1"),
-        (["akrout-tiny", "--reference", "x"], "--reference is for the NumPy code's curves"),
+        (["akrout-tiny", "--reference", "x"], "--reference is only for the NumPy code's curves"),
         (["akrout-mnist", "--epochs", "1.5"], "--epochs must be a whole number for akrout-mnist; got 1.5"),
         (["akrout-mnist", "--epochs", "0"], "--epochs must be positive"),
         (["biotorch-lenet", "--epochs", "1e300"], "--epochs must be positive, and at most 1e6"),
@@ -639,7 +639,7 @@ def test_a_broken_reference_is_named_before_anything_is_trained(text, said, data
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('{"figure": "akrout-cifar10"}', "has akrout-cifar10 in it; give another --out"),
+        ('{"figure": "akrout-cifar10"}', "has akrout-cifar10 in it; use another --out"),
         ("{", "run.json is damaged (JSONDecodeError"),
         ("[]", "run.json is damaged (TypeError"),
     ],
@@ -736,4 +736,4 @@ def test_a_finished_runs_damaged_file_is_named(name, text, said, tmp_path, monke
 def test_a_missing_reference_is_named(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(published, "load", lambda name, data_dir: dataset)
     assert run_command(monkeypatch, "akrout-mnist", "--reference", tmp_path, "--out", tmp_path / "out") == 2
-    assert "akrout2019_mnist_bp.csv is not there" in capsys.readouterr().err
+    assert "akrout2019_mnist_bp.csv does not exist" in capsys.readouterr().err

@@ -1441,7 +1441,9 @@ USES = {
 def test_errors_of_a_mapping(use):
     """Everywhere a rule is taken: a pattern of no projection lists the paths, a projection of no pattern is named."""
     args = convnet_params(np.float32)
-    with pytest.raises(ValueError, match=r"'hed' matches no projection; there are: conv1/w, conv2/w, dense/w, head/w"):
+    with pytest.raises(
+        ValueError, match=r"'hed' matches no projection; the projections are conv1/w, conv2/w, dense/w, head/w"
+    ):
         USES[use]({"hed": wmkp.backprop(), ".*": wmkp.weight_mirror()}, *args)
     with pytest.raises(ValueError, match=r"no pattern of rule matches projection 'dense/w'"):
         USES[use]({"conv": wmkp.weight_mirror(), "head": wmkp.backprop()}, *args)
@@ -1477,7 +1479,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_arguments_out_of_range_are_errors(name):
-    with pytest.raises(ValueError, match=r"must|meaning"):
+    with pytest.raises(ValueError, match=r"must|apply only to|already divides|all zero"):
         BAD[name]()
 
 
@@ -1485,7 +1487,7 @@ def test_direct_feedback_needs_one_output():
     """An output that is the next step's input has no error of its own; inputs of several sizes have no one B."""
     params = {"a": normal(0, 4, 4), "w": normal(1, 3, 4, 4)}
     inside = lambda params, x: jnp.sum(lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x @ params["a"], params["w"])[0])
-    with pytest.raises(ValueError, match=r"goes on to a projection in the next step"):
+    with pytest.raises(ValueError, match=r"enters a projection in the next step"):
         wmkp.init_feedback(KEY, wmkp.direct_feedback_alignment(), inside, params, normal(2, 5, 4))
     twice = lambda params, x: jnp.sum(
         (jnp.tanh(x @ params["a"]) @ params["b"]).reshape(x.shape[0], 2, 4) @ params["b"] @ params["c"]

@@ -152,7 +152,7 @@ def test_killed_at_any_point_and_resumed_it_ends_with_the_same_bits(finished, tm
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate()
     assert process.returncode == 0
-    assert "Resumed at step" in out and "and saved; --resume goes on" in out
+    assert "Resumed at step" in out and "and saved; continue with --resume" in out
     train.train(config)
     assert_same_bits(end_state(config), end_state(finished))
     same = [name for name in logs.read(path)[0] if name != "examples_per_second"]
@@ -288,7 +288,7 @@ def test_nan_stops_at_its_step_and_names_what_is_not_finite(tmp_path):
 
 def test_nan_can_be_skipped(tmp_path, capsys):
     config = run(tmp_path / "run", **BLOWN_UP, steps=9, on_nan="skip")
-    assert "7 steps were not finite and left out" in capsys.readouterr().out
+    assert "7 steps were left out because" in capsys.readouterr().out
     assert logs.read(config.out / "train.csv")[-1]["skipped"] == 7
 
 
@@ -533,7 +533,7 @@ def test_disk_full_while_saving_keeps_the_older_checkpoint(tmp_path):
 
 
 def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(finished, tmp_path):
-    with pytest.raises(InputError, match="has a run in it; give --resume"):
+    with pytest.raises(InputError, match="has a run in it; continue it with --resume"):
         train.train(finished)
     with pytest.raises(
         InputError, match=r"other settings: --rule was wm and is kp; --learning-rate was 0.1 and is 0.2"
@@ -562,7 +562,7 @@ def test_what_is_in_the_way_is_named(name, make, tmp_path):
     [
         ("{", "is damaged"),
         ("[]", "is damaged"),
-        ('{"nonsense": 1}', "not known here: nonsense"),
+        ('{"nonsense": 1}', "unknown settings: nonsense"),
         ('{"out": "x"}', "damaged"),
         ("[" * 100_000, "is damaged"),
     ],
@@ -578,18 +578,18 @@ def test_damaged_config(content, message, tmp_path):
     [
         ("mlp-digits-kp --rule nonsense", "unknown rule 'nonsense'"),
         ("mlp-digits-kp --batch-size 0", "--batch-size must be at least 1; got 0"),
-        ("mlp-digits-kp --batch-size 8000", "--batch-size 8000 is more than the training examples"),
+        ("mlp-digits-kp --batch-size 8000", "--batch-size 8000 is larger than the training set"),
         ("mlp-digits-kp --learning-rate nan", "--learning-rate must be positive and finite"),
         ("mlp-digits-kp --schedule step", "--schedule step needs --drop-epochs"),
-        ("mlp-digits-kp --drop-epochs 3 2", "--drop-epochs must be positive and rise"),
-        ("mlp-digits-kp --process 1", "give --distributed"),
+        ("mlp-digits-kp --drop-epochs 3 2", "--drop-epochs must be positive and increasing"),
+        ("mlp-digits-kp --process 1", "need --distributed"),
         ("mlp-digits-kp --distributed --coordinator nonsense", "--coordinator must be HOST:PORT, PORT from 1 to"),
         ("mlp-digits-kp --distributed --coordinator localhost:0", "PORT from 1 to 65535; got 'localhost:0'"),
         ("mlp-digits-kp --distributed --coordinator localhost:99999", "PORT from 1 to 65535; got 'localhost:99999'"),
         ("mlp-digits-kp --dataset ./nowhere", "cannot read dataset './nowhere': there is no such directory"),
-        ("mlp-digits-kp --model decoder", "only decoder reads text"),
-        ("mlp-digits-kp --model lenet", "--image-size 32 resizes these of 8x8"),
-        ("mlp-digits-kp --model vit-ti --patch 3", "--patch must divide the image, 8x8; got 3"),
+        ("mlp-digits-kp --model decoder", "decoder is for text"),
+        ("mlp-digits-kp --model lenet", "these are 8x8; add --image-size 32"),
+        ("mlp-digits-kp --model vit-ti --patch 3", "--patch must divide the image size, 8x8; got 3"),
         ("mlp-mnist-kp --data-dir nowhere", "has no dataset 'mnist'"),
         ("mlp-digits-kp --clip-norm 0", "--clip-norm must be positive"),
         ("mlp-digits-kp --mirror-rate 0", "--mirror-rate must be above 0"),
@@ -603,12 +603,12 @@ def test_damaged_config(content, message, tmp_path):
         ),
         (
             "mlp-digits-kp --accumulate 9 --steps 8",
-            "--accumulate 9 is more than the run's 8 steps: W would never change",
+            "--accumulate 9 is more than the run's 8 steps, so W would never change",
         ),
-        ("mlp-digits-kp --image-size 1000000", "--image-size 1000000 makes 4,792,000 GB of 1,198 images"),
+        ("mlp-digits-kp --image-size 1000000", "--image-size 1000000 needs 4,792,000 GB for 1,198 images"),
         ("mlp-digits-kp --epochs 1e300", "--epochs must be positive, and at most 1e6"),
         ("mlp-digits-kp --warmup-epochs 1e300", "--warmup-epochs must be at least 0, and at most 1e6"),
-        ("mlp-digits-kp --schedule step --drop-epochs nan", "--drop-epochs must be positive and rise"),
+        ("mlp-digits-kp --schedule step --drop-epochs nan", "--drop-epochs must be positive and increasing"),
     ],
 )
 def test_bad_input(arguments, message, tmp_path, monkeypatch, capsys):
@@ -623,7 +623,7 @@ def test_bad_input(arguments, message, tmp_path, monkeypatch, capsys):
 
 def test_a_batch_divides_among_the_devices():
     assert make_mesh(32).size == 8
-    with pytest.raises(InputError, match="--batch-size must divide among 8 devices; got 30"):
+    with pytest.raises(InputError, match="--batch-size must be a multiple of the 8 devices; got 30"):
         make_mesh(30)
 
 

@@ -277,7 +277,7 @@ def test_errors():
     for name in ("bp", "fa", "ss", "kp"):
         with pytest.raises(ValueError, match=r"mirror_steps.*no rule here has a mirror mode"):
             make(RULES[name]).init(KEY, network(), mirror_steps=1)
-    with pytest.raises(ValueError, match="mirror_steps must not be negative, nor .* more; got -1"):
+    with pytest.raises(ValueError, match="mirror_steps must be an integer of at least 0 .*; got -1"):
         make(MIRROR).init(KEY, network(), mirror_steps=-1)
     # An optimizer under which eq. 14 cannot hold: an error under Kolen-Pollack, and under no other rule.
     with pytest.raises(ValueError, match="Kolen-Pollack"):

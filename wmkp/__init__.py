@@ -81,4 +81,4 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]  # the modules are where names are kept, and no names to be called
+    return [*__all__, "__version__"]  # without the modules: their names are all here

@@ -1,6 +1,6 @@
 """Local losses whose gradients train B: the alignment primitives of Kunin et al. (2020), on noise or on activity.
 
-Each is a signal, a function of what a projection's synapses see, and an optimizer of B's own: a use of what any rule may have.
+Each rule here is a signal (a function of what a projection's synapses see) and an optimizer for B, as any rule may have.
 """
 
 from typing import Any, NamedTuple
@@ -49,7 +49,7 @@ class Alignment(NamedTuple):
         signal = local_gradient(Alignment(amplitude=self.amplitude), synapses, samples)
         c = covariance(product, x)
         mean = jnp.trace(c, axis1=-2, axis2=-1)[:, None, None] / c.shape[-1]
-        ridge = (_RIDGE * mean + 1e-30) * jnp.eye(c.shape[-1])[None]  # without activity no signal, rather than NaN
+        ridge = (_RIDGE * mean + 1e-30) * jnp.eye(c.shape[-1])[None]  # without activity the signal is zero, not NaN
         whitened = jnp.linalg.solve(c + ridge, product.to_matrices(signal).astype(c.dtype))
         signal = product.from_matrices(whitened, signal.shape).astype(signal.dtype)
         return (signal + local_gradient(self._replace(amplitude=0.0), synapses, samples)) / synapses.uses
@@ -63,7 +63,7 @@ def local_gradient(alignment: Alignment, synapses: Synapses, samples: Any) -> ja
       synapses: x, u, B, and W for ``self_alignment``.
       samples: the divisor of sums over samples: their number, times a normalization if there is one.
     """
-    # Each side is divided by the root: a quotient by all samples is less than float16 can hold.
+    # Each side is divided by the root of the samples: dividing by all of them at once would underflow in float16.
     multiply = synapses.multiply
     x, u = ((a / samples**0.5).astype(a.dtype) for a in (synapses.x, synapses.u))
     x, u, w = jax.lax.stop_gradient((x, u, synapses.w))
@@ -96,7 +96,7 @@ def covariance(product: Any, x: jax.Array) -> jax.Array:
     return jnp.einsum("kni,knj->kij", x, x) / x.shape[1]
 
 
-_RIDGE = 1e-4  # of the mean variance: directions that the activity hardly reaches are left out of the whitening
+_RIDGE = 1e-4  # relative to the mean variance: directions with little activity are not whitened
 
 
 @named
@@ -147,29 +147,27 @@ def alignment(
         checks.coefficient(coefficient, getattr(losses, coefficient))
     if not any(losses[:5]):
         raise ValueError(
-            "the coefficients (amplitude, decay, null, sparse, self_alignment) are all zero; one must be positive"
+            "the coefficients (amplitude, decay, null, sparse, self_alignment) are all zero: set one above 0, or use feedback_alignment()"
         )
     checks.positive("rate", rate)
     checks.stable("rate * decay", rate * decay)
     checks.one_of("normalize", normalize, ("none", "mean", "total"))
     checks.one_of("on", on, ("noise", "activity"))
     checks.flag("whiten", whiten)
-    # A mirror's rate is at most 1: what is above that is in the losses.
+    # A mirror's rate is at most 1. A larger rate goes into the coefficients.
     more = max(rate, 1.0)
     on_noise: Any = Alignment(more * decay, more * amplitude, more * sparse, more * null, more * self_alignment)
     mirror = Mirror(noise, noise_std, num_samples, 6.0, min(rate, 1.0), signal=on_noise)
     check_mirror(mirror)
     if whiten and normalize != "none":
-        raise ValueError(
-            f'whiten divides by the covariance already; normalize must be "none" beside it, got {normalize!r}'
-        )
+        raise ValueError(f'whiten already divides by the covariance; use normalize="none" with it, got {normalize!r}')
     init = RandomFeedback(scale)
     transports = "weights" if self_alignment else "nothing"
     if on == "activity":
         descend = descent(rate)
         return Rule(name, init, learned, losses, descend, transports=transports)
     if whiten or normalize != "none":
-        raise ValueError('whiten and normalize have a meaning on="activity" alone: noise is white, its variance known')
+        raise ValueError('whiten and normalize apply only to on="activity": noise is white already; leave them out')
     return Rule(name, init, fixed, mirror=mirror, transports=transports)
 
 

@@ -1,4 +1,4 @@
-"""What to watch: matrix and delta angles, norms of errors, growth of a stream, covariances of projections' inputs."""
+"""Measures: matrix and delta angles, norms of errors, growth of a stream, covariances of projections' inputs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -65,7 +65,7 @@ def matrix_angles(params: Any, feedback: Any, rule: Rule | None = None) -> dict[
         b = b.effective() if isinstance(b, ProductFeedback) else b
         if not (b is None or is_array(b) or isinstance(b, Direct)):
             raise ValueError(
-                f"feedback[{path!r}] is {checks.shapes(b)}, a pytree of its rule's own; say how it carries errors: "
+                f"feedback[{path!r}] is {checks.shapes(b)}, which is not one array; pass the rule that made it: "
                 "matrix_angles(params, feedback, rule)"
             )
         if b is not None and not isinstance(b, Direct):
@@ -278,7 +278,7 @@ def input_covariances(fun: Callable[..., Any], params: Any, *args: Any) -> dict[
     sites = {path: [p for p in products if not p.obstacle] for path, products in analysis.sites().items()}
     products = list(dict.fromkeys(p for found in sites.values() for p in found))
     groups = {p: (jax.eval_shape(p.input_matrices, p.input_avals[0]).shape[0], p.fans()[0]) for p in products}
-    # Beside each covariance, in a row more, whether it was taken: taps in branches not taken stay zero.
+    # An extra row marks each covariance as taken: taps in branches not taken stay zero.
     taps = [jnp.zeros((*p.lengths, k, n + 1, n)) for p, (k, n) in groups.items()]
 
     def outputs(taps: list[jax.Array]) -> list[jax.Array]:
@@ -298,7 +298,7 @@ def _counted(c: jax.Array) -> jax.Array:
 
 
 def _recorded(product: Product, x: jax.Array, y: jax.Array, tap: jax.Array) -> jax.Array:
-    """``y`` as it is; the tap's cotangent is the covariance of ``x``."""
+    """``y`` unchanged; the tap's cotangent is the covariance of ``x``."""
 
     @jax.custom_vjp
     def record(y: jax.Array, x: jax.Array, tap: jax.Array) -> jax.Array:

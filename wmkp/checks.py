@@ -1,4 +1,4 @@
-"""Checks of arguments: a wrong call gets one error that names the argument and the way out."""
+"""Checks of arguments: a wrong call raises one error, which names the argument and the fix."""
 
 import math
 import numbers
@@ -27,7 +27,7 @@ def positive(name: str, value: Any, meaning: str = "") -> None:
 
 def coefficient(name: str, value: Any) -> None:
     """ValueError unless ``value`` is a number, zero or positive, whose products float32 can hold."""
-    number(name, value, "not be negative, nor above 1e15, nor NaN", lambda x: 0 <= x <= 1e15)
+    number(name, value, "be a number from 0 to 1e15", lambda x: 0 <= x <= 1e15)
 
 
 def count(name: str, value: Any) -> None:
@@ -36,7 +36,7 @@ def count(name: str, value: Any) -> None:
 
 
 def scalar(name: str, value: Any) -> None:
-    """ValueError or TypeError unless ``value`` is a number or scalar array, and not negative as far as it is known."""
+    """ValueError or TypeError unless ``value`` is a number or scalar array, and not negative (if its value is known)."""
     if isinstance(value, jax.Array | np.ndarray) and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating):
         if isinstance(value, jax.core.Tracer):
             return
@@ -47,9 +47,9 @@ def scalar(name: str, value: Any) -> None:
 
 
 def stable(name: str, share: Any) -> None:
-    """ValueError if this share of B, taken away at each step, is known and leaves more than there was."""
+    """ValueError if this share, by which B decays at each step, is known and makes B grow."""
     if not isinstance(share, jax.core.Tracer):
-        number(name, float(share), "lie below 2, or B grows from step to step", lambda x: x < 2)
+        number(name, float(share), "be below 2, or B grows at every step", lambda x: x < 2)
 
 
 def one_of(name: str, value: Any, names: tuple[str, ...]) -> None:
@@ -112,14 +112,14 @@ def alike(name: str, value: Any, expected: Any, of: str, *, dtypes: bool = True,
         where = f"{name}[{path_name(path)!r}]" if path else name
         raise ValueError(
             f"{where} is {shape(value if x is None else x)} where {of} has {y.dtype}{list(y.shape)}; "
-            f"{'both must agree' if shapes else 'dtypes and numbers of axes must agree'}"
+            f"make {'them' if shapes else 'dtypes and numbers of axes'} agree"
         )
 
 
 def lacks(missing: Iterable[str], extra: Iterable[str]) -> str:
-    """What a tree lacks and has too many, by path; "" if neither."""
+    """What a tree lacks and what it has besides, by path; "" if neither."""
     few = lambda paths: ", ".join([repr(p) for p in paths if p][:3])
-    parts = (few(missing) and f" lacks {few(missing)}", few(extra) and f" has {few(extra)} too many")
+    parts = (few(missing) and f" lacks {few(missing)}", few(extra) and f" also has {few(extra)}")
     return " and".join(filter(None, parts))
 
 
@@ -129,22 +129,22 @@ def alive(name: str, tree: Any) -> None:
         if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
             where = f"{name}[{path_name(path)!r}]" if path else name
             raise ValueError(
-                f"{where} is deleted: a step takes over the memory of the state that it is given (it is donated). Go on "
-                "from the state that the step returned, or give it a copy: jax.tree.map(jnp.copy, state)."
+                f"{where} is deleted: a step takes over the memory of the state that it is given (JAX donates it). "
+                "Continue with the state that the step returned, or pass a copy: jax.tree.map(jnp.copy, state)."
             )
 
 
 def values(name: str, tree: Any) -> None:
-    """TypeError if shapes stand in the tree for arrays, ValueError if an array is deleted."""
+    """TypeError if the tree holds shapes instead of arrays, ValueError if an array is deleted."""
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         if isinstance(x, jax.ShapeDtypeStruct):
             where = f"{name}[{path_name(path)!r}]" if path else name
-            raise TypeError(f"{where} is a ShapeDtypeStruct where its values are needed; give the array")
+            raise TypeError(f"{where} is a ShapeDtypeStruct where its values are needed; pass the array itself")
     alive(name, tree)
 
 
 def aval(x: Any) -> jax.ShapeDtypeStruct | None:
-    """Shape and dtype of an array or a Python number as JAX takes them, None for what is neither."""
+    """Shape and dtype of an array or a Python number as JAX reads them, None for anything else."""
     if hasattr(x, "dtype") and hasattr(x, "shape"):
         dtype = (
             x.dtype if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) else jax.dtypes.canonicalize_dtype(x.dtype)
@@ -156,22 +156,22 @@ def aval(x: Any) -> jax.ShapeDtypeStruct | None:
 
 
 def avals(tree: Any) -> Any:
-    """A pytree's shapes and dtypes, so that its arrays need not be kept."""
+    """The shapes and dtypes of a pytree, without its arrays."""
     return jax.tree.map(lambda x: x if aval(x) is None else aval(x), tree)
 
 
 def path_name(path: Any) -> str:
-    """A leaf's path, as it is printed everywhere."""
+    """A leaf's path, as all messages print it."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def first_line(error: BaseException) -> str:
-    """An error's class and the first line of what it says."""
+    """An error's class and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def short(text: Any, length: int = 120) -> str:
-    """A text, cut off where it gets too long to read."""
+    """A text, cut off at ``length`` characters."""
     text = str(text)
     return text if len(text) <= length else f"{text[: length - 3]}..."
 

@@ -1,4 +1,4 @@
-"""Any JAX function with its backward pass through feedback weights: init_feedback, engage, value_and_grad."""
+"""init_feedback, engage and value_and_grad: JAX functions whose backward pass goes through feedback weights."""
 
 import functools
 import math
@@ -63,14 +63,14 @@ def init_feedback(key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], pa
         signals = mirror.signals(key, chosen, analysis, leaves, entries)
         return mirror.averaged(chosen, analysis, entries, signals, count, True)
 
-    # A key of its own: B's are numbered by the leaves.
+    # Another key than those of B, which are numbered by the leaves.
     own = jax.random.fold_in(key, 2**32 - 1)
     period = jax.jit(functools.partial(mirror.period, step, steps=steps))
     return tree.unflatten(period(own, leaves=leaves, entries=tree.flatten_up_to(feedback)))
 
 
 def companions(analysis: Analysis, rules: dict[str, Rule], leaves: list[Any], feedback: list[Any]) -> list[Any]:
-    """For each parameter the array that carries the error back: W itself under backprop, None where there is none."""
+    """For each parameter the array that carries the error back: W under backprop, None if nothing does."""
     sites, projections = analysis.sites(), analysis.projections()
     result: list[Any] = []
     for path, w, b in zip(analysis.paths, leaves, feedback, strict=True):
@@ -83,7 +83,7 @@ def companions(analysis: Analysis, rules: dict[str, Rule], leaves: list[Any], fe
             if any(p.needs_feedback for p in sites[path]):
                 raise ValueError(
                     f"feedback[{path!r}] is None, but an error must pass back through that projection under "
-                    f"{rule.name}; make feedback with init_feedback(key, rule, fun, params, ...) for this rule."
+                    f"{rule.name}; make feedback for this rule: init_feedback(key, rule, fun, params, ...)."
                 )
             result.append(None)
         elif rule.direct and not projections[path].feedback:
@@ -94,7 +94,7 @@ def companions(analysis: Analysis, rules: dict[str, Rule], leaves: list[Any], fe
 
 
 def carried(rule: Rule, projection: Projection | None, path: str, w: Any, b: Any) -> Any:
-    """The array that carries the error back (W's shape, or Direct). ValueError if this B is not one of the rule's."""
+    """The array that carries the error back (W's shape, or Direct). ValueError if the rule did not make this B."""
     assert rule.backward is not None
     try:
         carrier = rule.backward(w, b)
@@ -110,8 +110,8 @@ def carried(rule: Rule, projection: Projection | None, path: str, w: Any, b: Any
         fits, why = False, checks.first_line(error)
     if not fits:
         raise ValueError(
-            f"feedback[{path!r}] is {checks.shape(b)}, which is not a B of {rule.name} (what carries the error back "
-            f"would be {why}); make feedback with init_feedback(key, rule, fun, params, ...) for this rule."
+            f"feedback[{path!r}] is {checks.shape(b)}, which is not a B of {rule.name} (rule.backward gives "
+            f"{why}); make feedback for this rule: init_feedback(key, rule, fun, params, ...)."
         )
     if rule.signal is None:
         carrier = jax.lax.stop_gradient(carrier)
@@ -163,7 +163,7 @@ def evaluate(
                 y = pathways.through_feedback(product, x, w, b, circuit, _whole(entry, product), noise, own)
         if product is last:
             y = pathways.emit_error(y, handler.channel.error)
-            handler.channel = handler.channel._replace(error=error)  # the next step of a scan has an error of its own
+            handler.channel = handler.channel._replace(error=error)  # each step of a scan has its own error
         return y if tap is None else tapped(product, x, y, tap)
 
     data = [leaf for leaf in jax.tree.leaves(args) if is_array(leaf)]
@@ -180,7 +180,7 @@ def evaluate(
 
 
 def _circuits(analysis: Analysis, rules: dict[str, Rule], leaves: list[Any]) -> dict[str, pathways.Circuit]:
-    """How each projection is run by its rule."""
+    """How its rule runs each projection."""
     circuits = {}
     for path, products in analysis.sites().items():
         if rule := rules.get(path):
@@ -201,13 +201,14 @@ def _leaves_alone(rule: Rule) -> bool:
 
 
 def _whole(entry: Any, product: Product) -> Any:
-    """A B that is no array, for a signal of its structure. ValueError if a use of the weight has only a part of it."""
+    """A B of several arrays, for a signal with its structure. ValueError if this use of the weight reads only a part of B."""
     if entry is None or is_array(entry):
         return None
     if product.stack or len(product.params) > 1:
         raise ValueError(
-            "a rule.signal of one's own and a B that is no array need one matrix used whole in one place, but a parameter here is "
-            "scanned over or joined to another; make B an array in W's layout, or give this parameter another rule"
+            "a rule with its own signal and a B of several arrays needs a weight that is used whole in one place, but a "
+            "parameter here is scanned over or joined to another. Make B one array in W's layout, or give this parameter "
+            "another rule."
         )
     return entry
 
@@ -266,8 +267,8 @@ def engage(fun: Callable[..., Any], rule: RuleOrRules) -> Callable[..., Any]:
                 raise
             raise TypeError(
                 "an engaged function has no forward mode (jax.jvp, jax.jacfwd): B says how errors go back, not how "
-                "changes go forward. Take its gradient by reverse mode; that can be differentiated in either mode, for "
-                "instance jax.jvp(jax.grad(engaged), ...)."
+                "changes go forward. Take its gradient in reverse mode. You can differentiate that gradient in either mode: "
+                "jax.jvp(jax.grad(engaged), ...)."
             ) from error
 
     return engaged
@@ -277,16 +278,16 @@ def _check_call(params: Any, feedback: Any, args: Any, named: dict[str, Any]) ->
     if named:
         raise TypeError(
             f"{next(iter(named))} was given by keyword; fun's arguments go by position here: (params, feedback, *args). "
-            "What is no data can be bound beforehand, by functools.partial."
+            f"Bind other options first: functools.partial(fun, {next(iter(named))}=...)."
         )
     checks.values("args", args)
     ours, theirs = jax.tree.leaves(params), jax.tree.leaves(feedback)
-    if len(ours) < len(theirs):  # of params in their places there are as many as of B, or more
+    if len(ours) < len(theirs):  # params have at least as many leaves as feedback
         try:
             feedback_leaves(feedback, params)
         except (TypeError, ValueError):
             return
-        raise ValueError("params and feedback are exchanged; an engaged function takes (params, feedback, *args)")
+        raise ValueError("params and feedback are exchanged; call engaged(params, feedback, *args)")
 
 
 def _check_key(rules: dict[str, Rule], key: Any) -> None:
@@ -294,12 +295,12 @@ def _check_key(rules: dict[str, Rule], key: Any) -> None:
         checks.key(key)
     elif noisy := [rule for rule in rules.values() if rule.noise or rule.signal is forward_signal]:
         raise ValueError(
-            f"rule {noisy[0].name} has noise in engaged mode: give key=jax.random.key(0), another at each call"
+            f"rule {noisy[0].name} has noise in engaged mode: pass key=jax.random.key(0), and another key at each call"
         )
 
 
 def _check_no_feedback(params: Any, feedback: Any) -> None:
-    """Under backprop alone, feedback must be None or fit params."""
+    """If the rule is backprop alone, feedback must be None or fit params."""
     named_leaves(params)
     if feedback is not None:
         feedback_leaves(params, feedback)
@@ -314,9 +315,10 @@ def check_loss(fun: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
             raise ValueError(f"with has_aux=True fun must return (loss, aux); got {type(out).__name__}")
         value = checks.aval(out[0] if has_aux else out)
         if value is None or value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+            hint = "" if has_aux else ". If it returns (loss, aux), pass has_aux=True"
             raise ValueError(
                 "fun must return a real scalar loss to be differentiated; got "
-                f"{checks.shape(out[0] if has_aux else out)}. If it returns (loss, aux), say has_aux=True."
+                f"{checks.shape(out[0] if has_aux else out)}{hint}"
             )
         return out
 
@@ -369,15 +371,15 @@ def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = F
         leaves, tree = jax.tree.leaves(params), jax.tree.structure(params)
         entries = feedback_leaves(params, feedback)
         _check_key(rules, key)
-        # Where W does nothing but multiply activations, the cotangent of what stands in for it in the backward pass is
-        # W's own gradient: it is not computed (nor stacked up by a scan) a second time.
+        # If W does nothing but multiply activations, B's cotangent is W's own gradient. It is not computed (or stacked up
+        # by a scan) twice.
         same = {
             i for i, b in enumerate(entries) if b is not None and _as_weight(rules.get(analysis.paths[i]), i, analysis)
         }
 
         def loss(ours: list[Any], theirs: list[Any]) -> Any:
-            # From outside of this derivative, what it makes of B can be differentiated (a Hessian-vector product).
-            # What a rule makes of W for the backward pass is no use of W; under backprop W itself is there.
+            # B comes from outside this derivative, so a Hessian-vector product can differentiate by it. An array that a
+            # rule makes from W for the backward pass is no use of W. Under backprop the array is W itself.
             itself = [path in rules and rules[path].backward is None for path in analysis.paths]
             ws = [own if backprop else w for backprop, w, own in zip(itself, leaves, ours, strict=True)]
             bs = [b if i in same else own for i, (b, own) in enumerate(zip(entries, theirs, strict=True))]
@@ -400,7 +402,7 @@ def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = F
 
 
 def _as_weight(rule: Rule | None, leaf: int, analysis: Analysis) -> bool:
-    """Whether B's signal is W's gradient (or nothing), and needs no derivative of its own."""
+    """Whether B's signal is W's gradient (or zero), so that it needs no separate derivative."""
     if rule is None or rule.signal is None:
         return rule is not None
     plain = rule.signal is hebbian and rule.error is None and not rule.direct

@@ -1,4 +1,4 @@
-"""Feedback weights: drawn by their rules, and checked against the parameters that they belong to."""
+"""Feedback weights: rules draw them, and they are checked against the parameters."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def initial_feedback(key: jax.Array, rules: dict[str, Rule], analysis: Analysis,
         init = rules[path].init if path in rules else None
         if init is not None and projections[path].feedback:
             if isinstance(leaves[i], jax.ShapeDtypeStruct):
-                raise TypeError(f"params[{path!r}] is a ShapeDtypeStruct; B is made for arrays: give params themselves")
+                raise TypeError(f"params[{path!r}] is a ShapeDtypeStruct; B is made for arrays: pass params themselves")
             checks.alive(f"params[{path!r}]", leaves[i])
             feedback[i] = made(rules[path], jax.random.fold_in(key, i), projections[path], leaves[i])
     return jax.tree.unflatten(tree, feedback)
@@ -32,13 +32,13 @@ def made(rule: Rule, key: jax.Array, projection: Projection, w: Any) -> Any:
         b = rule.init(key, projection, compat.gathered(w))
     except TypeError as error:
         raise TypeError(
-            f"rule.init of {rule.name} raised {checks.first_line(error)}; it must be a function (key, projection, W) -> B"
+            f"rule.init of {rule.name} raised {checks.first_line(error)}; write it as init(key, projection, W) -> B"
         ) from error
     parts = jax.tree.leaves(b)
     if not parts or not all(map(is_array, parts)) or (is_array(b) and checks.aval(b) != checks.aval(w)):
         raise ValueError(
             f"rule.init of {rule.name} made {checks.shapes(b)} for params[{projection.path!r}], which is "
-            f"{checks.shape(w)}; B must have W's shape and dtype (or be a pytree of arrays, see wmkp.Rule)"
+            f"{checks.shape(w)}; return an array of W's shape and dtype, or a pytree of arrays that rule.backward turns into one"
         )
     _check_transports(rule, w, b)
     return compat.divided_as(b, jax.typeof(w)) if is_array(b) else b
@@ -50,17 +50,17 @@ def _check_transports(rule: Rule, w: Any, b: Any) -> None:
         return
     try:
         traced = jax.make_jaxpr(rule.backward)(checks.aval(w), jax.tree.map(checks.aval, b))
-    except Exception:  # what is wrong with such a function is said where it is used
+    except Exception:  # a failing function raises an error where it is used
         return
     if any(_made_of(traced.jaxpr, [True] + [False] * (len(traced.jaxpr.invars) - 1))):
         raise ValueError(
-            f"rule.backward of {rule.name} reads W, but rule.transports is {rule.transports!r}: make its result of B alone, or "
-            'say what it reads, transports="weights" (or "signs")'
+            f"rule.backward of {rule.name} reads W, but rule.transports is {rule.transports!r}: compute its result from B alone, "
+            'or declare what it reads: transports="weights" (or "signs")'
         )
 
 
 def _made_of(jaxpr: Any, given: list[bool]) -> list[bool]:
-    """Which of a jaxpr's results are made of the given inputs, by whatever way."""
+    """Which results of a jaxpr depend on the given inputs."""
     known = {v for v, known in zip(jaxpr.invars, given, strict=True) if known}
     has = lambda v: isinstance(v, compat.Var) and v in known
     for eqn in jaxpr.eqns:
@@ -76,7 +76,7 @@ def _made_of(jaxpr: Any, given: list[bool]) -> list[bool]:
 def feedback_leaves(params: Any, feedback: Any) -> list[Any]:
     """Feedback's entry for each leaf of params, None where there is none.
 
-    Raises ValueError where the two do not match, naming the path, what was expected and what was found.
+    Raises ValueError where the two do not match. It names the path, the expected and the found.
     """
     named = named_leaves(params)
     tree: Any = jax.tree.structure(params)
@@ -102,8 +102,8 @@ def feedback_leaves(params: Any, feedback: Any) -> list[Any]:
                 )
         if b is not None and is_array(b) and checks.aval(b) != checks.aval(w):
             raise ValueError(
-                f"feedback[{path!r}] is {checks.shape(b)} where its parameter is {checks.shape(w)}; make it anew with "
-                "init_feedback, or convert both alike."
+                f"feedback[{path!r}] is {checks.shape(b)} where its parameter is {checks.shape(w)}; make it again with "
+                "init_feedback, or cast both alike."
             )
     checks.alive("feedback", feedback)
     return leaves

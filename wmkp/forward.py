@@ -1,4 +1,4 @@
-"""How direct feedback learns the output's derivatives: forward mode says what noise inside does to the output."""
+"""Direct feedback that learns the output's derivatives: forward mode measures what noise inside does to the output."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from wmkp.program.projections import Analysis, direct_sizes, is_array
 
 
 def forward_signal(synapses: Synapses) -> jax.Array:
-    """The signal ``B - J^T``: its first part here. ``value_and_grad`` takes away the second (``jacobians``)."""
+    """The signal ``B - J^T``: this is B. ``value_and_grad`` subtracts the other part (``jacobians``)."""
     return synapses.b / synapses.uses
 
 
@@ -35,7 +35,7 @@ def _no_state(feedback: Any) -> optax.EmptyState:
 
 
 def descent(rate: float) -> optax.GradientTransformation:
-    """Goes down the signal; unlike optax's, it can be pickled and compared, as rules are."""
+    """Descends the signal. Unlike optax's transformations, it can be pickled and compared, as rules are."""
     return optax.GradientTransformation(_no_state, _Descend(rate))
 
 
@@ -43,7 +43,7 @@ def jacobians(key: Any, paths: list[str], analysis: Analysis, leaves: list[Any],
     """For these projections the mean of xi (J xi)^T, whose expectation is J^T, by their leaf numbers.
 
     xi is standard Gaussian noise on the projection's input, and J the Jacobian of the network's output with respect to
-    that. One pass serves all projections: each sees what the others' noise does as noise of its own.
+    that input. One pass serves all projections: to each, the effect of the others' noise is more noise.
     """
     sites = {path: [p for p in analysis.sites()[path] if p.needs_feedback] for path in paths}
     products = [p for found in sites.values() for p in found]
@@ -52,12 +52,12 @@ def jacobians(key: Any, paths: list[str], analysis: Analysis, leaves: list[Any],
     last = analysis.last()
     if last.lengths:
         raise ValueError(
-            "forward_direct_feedback_alignment needs the last projection outside of any lax.scan; take direct_kolen_pollack()"
+            "forward_direct_feedback_alignment needs the last projection outside of any lax.scan; use direct_kolen_pollack()"
         )
     if any(p.stack not in ((), p.lengths) for p in products):
         raise ValueError(
-            "forward_direct_feedback_alignment needs each scan around a projection to go over its weights, or none to; "
-            "take direct_kolen_pollack()"
+            "forward_direct_feedback_alignment needs every scan around a projection to run over its weights, or none of "
+            "them; use direct_kolen_pollack()"
         )
     keys = jax.random.split(key, len(products))
     avals = [jax.ShapeDtypeStruct((*p.lengths, *p.input_avals[0].shape), p.input_avals[0].dtype) for p in products]
@@ -69,8 +69,8 @@ def jacobians(key: Any, paths: list[str], analysis: Analysis, leaves: list[Any],
         if "forward-mode" not in str(error):
             raise
         raise TypeError(
-            "forward_direct_feedback_alignment differentiates the network in forward mode, which its jax.custom_vjp does not "
-            "have. Write it as a jax.custom_jvp, or take direct_kolen_pollack()."
+            "forward_direct_feedback_alignment differentiates the network in forward mode, which a jax.custom_vjp in it does "
+            "not have. Write it as a jax.custom_jvp, or use direct_kolen_pollack()."
         ) from error
     found = {p: _mean(p, xi, change) for p, xi in zip(products, noise, strict=True)}
     result = {}
@@ -85,7 +85,7 @@ def jacobians(key: Any, paths: list[str], analysis: Analysis, leaves: list[Any],
 def _output(
     analysis: Analysis, products: list[Product], last: Product, leaves: list[Any], args: Any, taps: list[jax.Array]
 ) -> Any:
-    """The network's output, with so much added to the inputs of these products."""
+    """The network's output, with ``taps`` added to the inputs of these products."""
 
     def on_product(handler: Handler, product: Product, x: Any, w: Any, b: Any, tap: Any) -> Any:
         y = product.multiply(x if tap is None else x + tap, w)
@@ -103,7 +103,7 @@ def _output(
 
 
 def _mean(product: Product, xi: jax.Array, change: jax.Array) -> jax.Array:
-    """The mean of xi (J xi)^T over samples (and over the steps of scans that have one B), in B's shape."""
+    """The mean of xi (J xi)^T over samples (and over the steps of a scan that share one B), in B's shape."""
     _, inputs, errors = direct_sizes(product.input_avals[0].shape, change.shape)
     changes = change.reshape(-1, errors)
     steps = math.prod(product.lengths)

@@ -1,4 +1,4 @@
-"""How good a mirror step is: its mean signal, the angle that it leaves, and the samples that an angle takes."""
+"""The law of angles: a mirror step's mean signal, the angle that it leaves, and the samples that an angle needs."""
 
 import math
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def mirror_gain(rule: Rule) -> float:
 def mirror_of(rule: Rule) -> Mirror:
     check_rule(rule, mapping=False)
     if rule.mirror is None:
-        raise ValueError(f"rule {rule.name} has no mirror mode; weight_mirror() has")
+        raise ValueError(f"rule {rule.name} has no mirror mode; use one that has, such as weight_mirror()")
     return rule.mirror
 
 
@@ -44,7 +44,7 @@ def _gain(mirror: Mirror) -> float:
 def _response(activation: Activation, std: float) -> tuple[float, float, float]:
     """E[phi'(z)], and the variances of phi's signal: of all of phi, and of its odd part.
 
-    z is Gaussian of standard deviation ``std``. A variance is E[phi^2] / (std^2 E[phi']^2), relative to a linear response, for which it is 1.
+    z is Gaussian of standard deviation ``std``. A variance is E[phi^2] / (std^2 E[phi']^2), so that a linear response has 1.
     """
     if activation is None:
         return 1.0, 1.0, 1.0
@@ -56,22 +56,22 @@ def _response(activation: Activation, std: float) -> tuple[float, float, float]:
             phi, some = (np.asarray(activation(jnp.asarray(x, jnp.float32)), np.float64) for x in (z, z[63::-1]))
         except Exception as error:
             raise ValueError(
-                f"activation raised {checks.first_line(error)}; it must map an array elementwise"
+                f"activation raised {checks.first_line(error)}; use a function that maps an array elementwise, such as jax.nn.relu"
             ) from error
     if phi.shape != z.shape:
         raise ValueError(
-            f"activation must map an array elementwise; of shape {list(z.shape)} it made {list(phi.shape)}"
+            f"activation must map an array elementwise; for shape {list(z.shape)} it returned {list(phi.shape)}. Use one such as jax.nn.relu"
         )
     if not np.allclose(some, phi[63::-1], rtol=1e-4, atol=1e-5 * np.abs(phi).max(), equal_nan=True):
         raise ValueError(
-            "activation must map an array elementwise; what this one makes of an element depends on others"
+            "activation must map an array elementwise; here one element's value depends on other elements. Use one such as jax.nn.relu"
         )
     slope = float(np.sum(weights * nodes * phi) / std)  # Stein's lemma
     odd = (phi - phi[::-1]) / 2
     if not slope > 1e-6 * math.sqrt(np.sum(weights * phi**2)) / std:  # NaN as well
         raise ValueError(
             f"activation has a mean slope E[phi'] of {slope:.3g} on noise of noise_std {std:g}; it must be positive, or "
-            "the response says nothing of W. Use a rising activation, or a noise_std at which it responds."
+            "the response says nothing about W. Use an increasing activation, or another noise_std."
         )
     scale = (std * slope) ** 2
     return slope, float(np.sum(weights * phi**2) / scale), float(np.sum(weights * odd**2) / scale)
@@ -133,14 +133,14 @@ def _share(mirror: Mirror) -> float:
 
 
 def _excess(mirror: Mirror) -> float:
-    """By how much the signal's variance exceeds a linear response's."""
+    """How far the signal's variance exceeds that of a linear response."""
     _, whole, odd = _response(mirror.activation, mirror.noise_std)
     excess = (odd if "antithetic" in mirror.noise else whole) - 1
-    return excess if excess > 1e-9 else 0.0  # ReLU's pairs are linear, but for rounding
+    return excess if excess > 1e-9 else 0.0  # ReLU's pairs are linear up to rounding
 
 
 def concentrated(mirror: Mirror) -> bool:
-    """Whether an estimate's noise is at one input alone: that of an even response, summed over a Hartley matrix, is."""
+    """Whether an estimate's noise falls on one input: an even response, summed over a Hartley matrix, does this."""
     _, whole, odd = _response(mirror.activation, mirror.noise_std)
     return mirror.noise == "orthogonal" and whole - odd > 1e-9
 
@@ -149,7 +149,7 @@ def _one_estimate(directions: float, fan_in: int, excess: float, orthogonal: boo
     """tan^2 of the angle of one estimate."""
     uneven = fan_in / directions
     if orthogonal:
-        # Every direction was drawn ``blocks`` times, and a part of them once more.
+        # Every direction was drawn ``blocks`` times, and some of them once more.
         blocks, part = divmod(directions / fan_in, 1)
         uneven = part * (1 - part) / (blocks + part) ** 2
     return excess * fan_in / directions + uneven

@@ -1,4 +1,4 @@
-"""Mirror mode (eq. 5-11): noise in, Hebbian signal out."""
+"""Mirror mode (eq. 5-11): noise enters a projection, and a Hebbian signal comes out."""
 
 import math
 from collections import deque
@@ -19,11 +19,11 @@ from wmkp.program.products import Product
 from wmkp.program.projections import Analysis, WeightTransportError, analyse, is_array
 from wmkp.rules import Mirror, Rule, RuleOrRules, check_rule, resolve
 
-# Numbers of noise for a projection (16 GiB in float32): they are told apart by 32 bits, and more would repeat.
+# The most numbers of noise for a projection (16 GiB in float32): 32 bits number them, and more would repeat.
 MOST = 2**32
-# Of them in memory at a time, and the least samples: few enough to stay near the processor, enough that no product is small.
+# The most of them in memory at a time, which fit a processor's cache; the least samples, so that no product is too small.
 AT_ONCE, LEAST = 2**21, 512
-# And numbers of noise, responses and signals of all projections that are worked at together.
+# The most numbers of noise, responses and signals over all projections that are computed at the same time.
 TOGETHER = 2**22
 
 
@@ -60,7 +60,7 @@ def _by_transforms(key: jax.Array, mirror: Mirror, w: jax.Array, bias: jax.Array
 
 def _at_once(mirror: Mirror, blocks: int, fan_in: int, shared: bool) -> int:
     """The largest number of a projection's samples in memory at a time."""
-    # (Devices that share the noise share all of it, or each part would cost them a sum; a loss is one of all samples.)
+    # Devices share all the noise at once: each part would cost a sum over devices. A loss needs all samples at once.
     if shared or mirror.signal:
         return samples_drawn(mirror, fan_in)
     return max(LEAST, AT_ONCE // (blocks * fan_in) // 2 * 2)
@@ -71,7 +71,7 @@ def _numbers(mirror: Mirror, shape: tuple[int, ...]) -> int:
     blocks, fan_in, fan_out = shape
     samples = min(samples_drawn(mirror, fan_in), _at_once(mirror, blocks, fan_in, False))
     numbers = blocks * (samples * (fan_in + fan_out) + fan_in * fan_out)
-    # By transforms: a spectrum, of complex numbers, and what it was made of.
+    # Transforms hold a spectrum of complex numbers and its input.
     return max(numbers, 4 * math.prod(shape)) if _transforms(mirror, fan_in, False) else numbers
 
 
@@ -89,7 +89,7 @@ def _estimate(
         return _by_products(key, mirror, w, bias, b, spread)
     if fan_in < SMALL:
         return _by_transforms(key, mirror, w, bias)
-    return jax.lax.platform_dependent(  # measured on CPUs alone; elsewhere products are fast
+    return jax.lax.platform_dependent(  # measured only on CPUs; elsewhere products are fast
         key,
         w,
         bias,
@@ -133,7 +133,7 @@ def _by_products(
     if more:
         starts = first + at_once * jnp.arange(more, dtype=jnp.uint32)
         total, _ = jax.lax.scan(lambda total, start: (total + signal(start, at_once), None), total, starts)
-    return total if mirror.signal else total / float(samples)  # which an int32 may not hold
+    return total if mirror.signal else total / float(samples)  # as a float: an int32 may overflow
 
 
 def _bias_matrix(product: Product, bias: jax.Array, w: jax.Array) -> jax.Array:
@@ -142,7 +142,7 @@ def _bias_matrix(product: Product, bias: jax.Array, w: jax.Array) -> jax.Array:
     rank = product.output_aval.ndim
     lead = bias.ndim - rank
     bias = jnp.moveaxis(bias, [lead + a for a in axes], range(lead, lead + len(axes)))
-    bias = bias[(..., *[0] * (rank - len(axes)))]  # it varies along its outputs alone
+    bias = bias[(..., *[0] * (rank - len(axes)))]  # it varies only along its outputs
     *_, split = product.axes()
     fan_out = product.fans()[1]
     bias = bias.reshape(*bias.shape[:lead], -1)
@@ -174,19 +174,19 @@ def targets(rules: dict[str, Rule], analysis: Analysis) -> dict[Product, Mirror]
                 )
             if mirror.bias == "kept" and product.bias is not None and product.scaled:
                 raise ValueError(
-                    f'bias="kept" at params[{path!r}], where a gain scales the weight or its bias: in mirror mode gains are 1, '
-                    'and the bias would not stand to the response as in the layer; use bias="blocked".'
+                    f'bias="kept" at params[{path!r}], where a gain scales the weight or its bias: mirror mode sets gains to 1, '
+                    'so the bias would be too large or too small for the response. Use bias="blocked".'
                 )
             wanted[product] = mirror
             power, limits = mirror.noise_std**2, jnp.finfo(product.weight_aval.dtype)
             if not 64 * float(limits.tiny) <= power <= float(limits.max) / 64:
                 raise ValueError(
                     f"noise_std={mirror.noise_std:g} makes signals of {power:.2g} times W at params[{path!r}], which "
-                    f"{limits.dtype} cannot hold; give a noise_std nearer to 1, or keep params in a wider dtype"
+                    f"{limits.dtype} cannot hold; use a noise_std nearer to 1, or keep params in a wider dtype"
                 )
             fan_in, _ = product.fans()
             samples = samples_drawn(mirror, fan_in)
-            # Twice fan_in orthogonal samples, in pairs, are exact: what a projection of any size may need.
+            # A projection of any size may need 2 fan_in orthogonal samples, which are exact in pairs.
             exact = 2 * fan_in**2 if "orthogonal" in mirror.noise else 0
             if samples * fan_in > max(MOST, exact):
                 asked = f"num_samples={samples}"
@@ -194,9 +194,9 @@ def targets(rules: dict[str, Rule], analysis: Analysis) -> dict[Product, Mirror]
                     asked = f"target_angle={mirror.target_angle:g}"
                 raise ValueError(
                     f"{asked} takes {samples * fan_in:.2g} numbers of noise at params[{path!r}] ({samples:,} samples of "
-                    f"{fan_in}), where 2^32 is the most; ask for a larger target_angle or fewer num_samples, or for "
-                    'noise="orthogonal", exact at fan_in samples ("orthogonal+antithetic", at 2 fan_in, with an '
-                    "activation)"
+                    f"{fan_in}); at most 2^32 are allowed. Use a larger target_angle, fewer num_samples, or "
+                    'noise="orthogonal", which is exact at fan_in samples ("orthogonal+antithetic" with an activation, at '
+                    "2 fan_in)."
                 )
     return wanted
 
@@ -227,7 +227,7 @@ def signals(
 
     ws, pull_back, biases = jax.vjp(weights, leaves, has_aux=True)
     losses = [wanted[p].signal is not None for p in products]
-    if any(losses):  # these read B, laid out as its weight is
+    if any(losses):  # these read B, in the layout of its weight
         entries = [w if b is None or not is_array(b) else b for w, b in zip(leaves, feedback, strict=True)]
         bs = weights(entries)[0]
     mirrored, keys = [], jax.random.split(key, max(1, len(products)))
@@ -246,8 +246,8 @@ def signals(
             before, done = in_work.popleft()
             room += before
         if done is not None and not spread:
-            # The compiler starts whatever it can, and would hold the noise of all projections at once. On CPUs it drops barriers:
-            # what is to wait must read of what it waits for (a signal of NaN, beyond help, changes the noise).
+            # The compiler starts all it can, and would hold the noise of all projections at once. On CPUs it drops barriers,
+            # so this key depends on an earlier result. (Only a signal of NaN changes the noise.)
             own = keys[jnp.where(jnp.isnan(done[0, 0, 0]), 0, i)]
         signal = _estimate(own, mirror, matrices, kept, b, spread)
         in_work.append((numbers, signal))
@@ -257,7 +257,7 @@ def signals(
     if not all(
         p.plain and w.size == sum(leaves[i].size for i in p.params) for p, w in zip(products, ws, strict=True)
     ) or (len(reached) < sum(len(p.params) for p in products)):
-        # A weight used twice, in part, or scaled: the mean over its uses, each undone to the parameter itself.
+        # A weight used twice, in part, or scaled: each use is mapped back to the parameter, and the signal is their mean.
         (uses,) = pull_back(weights([jnp.ones_like(x) for x in leaves])[0])
         pulled = [s / jnp.where(u > 0, u, 1) for s, u in zip(pulled, uses, strict=True)]
     mirrors = {path for path, rule in rules.items() if rule.mirror is not None}
@@ -276,7 +276,7 @@ def only(rules: dict[str, Rule], which: Callable[[Mirror], bool]) -> dict[str, R
 
 
 def period(step: Callable[..., list[Any]], key: jax.Array, steps: int, leaves: list[Any], entries: list[Any]) -> Any:
-    """B after so many mirror steps, W standing still: ``step(key, leaves, entries, count) -> entries``."""
+    """B after ``steps`` mirror steps, while W stands still: ``step(key, leaves, entries, count) -> entries``."""
     one = lambda i, b: step(jax.random.fold_in(key, i), leaves, b, jnp.asarray(i + 1))
     return jax.lax.fori_loop(0, steps, one, entries)
 
@@ -289,17 +289,17 @@ def averaged(
     count: jax.Array,
     before: bool,
 ) -> list[Any]:
-    """B after the mirror step number ``count`` (from 1), by each rule's rate; ``before`` training it is a plain mean."""
+    """B after the mirror step number ``count`` (from 1), at each rule's rate. ``before`` training B is a plain mean."""
     result, projections = list(entries), analysis.projections()
     for i, (path, signal, b) in enumerate(zip(analysis.paths, signals, entries, strict=True)):
         if signal is None or b is None:
             continue
         mirror = rules[path].mirror
         assert mirror is not None
-        if mirror.signal is not None:  # it is the whole change
+        if mirror.signal is not None:  # the signal is the whole change
             result[i] = b + (mirror.rate * signal).astype(signal.dtype)
             continue
-        # updates.calibrated_mirror, so written that a first step of rate 1 leaves nothing of B, nor of its rounding.
+        # This is updates.calibrated_mirror, written so that a step of rate 1 leaves nothing of the old B, not even rounding.
         number = count.astype(jnp.promote_types(signal.dtype, jnp.float32))
         rate = 1 / number if before else mirror_rate(mirror, projections[path].fan_in, number)
         result[i] = ((1 - rate) * b + rate * (signal / mirror_gain(rules[path]))).astype(signal.dtype)
@@ -348,11 +348,11 @@ def lags(
 
 
 def _independent(mirror: Mirror, products: list[Product], estimate: jax.Array) -> Any:
-    """Of how many independent numbers, of like size, an estimate's noise is made.
+    """How many independent numbers of similar size make up an estimate's noise.
 
-    The noise is the same mixture of inputs in all columns of W: there are fan_in for each column that W is as if made of, its
-    participation ratio |W|^4 / |W^T W|^2 (taken from 64 columns of the estimate, and 64 at most). Where W is divided over
-    explicit axes, which this would have to gather, it is fan_in: fewer lags show then.
+    The noise mixes the inputs in the same way in all columns of W. So the number is fan_in times the effective number of
+    columns, the participation ratio |W|^4 / |W^T W|^2 (from at most 64 columns of the estimate). If W is divided over
+    explicit axes, it is fan_in, because the ratio would have to gather W. Then fewer lags are reported.
     """
     if concentrated(mirror):
         return 1
@@ -413,11 +413,11 @@ def mirror_signals(
     checks.alive("params", params)
     rules = resolve(rule, analysis)
     if not any(r.mirror for r in rules.values()):
-        raise ValueError("no rule here has a mirror mode; weight_mirror() has")
+        raise ValueError("no rule here has a mirror mode; use one that has, such as weight_mirror()")
     leaves, tree = jax.tree.flatten(params)
     projections = analysis.projections()
     if feedback is None and any(r.mirror and r.mirror.signal for r in rules.values()):
-        raise ValueError("the signal of this rule depends on B: give mirror_signals feedback=")
+        raise ValueError("the signal of this rule depends on B: call mirror_signals(..., feedback=feedback)")
     entries = [None] * len(leaves) if feedback is None else feedback_leaves(params, feedback)
     for path, b in zip(analysis.paths, entries, strict=True):
         mirror = rules[path].mirror if path in rules else None

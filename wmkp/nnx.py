@@ -40,7 +40,8 @@ def pure(model: nnx.Module) -> tuple[Callable[..., Any], Any, Any]:
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(
-            f"model must be an nnx.Module, made (a Flax Linen model is a pure function already: model.apply); got {checks.shown(model)}"
+            f"model must be an nnx.Module, such as Net(rngs=nnx.Rngs(0)) (a Flax Linen model needs no conversion: use model.apply); "
+            f"got {checks.shown(model)}"
         )
     graphdef, variables, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
     structure, params = jax.tree.structure(variables), nnx.to_pure_dict(variables)
@@ -53,7 +54,7 @@ def pure(model: nnx.Module) -> tuple[Callable[..., Any], Any, Any]:
         checks.alike("state", state, shapes[1], "the state that pure returned", dtypes=False, shapes=False)
         if method is not None:
             checks.function("method", method, "method(model, *args)")
-        # A copy, or BatchNorm could not update its statistics inside a trace.
+        # Without copy=True BatchNorm could not update its statistics inside a trace.
         merged = nnx.merge(graphdef, jax.tree.unflatten(structure, jax.tree.leaves(params)), state, copy=True)
         output = (method or type(merged).__call__)(merged, *args, **kwargs)
         _, _, state = nnx.split(merged, nnx.Param, ...)  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""What mirror mode draws: noise of each kind, in parts, and the fast transforms that stand for orthogonal noise."""
+"""The noise of mirror mode, in parts, and the fast transforms that replace orthogonal noise."""
 
 import functools
 import math
@@ -11,7 +11,7 @@ import numpy as np
 
 from wmkp.rules import Mirror
 
-# A product with a matrix of fewer rows takes no longer than its fast transform.
+# With fewer rows than this, a matrix product is as fast as the fast transform.
 SMALL = 256
 
 
@@ -92,7 +92,7 @@ def _uniform(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Arr
 def _gaussian(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
     """Of unit variance, by Box and Muller (1958): sqrt(-2 log u) sin(pi v / 2), u in (0, 1] and v in [-1, 1).
 
-    The polynomial is a sine to float32's rounding, and a CPU runs through it; jax.random.normal's inverse error function
+    The polynomial is a sine to float32's rounding, and fast on CPUs. jax.random.normal's inverse error function
     takes longer than the cipher there (``python -m benchmarks.noise`` times both).
     """
     if dtype != jnp.float32:
@@ -105,7 +105,7 @@ def _gaussian(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Ar
 def _signs(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
     """Random signs: 32 from each word, where jax.random.rademacher uses one word for each."""
     blocks, samples, fan_in = shape
-    # By jax.random, whose loop the compiler fuses with nothing: it would make each word anew for each of its bits.
+    # jax.random is a loop that the compiler cannot fuse. Fused, each word would be computed again for each of its bits.
     words = jax.random.bits(key, (blocks, samples, -(-fan_in // 32)), jnp.uint32)
     places = np.arange(32, dtype=np.uint32).reshape(1, 1, 1, 32)
     bits = words[..., None] >> places & np.uint32(1)
@@ -136,7 +136,7 @@ def _cas_by_table(row: jax.Array, n: int, dtype: Any) -> jax.Array:
     cos, sin = jnp.asarray(np.cos(strides), dtype), jnp.asarray(np.sin(strides), dtype)
     ahead = jnp.asarray(np.cos(steps) + np.sin(steps), dtype)
     back = jnp.asarray(np.cos(steps) - np.sin(steps), dtype)
-    # The barrier keeps the compiler from working all of them out beforehand.
+    # The barrier keeps the compiler from computing the whole table in advance.
     j1, j2 = jax.lax.optimization_barrier((row // m, row % m))
     return cos[j1] * ahead[j2] + sin[j1] * back[j2]
 
@@ -149,7 +149,9 @@ def _cas_by_angle(j: jax.Array, k: jax.Array, n: int) -> jax.Array:
     8 n to a turn.
     """
     product = j.astype(jnp.uint32) * k.astype(jnp.uint32)
-    whole = (product.astype(jnp.float32) * np.float32(1 / n)).astype(jnp.uint32)  # of turns, or one off: no division
+    whole = (product.astype(jnp.float32) * np.float32(1 / n)).astype(
+        jnp.uint32
+    )  # whole turns, perhaps one off; avoids a division
     angle = 8 * (product - whole * np.uint32(n)).astype(jnp.int32) + n
     angle = jnp.where(angle > 4 * n, angle - 8 * n, angle)
     size = jnp.minimum(jnp.abs(angle), 4 * n - jnp.abs(angle))  # within a quarter of a turn, where the sine is the same
@@ -177,7 +179,7 @@ def _hartley_rows(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> Ca
     def rows(places: jax.Array) -> jax.Array:
         block, place = places // fan_in, places % fan_in
         row = chosen[:, place if drawn is None else jnp.where(block < whole, place, fan_in + place)]
-        # The barrier keeps the compiler from dividing for each element anew.
+        # The barrier keeps the compiler from repeating the division for each element.
         block, row = jax.lax.optimization_barrier((block, row))
         by_table = lambda row: _cas_by_table(row, fan_in, dtype)
         by_angle = lambda row: _cas_by_angle(row[..., None], jnp.arange(fan_in)[None, None], fan_in)
@@ -204,5 +206,5 @@ def hartley(x: jax.Array) -> jax.Array:
     n = x.shape[-1]
     if n < SMALL:
         return x @ _hartley_matrix(n, x.dtype)
-    f = jnp.fft.rfft(x)  # of a real x, the first half; the rest is its conjugate, backwards
+    f = jnp.fft.rfft(x)  # for real x the first half; the rest is its conjugate, reversed
     return jnp.concatenate([f.real - f.imag, (f.real + f.imag)[..., (n - 1) // 2 : 0 : -1]], axis=-1)

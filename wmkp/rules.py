@@ -1,4 +1,4 @@
-"""The learning rules: each a NamedTuple of pure functions, one factory a rule, and the choice of a rule per path."""
+"""The learning rules (NamedTuples of pure functions), a factory for each, and the choice of a rule by path."""
 
 import dataclasses
 import functools
@@ -170,11 +170,11 @@ def _check_unrelated(b: jax.Array, w: jax.Array, path: str) -> None:
     if isinstance(b, jax.core.Tracer) or not isinstance(w, jax.Array | np.ndarray) or isinstance(w, jax.core.Tracer):
         return
     x, y = (np.asarray(a.ravel()[:64], np.float64) for a in (b, w))
-    # By chance two such vectors are nowhere near: one draw in 10^11 for 32 entries.
+    # Chance makes two vectors of 32 entries this similar once in 10^11 draws.
     if x.size >= 32 and abs(x @ y) > 0.9 * math.sqrt(x @ x) * math.sqrt(y @ y):
         raise ValueError(
-            f"key gives params[{path!r}] a B that is its W over again: W was drawn from this key too (the i-th key of "
-            "jax.random.split(key) is that of the i-th B), and W would be transported. Give B a key of its own: "
+            f"key gives params[{path!r}] a B equal to its W: both were drawn from this key (the i-th B's key is the "
+            "i-th key of jax.random.split(key)), so W would be transported. Use another key for B: "
             "jax.random.fold_in(key, 1), or another seed."
         )
 
@@ -186,9 +186,9 @@ def check_scale(scale: float) -> None:
 def _std(scale: float, fan_in: int, path: str, w: jax.Array) -> float:
     """B's standard deviation. ValueError if W's dtype cannot hold draws of it, so that B would be infinite or zero."""
     std, limits = scale / math.sqrt(fan_in), jnp.finfo(w.dtype)
-    if not float(limits.smallest_subnormal) <= std <= float(limits.max) / 6:  # no draw is beyond six of them
+    if not float(limits.smallest_subnormal) <= std <= float(limits.max) / 6:  # no draw exceeds six standard deviations
         raise ValueError(
-            f"scale={scale:g} gives params[{path!r}] a B of standard deviation {std:.2g}, which {w.dtype} cannot hold; give "
+            f"scale={scale:g} gives params[{path!r}] a B of standard deviation {std:.2g}, which {w.dtype} cannot hold; use "
             "a scale nearer to 1, or keep params in a wider dtype"
         )
     return std
@@ -638,7 +638,7 @@ def check_mirror(mirror: Mirror) -> None:
         checks.number("rate", mirror.rate, "lie in (0, 1]", lambda x: 0 < x <= 1)
     elif mirror.signal is not None:
         raise ValueError(
-            "rule.mirror.rate is None, and a signal of one's own has no mean over mirror steps; give a rate"
+            "rule.mirror.rate is None, but a mirror with its own signal needs a rate: use Mirror(signal=..., rate=0.1)"
         )
     least = 0 if mirror.rate is not None else 1
     must = f"be an integer of at least {least}, and below 2^31"
@@ -647,7 +647,7 @@ def check_mirror(mirror: Mirror) -> None:
     checks.number("start", mirror.start, must, lambda x: least <= x < 2**31, numbers.Integral)
     checks.flag("rule.mirror.each_step", mirror.each_step)
     if not mirror.each_step and mirror.start == 0:
-        raise ValueError("rule.mirror never mirrors: give start=1, a mirror step before training, or each_step=True")
+        raise ValueError("rule.mirror never mirrors: set start=1 (a mirror step before training) or each_step=True")
     if mirror.signal is not None:
         checks.function("rule.mirror.signal", mirror.signal, "(synapses) -> array in W's layout, or None")
     if mirror.activation is not None and not callable(mirror.activation):
@@ -674,7 +674,7 @@ def _check_fields(rule: Rule) -> None:
     if rule.error is not None:
         checks.function("rule.error", rule.error, "(delta, key) -> array of delta's shape, or None")
     if rule.signal is not None and rule.backward is None:
-        raise ValueError(f"rule {rule.name}: give both init and backward with a signal, which is for a B")
+        raise ValueError(f"rule {rule.name}: a signal trains B; give init and backward too")
     if rule.optimizer is not None:
         checks.transformation("rule.optimizer", rule.optimizer)
     if not isinstance(rule.mirror, Mirror | None):
@@ -696,7 +696,7 @@ def check_rule(rule: Any, *, mapping: bool = True) -> None:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(
-                    f"rule's pattern {pattern!r} is no regular expression ({error}); re.escape(path) makes one of a path"
+                    f"rule's pattern {pattern!r} is no regular expression ({error}); use re.escape(path) for a literal path"
                 ) from None
             if not isinstance(one, Rule):
                 raise TypeError(f"rule[{pattern!r}] must be a wmkp rule such as kolen_pollack(); got {_no_rule(one)}")
@@ -741,7 +741,9 @@ def check_samples(analysis: Analysis) -> None:
     """ValueError if no sample reaches any projection."""
     outputs = [p.output_aval.shape for products in analysis.sites().values() for p in products]
     if outputs and all(0 in shape for shape in outputs):
-        raise ValueError("args hold no sample: every projection's output is empty. Pass a batch of at least one.")
+        raise ValueError(
+            "args hold no samples: every projection's output is empty. Pass a batch of at least one sample."
+        )
 
 
 def resolve(rule: RuleOrRules, analysis: Analysis) -> dict[str, Rule]:
@@ -758,8 +760,8 @@ def resolve(rule: RuleOrRules, analysis: Analysis) -> dict[str, Rule]:
     paths = list(sites)
     if not paths and not (isinstance(rule, Rule) and rule.backward is None):
         raise ValueError(
-            "fun has no projection: no parameter multiplies an activation. Data must be an argument of fun (not a "
-            "closed-over array, nor a Python number or list), and params its first argument."
+            "fun has no projection: no parameter multiplies an activation. Call fun(params, *args): params first, and "
+            "data as arrays in args (not closed over, and not Python numbers or lists)."
         )
     if isinstance(rule, Rule):
         rules = dict.fromkeys(paths, rule)
@@ -768,7 +770,9 @@ def resolve(rule: RuleOrRules, analysis: Analysis) -> dict[str, Rule]:
         for pattern, one in rule.items():
             among = analysis.paths if one == local() else paths
             if not any(re.search(pattern, path) for path in among):
-                raise ValueError(f"rule's pattern {pattern!r} matches no projection; there are: {', '.join(paths)}")
+                raise ValueError(
+                    f"rule's pattern {pattern!r} matches no projection; the projections are {', '.join(paths)}"
+                )
         for path in paths:
             found = next((r for pattern, r in rule.items() if re.search(pattern, path)), None)
             if found is None:
@@ -789,7 +793,7 @@ def resolve(rule: RuleOrRules, analysis: Analysis) -> dict[str, Rule]:
             if (len(circuits) > 1 and not plain) or len({r.mirror for r in joined if r.mirror}) > 1:
                 raise ValueError(
                     f"rule gives params[{path!r}] and a parameter that is joined to it, as one weight, different mirrors, "
-                    "signals, errors or noises; give all parts of a weight one rule"
+                    "signals, errors or noises; give all parts of one weight the same rule"
                 )
             if product.needs_feedback and product.obstacle:
                 _check_allowed(path, product, rules[path])

@@ -1,4 +1,4 @@
-"""Where the arrays of a training over a mesh of devices belong."""
+"""Where batches and the training state lie on a mesh of devices."""
 
 from typing import Any
 
@@ -15,9 +15,9 @@ def check_mesh(mesh: Any) -> None:
         )
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
         raise ValueError(
-            f"mesh has axes of other types than Auto ({checks.shown(mesh)}), and the steps are whole programs that JAX divides: "
-            "give jax.sharding.Mesh(jax.devices(), ('d',)), or jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,)); or "
-            "leave mesh out, and put params and batches on the explicit mesh, under jax.set_mesh"
+            f"mesh has axes of other types than Auto ({checks.shown(mesh)}), but JAX divides the steps over mesh by itself. "
+            "Use jax.sharding.Mesh(jax.devices(), ('d',)), or jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,)). Or "
+            "leave mesh out, and put params and batches on the explicit mesh under jax.set_mesh."
         )
 
 
@@ -43,8 +43,8 @@ def state_sharding(state: Any, mesh: Mesh, fsdp: bool = False) -> Any:
 
     def sharding(x: Any) -> NamedSharding:
         if (aval := checks.aval(x)) is None:
-            raise TypeError(f"state must hold arrays (or their shapes) alone; got {checks.shape(x)}")
-        # W, B and their moments are divided alike, since all that counts is the shape.
+            raise TypeError(f"state must hold only arrays (or their shapes); got {checks.shape(x)}")
+        # The rule reads only shapes, so W, B and their moments are divided alike.
         fits = [size if size % mesh.size == 0 else 0 for size in aval.shape]
         if not fsdp or not any(fits):
             return NamedSharding(mesh, PartitionSpec())

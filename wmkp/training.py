@@ -1,7 +1,8 @@
-"""TrainState, and the two steps that train it: engaged and mirror mode, each compiled on its own."""
+"""TrainState, and the two compiled steps that train it: engaged mode and mirror mode."""
 
 import dataclasses
 import functools
+import inspect
 import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -61,7 +62,7 @@ class CompiledStep:
             raise
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_step":  # of a copy that is being made
+        if name == "_step":  # while a copy is being made
             raise AttributeError(name)
         return getattr(self._step, name)
 
@@ -148,7 +149,7 @@ def make_steps(
       >>> state, metrics = steps.engaged_step(state, x)  # {"loss": ..., "output": ...}
       >>> state, metrics = steps.mirror_step(state)  # {"lag": {"W2": degrees}}
     """
-    checks.function("loss_fn", loss_fn, "loss_fn(params, model_state, batch, key)")
+    _check_form(loss_fn)
     checks.transformation("optimizer", optimizer)
     if mirror_optimizer is not None:
         updates.check_mirror_optimizer(mirror_optimizer)
@@ -157,7 +158,7 @@ def make_steps(
     _check_output(analysis, model_state, check_finite)
     rules = resolve(rule, analysis)
     mirror.targets(rules, analysis)
-    # B's optimizers: W's (None), and those that rules have of their own.
+    # B's optimizers: the rules' own, or None for W's.
     trainers = tuple(dict.fromkeys(r.optimizer for r in rules.values() if r.signal is not None))
     training = _Training(
         analysis=analysis,
@@ -176,7 +177,7 @@ def make_steps(
         examples=checks.avals({"params": params, "model_state": model_state, "batch": batch}),
     )
 
-    # Functions, and not bound methods: a copy of a step is the step, and its errors count the user's arguments.
+    # Functions, not bound methods: steps can be copied, and an error counts only the user's arguments.
     def engaged_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         return training.engaged_step(state, batch)
 
@@ -192,13 +193,13 @@ def make_steps(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Training:
-    """What the steps share: the arguments of ``make_steps``, and what it made of them.
+    """What the steps share: the arguments of ``make_steps``, and what was made from them.
 
     Attributes:
       gradient: ``value_and_grad`` of the loss.
-      trainers, feedback_optimizers: B's optimizers: those that rules have of their own, and None for W's; the same with
-        W's made fit for B.
-      clip: what scales gradients and signals down together, or None.
+      trainers: B's optimizers: the rules' own, or None for W's.
+      feedback_optimizers: the same, with W's optimizer made fit for B.
+      clip: the transformation that scales gradients and signals down together, or None.
       tree: params' structure.
       examples: the shapes of params, model_state and batch, by name.
     """
@@ -219,12 +220,12 @@ class _Training:
     examples: dict[str, Any]
 
     def check_as_given(self, name: str, value: Any, shapes: bool = True) -> None:
-        """ValueError or TypeError for what is not like the example of that name."""
+        """ValueError or TypeError unless the value is like the example of that name."""
         given = name.removeprefix("state.")
         checks.alike(name, value, self.examples[given], f"the {given} that make_steps was given", shapes=shapes)
 
     def check_state(self, state: TrainState) -> None:
-        """While a step is traced: the state is one of these steps'."""
+        """Checks, while a step is traced, that the state belongs to these steps."""
         if not isinstance(state, TrainState):
             raise TypeError(f"state must be a TrainState, as steps.init returns it; got {type(state).__name__}")
         for name in ("step", "mirrored"):
@@ -250,7 +251,7 @@ class _Training:
         return self.tree.unflatten(leaves)
 
     def redrawn(self, key: jax.Array, params: Any, feedback: Any) -> Any:
-        """Feedback with a new B under those rules that draw one for each batch."""
+        """Feedback with a new B for those rules that draw one for each batch."""
         again = {path: rule for path, rule in self.rules.items() if rule.redrawn}
         return _overlay(feedback, initial_feedback(key, again, self.analysis, params)) if again else feedback
 
@@ -259,7 +260,7 @@ class _Training:
         return x if self.axis_name is None else jax.tree.map(lambda leaf: jax.lax.pmean(leaf, self.axis_name), x)
 
     def own(self, x: Any) -> Any:
-        """A replicated value as each device's own, so that what is derived from it is not yet summed over devices."""
+        """A replicated value as each device's own, so that its derivatives are not yet summed over devices."""
         return x if self.axis_name is None else jax.tree.map(lambda leaf: compat.vary(leaf, self.axis_name), x)
 
     def own_key(self, key: jax.Array) -> jax.Array:
@@ -294,7 +295,7 @@ class _Training:
             self.own_key(loss_key),
             key=self.own_key(jax.random.fold_in(draw_key, len(self.analysis.paths))),
         )
-        # Signals that nothing reads cost nothing to average: the compiler leaves them out.
+        # Averaging signals that nothing reads is free: the compiler removes it.
         grads, signal, metrics = self.mean((grads, signal, {"loss": loss, **metrics}))
         if self.check_finite:
             pairs = zip(self.tree.flatten_up_to(grads), self.tree.flatten_up_to(signal), strict=True)
@@ -364,14 +365,14 @@ class _Training:
         parts = 1 if self.axis_name is None else jax.lax.psum(1, self.axis_name)
         if lags := mirror.lags(watched, self.analysis, leaves, entries, signals, count, parts):
             metrics["lag"] = lags
-            # B is read for the lag before it is overwritten; otherwise it would be copied.
+            # The lag reads B before B is overwritten. Otherwise XLA would copy B.
             waits = zip(self.analysis.paths, after, strict=True)
             after = [compat.after(b, lags[path]) if path in lags else b for path, b in waits]
         return self.place(state._replace(feedback=self.tree.unflatten(after), mirrored=count, key=key)), metrics
 
     @functools.cached_property
     def period(self) -> Callable[..., list[Any]]:
-        """Mirroring before training, compiled; ``own``: of those rules alone that ask for some."""
+        """Compiled mirroring before training. ``own``: only for rules with ``mirror.start``."""
 
         def period(key: jax.Array, steps: int, own: bool, leaves: list[Any], entries: list[Any]) -> list[Any]:
             chosen = mirror.at_start(self.rules)[0] if own else self.rules
@@ -389,13 +390,13 @@ class _Training:
         self.check_as_given("params", params)
         named_leaves(params)
         self.check_as_given("model_state", model_state)
-        must = "not be negative, nor 2^31 or more"
+        must = "be an integer of at least 0 and below 2^31"
         checks.number("mirror_steps", mirror_steps, must, lambda n: 0 <= n < 2**31, numbers.Integral)
         updates.check_usable(self.optimizer, params)
         updates.check_finite(self.optimizer, params)
         if mirror_steps and not any(rule.mirror for rule in self.rules.values()):
             raise ValueError(
-                "mirror_steps asks for a mirror period, but no rule here has a mirror mode; weight_mirror() has"
+                "mirror_steps asks for a mirror period, but no rule here has a mirror mode; leave it out, or use one that has, such as weight_mirror()"
             )
         # The state is donated by the steps, so it must share no buffer with what the caller keeps.
         # (Weakly typed it would be another after a step, which would then be compiled again.)
@@ -424,25 +425,25 @@ class _Training:
             for path, leaf in jax.tree_util.tree_leaves_with_path(value):
                 if checks.aval(leaf) is None:
                     raise TypeError(
-                        f"{name}[{checks.path_name(path)!r}] is {checks.shape(leaf)}; a step takes arrays alone"
+                        f"{name}[{checks.path_name(path)!r}] is {checks.shape(leaf)}; a step takes only arrays: remove it, or pass an array"
                     ) from error
             check_traceable(name, value)
             if "deleted" in str(error) or "not a valid JAX type" in str(error):
                 checks.values(name, value)
         if "donate the same buffer twice" in str(error):
             raise ValueError(
-                "state holds an array twice, and a step takes over the memory of each (it is donated): give copies, "
+                "state holds an array twice, but a step takes over the memory of each array (JAX donates it). Pass a copy: "
                 "jax.tree.map(jnp.copy, state)"
             ) from error
         if "incompatible devices" in str(error):
             raise ValueError(
-                "state or batch is not on the devices of the step: take the state from its own steps.init, and put batches "
-                f"where it is, over a mesh by batch_sharding(mesh) ({checks.first_line(error)})"
+                f"state or batch is not on the devices of the step ({checks.first_line(error)}). Take state from the init of the "
+                "same steps, and place batches: jax.device_put(batch, wmkp.training.batch_sharding(mesh))"
             ) from error
         if isinstance(error, NameError | AssertionError) and self.axis_name is not None:
             raise ValueError(
-                f"axis_name={self.axis_name!r} is the axis of no jax.pmap or jax.shard_map around the step; call it inside "
-                "one, or leave axis_name out"
+                f"axis_name={self.axis_name!r} is not an axis of a jax.pmap or jax.shard_map around the step; call the "
+                "step inside one, or leave axis_name out"
             ) from error
 
 
@@ -458,7 +459,23 @@ def _check_options(axis_name: Any, mesh: Any, fsdp: Any, clip_norm: Any, check_f
     if mesh is not None and axis_name is not None:
         raise ValueError("give axis_name (inside a pmap or shard_map of your own) or mesh, not both")
     if fsdp and mesh is None:
-        raise ValueError("fsdp divides the state over a mesh: give mesh")
+        raise ValueError("fsdp divides the state over a mesh: pass mesh=mesh too")
+
+
+def _check_form(loss_fn: Any) -> None:
+    """TypeError unless ``loss_fn`` takes the four arguments."""
+    checks.function("loss_fn", loss_fn, "loss_fn(params, model_state, batch, key)")
+    try:
+        signature = inspect.signature(loss_fn)
+    except (TypeError, ValueError):  # some callables have none
+        return
+    try:
+        signature.bind(None, None, None, None)
+    except TypeError:
+        raise TypeError(
+            "loss_fn must have the form loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics)); got "
+            f"{getattr(loss_fn, '__name__', type(loss_fn).__name__)}{signature}"
+        ) from None
 
 
 def _check_output(analysis: Analysis, model_state: Any, check_finite: bool) -> None:
@@ -467,12 +484,12 @@ def _check_output(analysis: Analysis, model_state: Any, check_finite: bool) -> N
     pair = isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], tuple) and len(out[1]) == 2
     if not pair or not isinstance(out[1][1], dict):
         raise ValueError(
-            "loss_fn must return (loss, (model_state, metrics)), metrics a dict; got "
-            f"{checks.short(checks.shapes(out))}"
+            "loss_fn must have the form loss_fn(params, model_state, batch, key) -> (loss, (model_state, metrics)) with a "
+            f"dict of metrics; it returned {checks.short(checks.shapes(out))}"
         )
     check_loss(lambda: out, True)()
     if odd := [name for name in out[1][1] if not isinstance(name, str)]:
-        raise TypeError(f"loss_fn's metrics must have strings for names, as the loss beside them has; got {odd[0]!r}")
+        raise TypeError(f"loss_fn's metrics must have strings as names; got {odd[0]!r}")
     if taken := {"loss", *(["finite"] if check_finite else [])} & set(out[1][1]):
         raise ValueError(
             f"loss_fn's metrics must not hold {min(taken)!r}, which a step reports itself; give it another name"

@@ -1,16 +1,16 @@
-"""Is it secretly backprop? The backward pass reads another array in the place of a parameter; do gradients move?
+"""Is it secretly backprop? Gives the backward pass another array in a parameter's place, and looks whether gradients move.
 
-Nothing here asks what wmkp makes of a function. The equations of the engaged function are evaluated one by one, and one
-parameter W at a time has a second array W' beside it:
+This module does not use wmkp's analysis of a function. It evaluates the equations of the engaged function one by one, and
+gives one parameter W at a time a second array W':
 
-1. A value made of W alone, or of W and data, is carried twice: as W makes it, and as W' makes it.
+1. A value made from W alone, or from W and data, is carried twice: as W makes it, and as W' makes it.
 2. A product of such a value with data (``dot_general``, a convolution) is an activity, and is carried once.
-3. Where a value that is carried twice meets an activity, the result is that of W, and so is its derivative by W; its
-   derivative by the activity is that of W'. This derivative is what sends an error through W.
-4. A call with a derivative of its own is one equation. All other inner programs are opened.
-5. Where such a value is joined with activities, its own elements are known: who takes them out again has the value back.
+3. Where a value that is carried twice meets an activity, the result and its derivative by W are those of W. The
+   derivative by the activity is that of W'. This derivative sends an error through W.
+4. A call with a custom derivative is one equation. All other inner programs are opened.
+5. Where such a value is joined with activities, its own elements stay marked. Whoever takes them out gets the value back.
 
-With W' = W these are the gradients of the engaged function. Where they move with W', the backward pass reads W.
+With W' = W these are the gradients of the engaged function. If they move with W', the backward pass reads W.
 """
 
 import functools
@@ -26,15 +26,15 @@ from wmkp.engaged import engage, feedback_leaves
 from wmkp.program import compat
 from wmkp.rules import RuleOrRules
 
-# These multiply and sum: of a weight and data they make an activity.
+# These multiply and sum: a weight and data give an activity.
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"})
-# Each result is made of the operand in the same place.
+# Each result depends on the operand in the same place.
 SEPARATE = frozenset({"optimization_barrier", "psum", "psum2", "psum_invariant", "pmax", "pmin", "pvary"})
-# Their derivative tells which operand was greater, and reads no more of it.
+# Their derivative reads which operand is greater, and nothing else.
 DECIDED = frozenset({"max", "min", "clamp"})
-# No error passes: what comes out is as data is.
+# No error passes, so the result counts as data.
 STOPPED = frozenset({"stop_gradient", "sign", "round", "floor", "ceil", "random_bits"})
-# They lay out, join and take apart; and they keep every element in its place.
+# The first set lays out, joins and takes apart. The second keeps every element in its place.
 MOVING = frozenset(
     "concatenate pad reshape transpose squeeze expand_dims broadcast_in_dim slice dynamic_slice dynamic_update_slice gather "
     "scatter split unstack stack rev copy copy_p".split()
@@ -151,12 +151,12 @@ def reading(closed: Any, kinds: Sequence["Kind"], k: int) -> Callable[[list[Any]
         outs = evaluate(closed.jaxpr, closed.consts, values)
         return sum(jnp.sum(y.x * s) for y, s in zip(outs, signs, strict=True) if _smooth(y.x)).real
 
-    # Without loops, operation by operation: each is compiled once for all parameters.
+    # Without loops run op by op: each op is compiled once for all parameters.
     return jax.jit(jax.grad(loss)) if _loops(closed.jaxpr) else jax.grad(loss)
 
 
 def another(w: jax.Array, rng: np.random.Generator) -> jax.Array:
-    """An array to stand for ``w``: its elements in another order, each times a number in 0.5 to 1.5; noise for zeros."""
+    """An array in place of ``w``: its elements in another order, each times 0.5 to 1.5, with noise for zeros."""
     values = np.asarray(w)
     wide = values.astype(np.complex128 if np.iscomplexobj(values) else np.float64)
     mixed = rng.permutation(wide.ravel()).reshape(wide.shape) * rng.uniform(0.5, 1.5, wide.shape)
@@ -177,10 +177,10 @@ def _move(here: jax.Array, there: jax.Array) -> float:
 
 
 class Kind(NamedTuple):
-    """What a value depends on, as far as the parameter W whose turn it is can tell.
+    """What a value depends on, relative to the parameter W that is replaced.
 
-    ``twin``: on W, and it is carried twice. ``data``, ``param``: on data, on another parameter. ``activity``: on both, or
-    it is a product of W and data; an error may have to reach it.
+    ``twin``: on W, and it is carried twice. ``data``, ``param``: on data, on another parameter. ``activity``: on data and
+    a parameter, or it is a product of W and data. An error may have to reach it.
     """
 
     twin: bool = False
@@ -190,19 +190,19 @@ class Kind(NamedTuple):
 
 
 def union(kinds: Sequence[Kind]) -> Kind:
-    """What a value is that is made of values of these kinds."""
+    """The kind of a value made from values of these kinds."""
     twin, data, param, activity = (any(flags) for flags in zip(*kinds, strict=True)) if kinds else Kind()
     activity = activity or (data and param)
     return Kind(twin and not activity, data, param, activity)
 
 
 def stopped(kind: Kind) -> Kind:
-    """A value as it is where no error passes."""
+    """The kind of a value where no error passes."""
     return kind if kind.twin else Kind(data=kind.data or kind.activity)
 
 
 def operand(v: Any, kind: Kind) -> Kind:
-    """Numbers that are counted or compared pass no error."""
+    """The kind of an operand: integers and booleans pass no error."""
     return kind if jnp.issubdtype(v.aval.dtype, jnp.inexact) else stopped(kind)
 
 
@@ -235,7 +235,7 @@ def outcome(eqn: Any, kinds: Sequence[Kind]) -> list[Kind]:
 
 
 def outcomes(jaxpr: Any, kinds: Sequence[Kind], carried: Sequence[Kind] = ()) -> list[Kind]:
-    """The kinds of a jaxpr's results; the first are no narrower than those carried."""
+    """The kinds of a jaxpr's results. The first ones include the kinds carried in."""
     jaxpr, _ = compat.open_jaxpr(jaxpr)
     known = {v: Kind() for v in jaxpr.constvars} | dict(zip(jaxpr.invars, kinds, strict=True))
     read = lambda v: known[v] if isinstance(v, compat.Var) else Kind()
@@ -246,7 +246,7 @@ def outcomes(jaxpr: Any, kinds: Sequence[Kind], carried: Sequence[Kind] = ()) ->
 
 
 def scan_carries(eqn: Any, kinds: Sequence[Kind]) -> list[Kind]:
-    """What a scan's carried values are after any number of steps."""
+    """The kinds of a scan's carried values after any number of steps."""
     consts, carries = compat.scan_sizes(eqn.params)
     carried = list(kinds[consts : consts + carries])
     while True:
@@ -261,9 +261,9 @@ def scan_carries(eqn: Any, kinds: Sequence[Kind]) -> list[Kind]:
 
 
 class Value(NamedTuple):
-    """A value, the one that W' makes in its place (None where it is carried once), and what it is.
+    """A value, the one that W' makes in its place (None if it is carried once), and its kind.
 
-    ``parts``: of what was joined of several: 1 where an element is W's alone, 2 where it is active, else 0.
+    ``parts``: for a joined array, by element: 1 if it is W's alone, 2 if it is active, else 0.
     """
 
     x: Any
@@ -321,14 +321,14 @@ def _equation(eqn: Any, parent: Any, values: list[Value]) -> list[Value]:
 
 def _result(y: Any, other: Any, kind: Kind, parts: Any) -> Value:
     if parts is not None and kind.activity:
-        if parts.max(initial=0) == 1:  # nothing but W's own elements
+        if parts.max(initial=0) == 1:  # only W's own elements
             return Value(y, other, Kind(twin=True, param=kind.param), parts)
         return Value(y, other if (parts == 1).any() else None, kind, parts if parts.min(initial=2) < 2 else None)
     return Value(y, other if kind.twin else None, kind, parts if kind.twin else None)
 
 
 def _parts(eqn: Any, bind: Callable[..., list[Any]], values: Sequence[Value]) -> list[Any] | None:
-    """What each element of the results is, where W is joined with activities (``Value.parts``); None elsewhere."""
+    """The class of each element of the results if W is joined with activities (``Value.parts``), else None."""
     name = eqn.primitive.name
     kinds = [operand(v, value.kind) for v, value in zip(eqn.invars, values, strict=True)]
     classes = [1 if k.twin else 2 if k.activity else 0 for k in kinds]
@@ -344,7 +344,7 @@ def _parts(eqn: Any, bind: Callable[..., list[Any]], values: Sequence[Value]) ->
         return None
     counted = [not jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.invars]
     if any(c and isinstance(v.x, jax.core.Tracer) for c, v in zip(counted, values, strict=True)):
-        return None  # places that are not known
+        return None  # unknown places
     with jax.ensure_compile_time_eval():
         arrays = [
             v.x if c else jnp.asarray(p, var.aval.dtype)
@@ -359,7 +359,7 @@ def _smooth(y: Any) -> bool:
 
 @jax.custom_jvp
 def grafted(y: jax.Array, toward: jax.Array, local: jax.Array) -> jax.Array:
-    """``y``, with the derivatives of ``toward`` and ``local`` in the place of its own."""
+    """``y``, with the derivatives of ``toward`` and ``local`` instead of its own."""
     return y
 
 
@@ -370,7 +370,7 @@ def _grafted_jvp(primals: Any, tangents: Any) -> Any:
 
 
 def _packed(values: Sequence[Value]) -> list[Any]:
-    return [x for v in values for x in ((v.x, v.other) if v.kind.twin else (v.x,))]  # what was joined is an activity
+    return [x for v in values for x in ((v.x, v.other) if v.kind.twin else (v.x,))]  # a joined value is an activity
 
 
 def _unpacked(arrays: Sequence[Any], kinds: Sequence[Kind]) -> list[Value]:
@@ -416,7 +416,7 @@ def _shard_map(eqn: Any, values: list[Value], results: list[Kind]) -> list[Value
 
 
 def _loops(jaxpr: Any) -> bool:
-    """Whether a jaxpr holds loops, branches or parts on devices, which are compiled as a whole."""
+    """Whether a jaxpr holds loops, branches or shard_maps, which are compiled as a whole."""
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         if name in {"scan", "while", "cond", "shard_map"}:

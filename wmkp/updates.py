@@ -71,11 +71,10 @@ def kolen_pollack(optimizer: optax.GradientTransformation) -> optax.GradientTran
             what, cause = checks.first_line(error), error
         else:
             given: Any = jax.tree.structure(state)
-            if given == jax.tree.structure(after):  # optax 0.2.5 lets another tree's moments pass
+            if given == jax.tree.structure(after):  # optax 0.2.5 accepts the moments of another tree
                 return change, after
         raise ValueError(
-            f"optimizer raised {what}; its update must get what it takes: (signal, state, feedback), with the state that init "
-            "made of this feedback"
+            f"optimizer raised {what}; call update(signal, state, feedback) with the state that init(feedback) returned"
         ) from cause
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -91,7 +90,7 @@ def same_hyperparams(opt_state: Any, feedback_opt_state: Any) -> Any:
       opt_state: W's.
       feedback_opt_state: B's, of the same optimizer by ``kolen_pollack``.
     """
-    if type(opt_state) is not type(feedback_opt_state):  # a B of several arrays, beside one W
+    if type(opt_state) is not type(feedback_opt_state):  # B has several arrays where W has one
         return feedback_opt_state
     if hasattr(feedback_opt_state, "hyperparams"):
         inner = same_hyperparams(opt_state.inner_state, feedback_opt_state.inner_state)
@@ -110,25 +109,25 @@ def _check_arrays(name: str, tree: Any) -> None:
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.floating):
             where = f"{name}[{checks.path_name(path)!r}]" if path else name
-            raise TypeError(f"{where} is {checks.shape(x)}; it must hold floating-point arrays alone (or None)")
+            raise TypeError(f"{where} is {checks.shape(x)}; it must hold only floating-point arrays (or None)")
 
 
-_TRIALS = 1024  # steps tried at most: a warm-up may start at a rate of zero, and MultiSteps waits
+_TRIALS = 1024  # most steps tried: a warm-up may start at a rate of zero, and MultiSteps waits
 
 
 def _check_holds(optimizer: optax.GradientTransformation, tree: Any) -> None:
-    """Tries the optimizer on small arrays in the tree's structure: the difference of two weights may only shrink."""
+    """Tries the optimizer on small arrays in the tree's structure: the difference of W and B may only shrink."""
     if not jax.tree.leaves(tree):
         return
     try:
         _try(optimizer, tree, jnp.float32)
-    except ValueError:  # or was it rounding, as where a change is the small difference of large averages?
+    except ValueError:  # perhaps only rounding, as when a change is a small difference of large averages
         with jax.enable_x64(True):
             _try(optimizer, tree, jnp.float64)
 
 
 def _try(optimizer: optax.GradientTransformation, tree: Any, dtype: Any) -> None:
-    update: Any = jax.jit(optimizer.update)  # eagerly, a branch (as in MultiSteps) would be compiled at every step
+    update: Any = jax.jit(optimizer.update)  # without jit a branch (as in MultiSteps) would be compiled at every step
     random = np.random.default_rng(0)
     small = lambda offset: _small(random, tree, offset, dtype)
     start, b = small(0.0), small(1.0)
@@ -136,27 +135,29 @@ def _try(optimizer: optax.GradientTransformation, tree: Any, dtype: Any) -> None
         state_w, state_b = optimizer.init(start), optimizer.init(b)
         try:
             update(start, state_w, start)
-        except jax.errors.ConcretizationTypeError:  # Python that asks for values, as a schedule may
+        except jax.errors.ConcretizationTypeError:  # it reads values in Python, as a schedule may
             update = optimizer.update
             update(start, state_w, start)
-        except TypeError:  # one that is to be told the loss
+        except TypeError:  # it needs the loss
             update = jax.jit(partial(optimizer.update, value=jnp.ones((), dtype)))
             update(start, state_w, start)
         u, _ = update(start, state_w, start)
         if _traced(u):
             return
         if [x.shape for x in jax.tree.leaves(u)] != [x.shape for x in jax.tree.leaves(start)]:
-            raise ValueError("its updates have other shapes than the gradients (one for each example?)")
+            raise ValueError(
+                "its updates have other shapes than the gradients (one for each example?); use another optimizer"
+            )
     except Exception as error:
         raise ValueError(
             "optimizer cannot train Kolen-Pollack's B: tried on small arrays in the structure of B's tree, it raised "
-            f"{checks.first_line(error)}. It must do with gradients, parameters and at most the loss (as value), and with "
-            "a tree that has None where W has no B."
+            f"{checks.first_line(error)}. It may use only gradients, parameters and the loss (as value), and must accept "
+            "a tree with None where W has no B."
         ) from error
     w, steps, seen = start, [], 0
     for step in range(_TRIALS):
         gradient = small(0.5)
-        if step % 2:  # a large one, so that clipping shows
+        if step % 2:  # a large one, to make clipping visible
             gradient = jax.tree.map(lambda g: 100 * g, gradient)
         u, state_w = update(gradient, state_w, w)
         v, state_b = update(gradient, state_b, b)
@@ -172,14 +173,14 @@ def _try(optimizer: optax.GradientTransformation, tree: Any, dtype: Any) -> None
             if np.max(np.abs(change - shrink * difference)) > 1e-5 * size:  # well above rounding
                 raise ValueError(
                     "optimizer cannot train Kolen-Pollack's B: given the same signal, it changes W and B differently by more than "
-                    "a common decay, so that W - B^T does not shrink (eq. 14). This is so of LAMB, LARS and other optimizers that "
-                    "scale updates by the size of the weights, and of weight decay that is divided by a gradient's moments. Use "
-                    "SGD, momentum, Adam or AdamW with decoupled weight decay."
+                    "a common decay, so W - B^T does not shrink (eq. 14). LAMB, LARS and others scale updates by the size of "
+                    "the weights; L2 inside Adam divides the decay by a gradient's moments. Use SGD, momentum, Adam, or AdamW "
+                    "with decoupled weight decay."
                 )
             if shrink * np.max(np.abs(difference)) > 1e-5 * size or shrink < -2:
                 raise ValueError(
-                    f"optimizer cannot train Kolen-Pollack's B: a step multiplies W - B^T by {1 + shrink:.6g}, where eq. 14 "
-                    "wants it to shrink. Use a learning rate and a weight decay whose product lies between 0 and 2."
+                    f"optimizer cannot train Kolen-Pollack's B: a step multiplies W - B^T by {1 + shrink:.6g}, but eq. 14 "
+                    "needs it to shrink. Use a learning rate and a weight decay whose product lies between 0 and 2."
                 )
         seen += moved
         if seen >= 4:
@@ -189,15 +190,15 @@ def _try(optimizer: optax.GradientTransformation, tree: Any, dtype: Any) -> None
 
 
 def _check_others_do_not_matter(init: Any, update: Any, start: Any, steps: list[tuple[Any, Any]]) -> None:
-    """An array gets the updates that it got in its tree whatever the others' gradients are, or were they left out."""
+    """Checks that an array's updates do not depend on the other arrays of the tree."""
     first = lambda tree: jax.tree.leaves(tree)[0]
-    tree, place = {"a": jnp.zeros_like(first(start)), "w": first(start)}, 1  # its place in the tree is another too
+    tree, place = {"a": jnp.zeros_like(first(start)), "w": first(start)}, 1  # at another place in the tree
     try:
         update(tree, init(tree), tree)
-    except Exception:  # one made for B's structure alone (labels, masks)
+    except Exception:  # made only for B's structure (labels, masks)
         tree, place = start, 0
     leaves = jax.tree.leaves(tree)
-    for other in (0.0, 1e15, np.nan):  # nothing, beyond any threshold (its square is a float32 too), not finite
+    for other in (0.0, 1e15, np.nan):  # zero, above any threshold (its square fits float32), not finite
         params, state = tree, init(tree)
         for gradient, expected in steps:
             gradients = [jnp.full_like(x, other) for x in leaves]
@@ -219,7 +220,8 @@ def check_usable(optimizer: optax.GradientTransformation, params: Any) -> None:
         jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params)
     except Exception as error:
         raise ValueError(
-            f"optimizer cannot be used here: given gradients and params alone, it raised {checks.first_line(error)}"
+            f"optimizer cannot be used here: given gradients and params alone, it raised {checks.first_line(error)}; "
+            "make_steps gives it nothing else"
         ) from error
 
 
@@ -230,30 +232,31 @@ def check_finite(optimizer: optax.GradientTransformation, params: Any) -> None:
         w, gradient = _small(random, params, 0.0), _small(random, params, 0.5)
         try:
             update, _ = optimizer.update(gradient, optimizer.init(w), w)
-        except Exception:  # one that is made for arrays of one size cannot be tried on others
+        except Exception:  # it needs arrays of one size and cannot be tried on others
             return
         if not _traced(update):
             _check_is_finite(update)
 
 
 def _traced(updates: Any) -> bool:
-    """Whether an optimizer's updates of known arrays are traced: its learning rate is, and it cannot be tried."""
+    """Whether updates of known arrays are traced. Then the learning rate is traced, and the optimizer cannot be tried."""
     return any(isinstance(u, jax.core.Tracer) for u in jax.tree.leaves(updates))
 
 
 def _check_is_finite(update: Any) -> None:
     if not all(np.isfinite(u).all() for u in jax.tree.leaves(update)):
-        raise ValueError("optimizer makes updates that are not finite of gradients that are; look at its learning rate")
+        raise ValueError(
+            "optimizer makes infinite or NaN updates from finite gradients; check its learning rate or schedule"
+        )
 
 
 def _compare_alone(together: jax.Array, alone: jax.Array) -> None:
     if not np.allclose(together, alone, rtol=1e-4, atol=1e-7 * float(jnp.max(jnp.abs(together)) + 1e-30)):
         raise ValueError(
-            "optimizer cannot train Kolen-Pollack's B: the arrays of a tree influence each other's updates (as in "
-            "clipping by the global norm, leaving out a step in which one is not finite or large, or noise drawn over the "
-            "tree), and W's tree is not B's, so that the two get different changes from the same signal. Take that part "
-            "out of the optimizer; wmkp.updates.clip_together clips both alike, and optax.apply_if_finite can go around "
-            "an optimizer of both."
+            "optimizer cannot train Kolen-Pollack's B: the arrays of a tree influence each other's updates (as when it "
+            "clips by the global norm, skips a step in which one array is not finite or too large, or draws noise over the "
+            "tree). W's tree is not B's, so the same signal would change W and B differently. Take that part out of the "
+            "optimizer. To clip both alike, use make_steps(..., clip_norm=...) or wmkp.updates.clip_together."
         )
 
 
@@ -285,7 +288,7 @@ def clip_together(max_norm: float) -> optax.GradientTransformation:
         _check_arrays("updates", updates)
         checks.values("updates", updates)
         norm = optax.tree.norm(updates[0])
-        scale = jnp.minimum(1.0, max_norm / norm)  # of zero gradients 1
+        scale = jnp.minimum(1.0, max_norm / norm)  # 1 for zero gradients
         return jax.tree.map(lambda u: u * scale.astype(u.dtype), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
@@ -315,7 +318,7 @@ def weight_mirror(learning_rate: Any, decay: Any) -> optax.GradientTransformatio
 
     def update(signal: Any, state: Any, feedback: Any = None) -> tuple[Any, Any]:
         if feedback is None:
-            raise ValueError("the weight mirror's update needs feedback: update(signal, state, feedback)")
+            raise ValueError("the weight mirror's update needs feedback: call update(signal, state, feedback)")
         checks.alike("signal", signal, feedback, "feedback", dtypes=False)
         return jax.tree.map(lambda s, b: (learning_rate * (s - decay * b)).astype(b.dtype), signal, feedback), state
 
@@ -350,16 +353,16 @@ def calibrated_mirror(rule: Rule, rate: Any = None) -> optax.GradientTransformat
     rate = rule.mirror.rate if rate is None and rule.mirror is not None else rate
     if rate is None:
         raise ValueError(
-            f"{rule.name} averages over all of its mirror steps, and so has a rate for each: give "
+            f"{rule.name} averages over all of its mirror steps, so its rate changes from step to step: use "
             "calibrated_mirror(rule, rate=1 / t) for the t-th"
         )
     return weight_mirror(rate / gain, gain)
 
 
 def check_mirror_optimizer(mirror_optimizer: Any) -> None:
-    """It keeps no state, and follows the signal uphill."""
+    """ValueError unless it keeps no state and adds the signal."""
     checks.transformation("mirror_optimizer", mirror_optimizer)
-    use = "use wmkp.updates.weight_mirror or wmkp.updates.calibrated_mirror"
+    use = "wmkp.updates.weight_mirror or wmkp.updates.calibrated_mirror"
     with jax.ensure_compile_time_eval():
         b, signal = jnp.zeros((3, 4)), jnp.ones((3, 4))
         try:
@@ -367,12 +370,12 @@ def check_mirror_optimizer(mirror_optimizer: Any) -> None:
             change = float(mirror_optimizer.update(signal, state, b)[0].sum())
         except Exception as error:
             raise ValueError(
-                f"mirror_optimizer must take one B at a time; tried on a matrix, it raised {checks.first_line(error)}; {use}"
+                f"mirror_optimizer must take one B at a time; tried on a matrix, it raised {checks.first_line(error)}; use {use}"
             ) from error
         if jax.tree.leaves(state):
-            raise ValueError(f"mirror_optimizer must keep no state, as momentum or a schedule would; {use}")
+            raise ValueError(f"mirror_optimizer must keep no state (no momentum, no schedule); use {use}")
     if not 0 <= change < float("inf"):
         raise ValueError(
-            f"mirror_optimizer must go along the signal (which is no gradient); it changes a B of zeros by {change / 12:g} "
-            f"for a signal of 1; {use}"
+            f"mirror_optimizer must add the signal, which is not a gradient; it changes a B of zeros by {change / 12:g} "
+            f"for a signal of 1; use {use}"
         )

@@ -1,1 +1,1 @@
-"""What the wmkp command runs: configs, data, models, loops, figures. A user of the library, never imported by it."""
+"""What the wmkp command runs: configs, data, models, loops, figures. It uses the library; the library never imports it."""

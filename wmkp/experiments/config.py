@@ -1,4 +1,4 @@
-"""The commands' typed configs, and the checks that say in one line what is wrong with one."""
+"""The typed configs of the commands, and their checks: each error is one line."""
 
 import contextlib
 import dataclasses
@@ -39,7 +39,7 @@ MOST_LAYERS = 256  # more take hours to compile
 
 
 class InputError(ValueError):
-    """What a person asked for cannot be done; the message says why, in one line."""
+    """The command cannot do what was asked. The message says why, in one line."""
 
 
 DataDir = Annotated[
@@ -49,53 +49,55 @@ DataDir = Annotated[
 
 @dataclasses.dataclass(frozen=True)
 class Compare:
-    """One network, one dataset, several learning rules: what each reaches, and how well its feedback aligns."""
+    """Trains one network under several learning rules, and compares test error and alignment."""
 
     dataset: str = "digits"
-    """digits (comes with scikit-learn), or any TFDS dataset of labelled images by its name, such as mnist or cifar10."""
+    """digits (from scikit-learn), or the name of a TFDS dataset of labelled images, such as mnist or cifar10."""
     data_dir: DataDir = None
-    """Where TFDS has its datasets prepared. Nothing is ever downloaded."""
+    """Directory of the prepared TFDS datasets. Nothing is downloaded; see wmkp data."""
     out: Path = Path("comparison")
-    """The directory that comparison.png and comparison.csv are written to."""
+    """Directory for comparison.png, comparison.csv and comparison.md."""
     rules: tuple[str, ...] = ("bp", "fa", "ss", "kp", "mkp", "wm", "frozen")
     """The rules to train: bp (backprop), fa (feedback alignment), ss (sign symmetry), kp (Kolen-Pollack), mkp (mirrored
-    Kolen-Pollack), wm (weight mirror), frozen (hidden layers as drawn, the readout learns), and kpm, frsf, brsf, kpt, pfa, dfa, dkp, ia, sa, aa, am, amw; or all."""
+    Kolen-Pollack), wm (weight mirror), frozen (only the readout learns). Also kpm, frsf, brsf, kpt, pfa, dfa, dkp, ia,
+    sa, aa, am, amw (docs/rules.md says what they are), or all."""
     seeds: int = 5
-    """How many times each rule is trained: from --seed and the seeds after it. All rules share initial weights and data
-    order seed by seed."""
+    """Runs of each rule, with the seeds --seed, --seed + 1, ... With the same seed all rules start from the same weights
+    and see the data in the same order."""
     model: Literal["conv", "mlp"] = "conv"
-    """The network: five 3x3 convolutions, or a tanh perceptron."""
+    """The network: five 3x3 convolutions (conv), or a tanh perceptron (mlp)."""
     hidden: tuple[int, ...] = (128,) * 12
-    """mlp: the width of each hidden layer."""
+    """mlp only: the width of each hidden layer."""
     epochs: Annotated[
         int | None,
         tyro.conf.arg(constructor=int, metavar="INT", help_behavior_hint="(default: by the size of the dataset)"),
     ] = None
-    """Passes over the training set. By default as many as make 555 steps (mlp: 6,000), and at least 10."""
+    """Passes over the training set. By default enough for 444 steps (mlp: 6,000), and at least 10."""
     batch_size: int = 32
-    """Examples in a step."""
+    """Examples per step."""
     learning_rate: float | None = None
-    """Of SGD: by default 0.05 (mlp: 0.02). The same for all rules; falls to a tenth along half a cosine."""
+    """Learning rate of SGD, the same for all rules. It falls to a tenth along half a cosine. By default 0.05 (mlp: 0.02)."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     weight_decay: float = 5e-3
-    """lambda: added to the gradient as lambda W (and lambda B). Without it, Kolen-Pollack does not align."""
+    """lambda: lambda W is added to W's gradient, and lambda B to B's. Without it, Kolen-Pollack does not align."""
     mirror_steps: int | None = None
-    """Weight mirror: mirror steps before training. By default the rule's own."""
+    """Rules that mirror: mirror steps before training. By default the rule's own number."""
     mirror_every: int | None = None
-    """Weight mirror: engaged steps from one mirror step to the next. By default 1 for wm, 16 for mkp."""
+    """Rules that mirror: training steps between mirror steps. By default 1 for wm, 16 for mkp."""
     mirror_angle: float | None = None
-    """Weight mirror: by default exact. Otherwise the angle in degrees between B and W^T that a mirror step draws enough noise for."""
+    """Rules that mirror: the angle between B and W^T, in degrees, for which a mirror step draws enough noise. By default it is
+    exact."""
     seed: int = 0
-    """Of the initial weights, the order of the data, the feedback weights and the noise."""
+    """Random seed of the initial weights, the data order, the feedback weights and the noise."""
 
     def check(self) -> None:
-        """Raises InputError if a value makes no sense."""
+        """Raises InputError if a value is not allowed."""
         for rule in self.rules:
             if rule not in RULES:
                 raise InputError(f"unknown rule {rule!r}; choose from {', '.join(RULES)}, separated by spaces, or all")
         if not self.rules or len(set(self.rules)) < len(self.rules):
-            raise InputError("--rules must name at least one rule, and none twice")
+            raise InputError(f"--rules must name at least one rule, and none twice; got {' '.join(self.rules)}")
         _check_hidden(self.hidden)
         _check(
             self,
@@ -113,143 +115,151 @@ class Compare:
 
 
 def _optional(kind: type, default: str) -> Any:
-    """How tyro shows a value that may be left to its default."""
+    """How the help shows a value that has a default elsewhere."""
     return tyro.conf.arg(constructor=kind, metavar=kind.__name__.upper(), help_behavior_hint=f"(default: {default})")
 
 
 Coordinator = Annotated[str | None, _optional(str, "the cluster's")]
 Cluster = Annotated[int | None, _optional(int, "the cluster's")]
-# How Train and Reproduce use machines; none of it changes what is learned.
+# How Train and Reproduce use machines. None of these settings changes what is learned.
 MACHINES = ("workers", "fsdp", "distributed", "coordinator", "processes", "process")
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """One run: a model, its data, a learning rule, and all that it takes to repeat it. Saved as config.json."""
+    """One training run: model, data, learning rule and everything needed to repeat it. Saved as config.json."""
 
     out: Path = Path("run")
-    """The run's directory: config.json, train.csv, test.csv, checkpoints, tensorboard."""
+    """Directory of the run: config.json, train.csv, test.csv, checkpoints, tensorboard."""
     resume: bool = False
-    """Continue the run in --out from its last checkpoint, to the bit; one that has none begins anew."""
+    """Continue the run in --out from its last checkpoint. The result is bit-for-bit that of an uninterrupted run. Without a
+    checkpoint the run starts from the beginning."""
 
     dataset: str = "digits"
-    """digits (scikit-learn's), characters (Python's own help texts), or a TFDS dataset of labelled images, by its name or
-    by its directory."""
+    """digits (from scikit-learn), characters (Python's help texts), or a TFDS dataset of labelled images: its name or its
+    directory."""
     data_dir: DataDir = None
-    """Where TFDS has its datasets prepared. Nothing is downloaded; see wmkp data."""
-    image_size: Annotated[int | None, _optional(int, "as they are; 224 if they are read while training")] = None
-    """Height and width that images are resized to."""
+    """Directory of the prepared TFDS datasets. Nothing is downloaded; see wmkp data."""
+    image_size: Annotated[int | None, _optional(int, "unchanged; 224 if images are read during training")] = None
+    """Height and width to which images are resized."""
     augment: bool = False
-    """Pad by an eighth, crop and flip the training images. Images read while training always get ImageNet's random crops."""
+    """Pad the training images by an eighth, then crop and flip them at random. Images that are read during training always get
+    ImageNet's random crops."""
     workers: int = 0
-    """Processes that decode images; 0 for threads of this one. Only for datasets that do not fit in memory."""
+    """Processes that decode images, for datasets that do not fit in memory. 0: threads of this process."""
     max_bad: float = 0.001
-    """The share of examples that may be unreadable; they are counted and left out. Beyond it the run ends."""
+    """Largest share of unreadable examples. They are counted and left out. With more, the run ends."""
 
     model: Literal[
         "mlp", "residual-mlp", "lenet", "resnet20", "resnet56", "resnet18", "resnet50", "vit-ti", "decoder"
     ] = "mlp"
     """The network."""
     hidden: tuple[int, ...] = (500,)
-    """mlp: the width of each hidden layer."""
+    """mlp only: the width of each hidden layer."""
     width: Annotated[int | None, _optional(int, "the model's own")] = None
-    """residual-mlp, decoder: the width of the residual stream. ResNets: the features of the first stage."""
+    """residual-mlp, decoder: width of the residual stream. ResNets: features of the first stage."""
     depth: Annotated[int | None, _optional(int, "the model's own")] = None
-    """residual-mlp, decoder: how many blocks."""
+    """residual-mlp, decoder: number of blocks."""
     patch: int = 16
-    """vit-ti: height and width of a patch."""
+    """vit-ti: height and width of a patch, in pixels."""
     norm_last: bool = False
-    """ResNets: BatchNorm after the ReLU, as in most runs of Akrout et al. (2019)."""
+    """ResNets: apply BatchNorm after the ReLU, as in most runs of Akrout et al. (2019)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation. Parameters, B and the optimizer's state are float32."""
+    """Dtype of the computation. Parameters, B and the optimizer's state stay float32."""
 
     rule: str = "kp"
-    """The learning rule, one of those that wmkp compare --rules takes."""
+    """The learning rule. wmkp compare --help lists the names."""
     mirror_noise: Annotated[str | None, _optional(str, "the rule's: orthogonal")] = None
-    """Weight mirror: the noise, such as gaussian or orthogonal."""
+    """Rules that mirror: kind of noise, such as gaussian or orthogonal."""
     mirror_steps: Annotated[int | None, _optional(int, "the rule's")] = None
-    """Weight mirror: mirror steps before training."""
+    """Rules that mirror: mirror steps before training."""
     mirror_every: int = 1
-    """Weight mirror: updates of the weights from one mirror period to the next."""
+    """Rules that mirror: weight updates between mirror periods."""
     mirror_repeat: int = 1
-    """Weight mirror: mirror steps in a period."""
+    """Rules that mirror: mirror steps per period."""
     mirror_angle: Annotated[float | None, _optional(float, "the rule's: exact")] = None
-    """Weight mirror: the angle in degrees between B and W^T that a mirror step draws enough noise for."""
-    mirror_samples: Annotated[int | None, _optional(int, "as many as --mirror-angle takes")] = None
-    """Weight mirror: samples in a mirror step."""
-    mirror_rate: Annotated[float | None, _optional(float, "the rule's: all of it")] = None
-    """Weight mirror: the share of the way to its estimate that B goes in a mirror step."""
+    """Rules that mirror: angle between B and W^T, in degrees, for which a mirror step draws enough noise."""
+    mirror_samples: Annotated[int | None, _optional(int, "as many as --mirror-angle needs")] = None
+    """Rules that mirror: samples per mirror step."""
+    mirror_rate: Annotated[float | None, _optional(float, "the rule's: 1")] = None
+    """Rules that mirror: share of B that a mirror step replaces by its estimate of W^T."""
 
     epochs: float = 10.0
     """Passes over the training set."""
     steps: Annotated[int | None, _optional(int, "as --epochs says")] = None
-    """Engaged steps of the whole run, in place of --epochs."""
+    """Training steps of the whole run, instead of --epochs."""
     batch_size: int = 128
-    """Examples in a step, over all devices."""
+    """Examples per step, over all devices together."""
     accumulate: int = 1
-    """Steps whose gradients are averaged for one update of the weights."""
+    """Steps whose gradients are averaged into one weight update."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """Of W, and of B where it learns as W does."""
+    """Optimizer of W, and of B under Kolen-Pollack."""
     learning_rate: float = 0.1
-    """At its highest."""
+    """The highest learning rate of the schedule."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     weight_decay: float = 5e-4
-    """lambda, the same for W and B: added to the gradient (SGD) or decoupled (AdamW)."""
+    """lambda, for W and B alike: added to the gradient (SGD) or decoupled (AdamW)."""
     decay_all: bool = False
-    """Weight decay on biases and normalizations too, not on matrices and kernels alone."""
+    """Decay biases and normalizations too, not only matrices and kernels."""
     schedule: Literal["constant", "step", "cosine"] = "cosine"
-    """Of the learning rate, after its warm-up."""
+    """Learning rate schedule after the warm-up."""
     drop_epochs: tuple[float, ...] = ()
-    """Step schedule: the epochs at which the learning rate falls to a tenth."""
+    """Step schedule: epochs at which the learning rate falls to a tenth."""
     final_rate: float = 0.0
-    """Cosine schedule: the share of the learning rate that is left at the end."""
+    """Cosine schedule: share of the learning rate that is left at the end."""
     warmup_epochs: float = 0.0
     """Epochs over which the learning rate rises from zero."""
     clip_norm: Annotated[float | None, _optional(float, "no clipping")] = None
-    """The largest global norm of the gradients; B's signals are scaled as they are."""
+    """Largest global norm of the gradients. Larger gradients and B's signals are scaled down alike."""
     label_smoothing: float = 0.0
-    """The share of the target that is spread over all labels."""
+    """Share of the target that is spread over all labels."""
     seed: int = 0
-    """Of the weights, the order of the data, its augmentation, the feedback weights and the noise."""
+    """Random seed of the weights, the data order, its augmentation, the feedback weights and the noise."""
     seeds: int = 1
-    """Runs to make, one after another: of --seed and the seeds after it, each in a directory of its own, OUT/seed0, OUT/seed1, ..."""
+    """Number of runs, one after another, with the seeds --seed, --seed + 1, ... Each has its own directory: OUT/seed0,
+    OUT/seed1, ..."""
 
     on_nan: Literal["stop", "skip"] = "stop"
-    """What a loss or gradient that is not finite does: end the run, or have the step left out and counted."""
+    """If a loss or gradient is NaN or infinite: end the run (stop), or leave out the step and count it (skip)."""
     log_every: int = 50
-    """Steps from one line of train.csv to the next."""
+    """Steps between lines of train.csv."""
     eval_every: float = 1.0
-    """Epochs from one evaluation on the test set to the next."""
+    """Epochs between evaluations on the test set."""
     save_every: float = 1.0
-    """Epochs from one checkpoint to the next."""
+    """Epochs between checkpoints."""
     keep: int = 2
-    """How many checkpoints are kept, the newest."""
+    """Number of newest checkpoints to keep."""
     tensorboard: bool = True
-    """Write TensorBoard scalars too."""
+    """Also write TensorBoard scalars."""
 
     fsdp: bool = False
     """Divide W, B and the optimizer's state among the devices."""
     distributed: bool = False
-    """Train together with other processes, started alike; a cluster that JAX knows needs nothing more."""
+    """Train together with other processes that run the same command. On a cluster that JAX detects, no other setting is
+    needed."""
     coordinator: Coordinator = None
-    """HOST:PORT of process 0."""
+    """HOST:PORT of process 0, without a cluster that JAX detects."""
     processes: Cluster = None
-    """How many there are."""
+    """Number of processes, without such a cluster."""
     process: Cluster = None
-    """Which of them this is, from 0."""
+    """Number of this process, from 0, without such a cluster."""
 
     def check(self) -> None:
-        """Raises InputError if a value makes no sense."""
+        """Raises InputError if a value is not allowed."""
         if self.rule not in RULES:
             raise InputError(f"unknown rule {self.rule!r}; choose from {', '.join(RULES)}")
         _check_hidden(self.hidden)
         if not all(0 < epoch < 1e6 for epoch in self.drop_epochs) or list(self.drop_epochs) != sorted(
             set(self.drop_epochs)
         ):
-            raise InputError(f"--drop-epochs must be positive and rise; got {self.drop_epochs}")
+            raise InputError(
+                f"--drop-epochs must be positive and increasing; got {' '.join(map(str, self.drop_epochs))}"
+            )
         if self.schedule == "step" and not self.drop_epochs:
-            raise InputError("--schedule step needs --drop-epochs: when the learning rate falls")
+            raise InputError(
+                "--schedule step needs --drop-epochs, the epochs at which the learning rate falls: --drop-epochs 30 60"
+            )
         _check_machines(self)
         _check(
             self,
@@ -274,7 +284,8 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Reproduce:
-    """A published figure, run anew. Shortened with --epochs or --steps it says how far it got, not what was published."""
+    """Reproduces a published figure. With fewer --epochs or --steps it stops early, and the numbers are not the published
+    ones."""
 
     figure: tyro.conf.Positional[
         Annotated[
@@ -295,55 +306,58 @@ class Reproduce:
             tyro.conf.arg(metavar="FIGURE"),
         ]
     ]
-    """akrout-mnist and akrout-cifar10: the curves published with the paper's NumPy code. akrout-orders: how far their first
-    epochs hang on the order of the data. akrout-mended: what each of that code's quirks changes. akrout-jpeg: what JPEG does
-    to CIFAR-10's. akrout-resnet20, akrout-tiny, akrout-imagenet: the paper's figures, test error and every layer's angles, with ResNet-20 on CIFAR-10,
-    ResNet-18 on Tiny ImageNet-100, ResNet-18 and -50 on ImageNet. biotorch-lenet: BioTorch's table for LeNet on MNIST. language, residual, hundred-classes: a character
-    Transformer, a pre-norm residual perceptron on CIFAR-10, and a narrow ResNet on a hundred classes of photographs."""
+    """akrout-mnist, akrout-cifar10: the curves published with the paper's NumPy code. akrout-orders: how much their first
+    epochs depend on the data order. akrout-mended: what each quirk of that code changes. akrout-jpeg: what JPEG compression
+    changes on CIFAR-10. akrout-resnet20, akrout-tiny, akrout-imagenet: the paper's figures (test error and the angles of every
+    layer) with ResNet-20 on CIFAR-10, ResNet-18 on Tiny ImageNet-100, ResNet-18 and ResNet-50 on ImageNet. biotorch-lenet:
+    BioTorch's table for LeNet on MNIST. language: a character Transformer. residual: a pre-norm residual perceptron on
+    CIFAR-10. hundred-classes: a narrow ResNet on a hundred classes of photographs."""
     data_dir: DataDir = None
-    """Where TFDS has its datasets prepared. Nothing is downloaded."""
+    """Directory of the prepared TFDS datasets. Nothing is downloaded; see wmkp data."""
     reference: Annotated[
         Path | None, tyro.conf.arg(constructor=Path, metavar="PATH", help_behavior_hint="(default: none)")
     ] = None
-    """Where the published curves are, akrout2019_mnist_bp.csv and so on, to be held against ours."""
+    """Directory of the published curves (akrout2019_mnist_bp.csv and so on) to compare with."""
     out: Annotated[
         Path | None, tyro.conf.arg(constructor=Path, metavar="PATH", help_behavior_hint="(default: runs/FIGURE)")
     ] = None
-    """The directory for run.json, summary.csv, each run's CSV file and the pictures."""
+    """Directory for run.json, summary.csv, the CSV file of each run and the pictures."""
     only: tuple[str, ...] = ()
-    """Some of the figure's runs, by the names in its table."""
+    """Only these runs of the figure, by the names in its table."""
     epochs: Annotated[float | None, _optional(float, "the published number")] = None
-    """Passes over the training set; the learning rate's schedule is shortened with them."""
+    """Passes over the training set. The learning rate's schedule is shortened in proportion."""
     steps: Annotated[int | None, _optional(int, "as --epochs says")] = None
-    """Engaged steps, in place of --epochs: to measure throughput. Not for the NumPy code's curves."""
+    """Training steps, instead of --epochs, to measure throughput. Not for the NumPy code's curves."""
     batch_size: Annotated[int | None, _optional(int, "the recipe's")] = None
-    """Examples in a step. Not for the NumPy code's curves."""
+    """Examples per step. Not for the NumPy code's curves."""
     image_size: Annotated[int | None, _optional(int, "the recipe's")] = None
-    """Height and width that images are resized to. Not for the NumPy code's curves."""
+    """Height and width to which images are resized. Not for the NumPy code's curves."""
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None, tyro.conf.arg(help_behavior_hint="(default: the recipe's)")
     ] = None
-    """Of the computation. Not for the NumPy code's curves."""
+    """Dtype of the computation. Not for the NumPy code's curves."""
     seed: int = 0
-    """Of weights, order, feedback weights and noise."""
+    """Random seed of the weights, the data order, the feedback weights and the noise."""
     seeds: Annotated[int | None, _optional(int, "the figure's")] = None
-    """Runs of each rule, of --seed and the seeds after it. Not for the NumPy code's curves."""
+    """Runs of each rule, with the seeds --seed, --seed + 1, ... Not for the NumPy code's curves."""
 
     workers: int = 0
-    """Processes that decode images; 0 for threads of this one. This and what follows: not for the NumPy code's curves."""
+    """Processes that decode images. 0: threads of this process. This setting and those below are not for the NumPy code's
+    curves."""
     fsdp: bool = False
     """Divide W, B and the optimizer's state among the devices."""
     distributed: bool = False
-    """Train together with other processes, started alike; a cluster that JAX knows needs nothing more."""
+    """Train together with other processes that run the same command. On a cluster that JAX detects, no other setting is
+    needed."""
     coordinator: Coordinator = None
-    """HOST:PORT of process 0."""
+    """HOST:PORT of process 0, without a cluster that JAX detects."""
     processes: Cluster = None
-    """How many there are."""
+    """Number of processes, without such a cluster."""
     process: Cluster = None
-    """Which of them this is, from 0."""
+    """Number of this process, from 0, without such a cluster."""
 
     def check(self) -> None:
-        """Raises InputError if a value makes no sense."""
+        """Raises InputError if a value is not allowed."""
         _check_machines(self)
         _check(
             self,
@@ -356,14 +370,18 @@ class Reproduce:
         if self.figure in ("akrout-mnist", "akrout-cifar10", "akrout-orders", "akrout-mended", "akrout-jpeg"):
             for name in ("steps", "batch_size", "image_size", "dtype", "seeds", *MACHINES):
                 if getattr(self, name):
-                    raise InputError(f"{flag(name)} is not for {self.figure}, whose settings are the published ones")
+                    raise InputError(
+                        f"{flag(name)} is not for {self.figure}, which uses the published settings; leave it out"
+                    )
             if self.epochs is not None and self.epochs % 1:
                 raise InputError(f"--epochs must be a whole number for {self.figure}; got {self.epochs:g}")
         elif self.reference is not None:
-            raise InputError(f"--reference is for the NumPy code's curves; {self.figure} has none")
+            raise InputError(
+                f"--reference is only for the NumPy code's curves, which {self.figure} does not draw; leave it out"
+            )
 
 
-# What a value must be: a test, so written that NaN never passes, and its words.
+# What a value must be: a test that NaN fails, and its words.
 _POSITIVE = (lambda x: 0 < x < math.inf, "positive and finite")
 _FINITE = (lambda x: 0 <= x < math.inf, "at least 0 and finite")
 _SHARE = (lambda x: 0 <= x < 1, "at least 0 and below 1")
@@ -377,17 +395,15 @@ _SEED = (lambda x: 0 <= x < 2**32, "at least 0 and below 2^32")
 
 def _check_hidden(hidden: tuple[int, ...]) -> None:
     if not 1 <= len(hidden) <= MOST_LAYERS:
-        raise InputError(
-            f"--hidden must name the widths of at least 1 layer and at most {MOST_LAYERS}; got {len(hidden)}"
-        )
+        raise InputError(f"--hidden must give the widths of 1 to {MOST_LAYERS} layers; got {len(hidden)}")
     if min(hidden) < 1:
         raise InputError(f"--hidden must be at least 1; got {min(hidden)}")
 
 
 def _check_machines(config: Train | Reproduce) -> None:
-    """Raises InputError if a value of MACHINES makes no sense."""
+    """Raises InputError if a value of MACHINES is not allowed."""
     if not config.distributed and {config.coordinator, config.processes, config.process} != {None}:
-        raise InputError("--coordinator, --processes and --process are for --distributed runs; give --distributed")
+        raise InputError("--coordinator, --processes and --process need --distributed; add it, or leave them out")
     if config.coordinator is not None:
         port = re.fullmatch(r"\S+:(\d{1,5})", config.coordinator)
         if not port or not 1 <= int(port[1]) <= 65535:
@@ -405,7 +421,7 @@ def _check(config: Any, **limits: tuple[Any, str]) -> None:
 
 @contextlib.contextmanager
 def refusals(what: str) -> Iterator[None]:
-    """What the library refuses, as an InputError that begins with ``what``."""
+    """Turns the library's errors into an InputError that begins with ``what``."""
     try:
         yield
     except (ValueError, TypeError) as error:

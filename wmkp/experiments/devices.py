@@ -9,11 +9,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from wmkp.experiments.config import InputError, Train
 from wmkp.training import batch_sharding
 
-HEARTBEAT_SECONDS = 30  # after which a process that went silent counts as lost
+HEARTBEAT_SECONDS = 30  # a silent process counts as lost after this time
 
 
 def start(config: Train) -> None:
-    """Joins the other processes of the run, if it has any; before anything else touches JAX.
+    """Joins the other processes of the run, if there are any. Call it before anything else uses JAX.
 
     Raises:
       InputError: they cannot be reached.
@@ -30,34 +30,34 @@ def start(config: Train) -> None:
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"--distributed: the processes cannot meet ({str(error).splitlines()[0]}); without a cluster that JAX "
-            "knows, give each --coordinator HOST:PORT, --processes N and its own --process"
+            "detects, give each process --coordinator HOST:PORT, --processes N and its own --process number"
         ) from None
 
 
 def make_mesh(batch_size: int) -> Mesh:
-    """All devices in a row, among which the examples of a batch are divided.
+    """A mesh of all devices, among which each batch is divided.
 
     Raises:
-      InputError: they do not divide.
+      InputError: the batch does not divide evenly.
     """
     devices = jax.devices()
     if batch_size % len(devices):
-        raise InputError(f"--batch-size must divide among {len(devices)} devices; got {batch_size}")
+        raise InputError(f"--batch-size must be a multiple of the {len(devices)} devices; got {batch_size}")
     return Mesh(np.array(devices), ("data",))
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """This process's part of a batch, arrays of the host, onto its devices."""
+    """Puts this process's part of a batch on its devices."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def put_everywhere(tree: Any, mesh: Mesh) -> Any:
-    """Arrays that every process has whole, onto every device."""
+    """Puts arrays, which every process holds whole, on every device."""
     sharding = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
 
 
 def is_first() -> bool:
-    """Whether this process writes and prints what one of them should."""
+    """Whether this is the process that writes and prints."""
     return jax.process_index() == 0

@@ -1,4 +1,4 @@
-"""What depends on a release of JAX or XLA: opening and making jaxprs, splitting scans, binding equations, dividing arrays, waiting."""
+"""Everything that depends on the release of JAX or XLA: jaxprs, scans, equations, divided arrays, order of execution."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,19 +12,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 Var = core.Var
 
-# Primitives that hold one jaxpr which is simply evaluated in place: {name: key of the jaxpr in the parameters}.
+# Primitives whose one jaxpr is evaluated in place: {name: key of the jaxpr in the parameters}.
 INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 REMAT = frozenset({"checkpoint", "remat", "remat2"})
 CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin"})
 
-# A weight multiplies an activation in these two, and both are bilinear.
+# The two primitives in which a weight multiplies an activation. Both are bilinear.
 BILINEAR = frozenset({"dot_general", "conv_general_dilated"})
 
-# Inside a shard_map: what says that devices may differ, and what exchanges parts between them.
+# Inside a shard_map: primitives that declare that devices may differ, and that exchange parts between devices.
 VARIED = frozenset({"pvary", "pcast", "pbroadcast"})
 EXCHANGED = frozenset({"all_gather", "all_gather_invariant", "all_gather_reduced", "all_to_all", "ppermute"})
 
-# Linear in their first operand, which they only lay out anew: one element out is one element in.
+# They only rearrange their first operand: each element of the result is one element of it.
 LAYOUT = (
     frozenset(
         "convert_element_type reshape transpose squeeze expand_dims broadcast_in_dim tile slice split unstack rev copy copy_p "
@@ -33,24 +33,24 @@ LAYOUT = (
     | VARIED
     | EXCHANGED
 )
-# Of these, what leaves elements in their order.
+# Those that keep the order of elements.
 ORDERED = frozenset({"convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "copy", "copy_p"})
-# What takes a part of its operand.
+# They take a part of their operand.
 TAKES = frozenset({"slice", "split", "unstack", "dynamic_slice", "gather"})
-# Multi-operand primitives that only lay out, select or index; elementwise ones that are linear or affine in a weight.
+# Primitives of several operands that only arrange, select or index, and elementwise ones that are affine in a weight.
 INDEXED = frozenset({"gather", "dynamic_slice"})
 JOINED = frozenset({"concatenate", "stack", "pad", "select_n"})
-# Write their updates over a part of their first operand.
+# They overwrite a part of their first operand.
 WRITTEN = frozenset({"scatter", "dynamic_update_slice"})
-GROWN = WRITTEN | frozenset({"concatenate", "stack", "pad"})  # their result may be larger than an operand
+GROWN = WRITTEN | frozenset({"concatenate", "stack", "pad"})  # the result may be larger than an operand
 ADDED = frozenset({"scatter-add", "scatter_add", "scatter-sub", "scatter_sub"})
 AFFINE = ADDED | frozenset({"add", "sub", "add_any"})
 SUMMED = frozenset({"psum", "psum_invariant", "psum2"})  # over devices; under vmap, along axes of the array
-# One result for each operand.
+# They give one result for each operand.
 APART = SUMMED | VARIED | {"optimization_barrier"}
-# Elementwise, with a derivative that holds the other operand.
+# Elementwise; the derivative reads the other operand.
 MULTIPLIED = frozenset({"mul", "div", "pow", "atan2", "rem", "igamma", "igammac", "scatter-mul", "scatter_mul"})
-# A parameter beside an activation is added, joined, selected or a threshold: no derivative holds another operand.
+# They add, join or select a parameter, or use it as a threshold: the derivative reads no other operand.
 BESIDE = (
     AFFINE
     | JOINED
@@ -62,20 +62,20 @@ ELEMENTWISE = MULTIPLIED | frozenset(
     "expm1 log log1p tanh logistic sin cos tan asin acos atan sinh cosh asinh acosh atanh sqrt rsqrt cbrt square integer_pow "
     "erf erfc erf_inv nextafter real imag conj complex shift_left shift_right_logical shift_right_arithmetic".split()
 )
-# From 0.11 on primitives of the class of those that hold jaxprs, which hold none that matters.
+# From 0.11 on these are of the class of primitives that hold jaxprs, but hold none that matters.
 SIMPLE = frozenset({"Frexp", "Ldexp", "Nonzero", "SearchSorted"})
-# How the names of primitives begin that make random numbers and keys.
+# The names of primitives that make random numbers and keys begin like this.
 RANDOM = ("random_", "threefry", "rng_")
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """The equations' jaxpr and the values of its constants, of a closed jaxpr or of an open one without constants."""
+    """The open jaxpr and the values of its constants. An open jaxpr has no constants."""
     consts = getattr(jaxpr, "consts", ())
     return getattr(jaxpr, "jaxpr", jaxpr), consts
 
 
 def scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
-    """How many of a scan's operands are constants, and how many are carried."""
+    """The numbers of a scan's constant and carried operands."""
     if "num_consts" in params:  # until 0.10
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()
@@ -110,13 +110,13 @@ class Sharding(NamedTuple):
         )
 
     def alike(self, x: jax.Array, y: Any) -> jax.Array:
-        """``x``, each device's own, as its sum over those axes along which ``y`` (an aval) is the same everywhere."""
+        """``x``, each device's own, summed over the axes along which ``y`` (an aval) is the same on all devices."""
         same = tuple(a for a in self.axes if self.check_vma and a not in y.manual_axis_type.varying)
         return jax.lax.psum(x, same) if same else x
 
 
 def sharding(params: dict[str, Any]) -> Sharding:
-    """Of the parameters of a ``shard_map`` equation."""
+    """The sharding in the parameters of a ``shard_map`` equation."""
     mesh = params["mesh"]
     manual = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
     axes = tuple(a for a in mesh.axis_names if a in manual)
@@ -125,7 +125,7 @@ def sharding(params: dict[str, Any]) -> Sharding:
 
 
 def primitive_name(eqn: Any) -> str:
-    """An equation's primitive; from 0.11 on some share one, and have a class of their own (``CustomRoot``)."""
+    """The name of an equation's primitive. From 0.11 on some share a primitive, and their class names them (``CustomRoot``)."""
     name = eqn.primitive.name
     return type(eqn.params["_prim"]).__name__ if name == "call_hi_primitive" else name
 
@@ -138,15 +138,15 @@ def inner_jaxpr(eqn: Any) -> Any:
 
 def has_jaxpr(eqn: Any) -> bool:
     """Whether an equation holds jaxprs of its own (a loop, a call, a kernel)."""
-    if eqn.primitive.name == "call_hi_primitive":  # which does not show them
+    if eqn.primitive.name == "call_hi_primitive":  # it does not show its jaxprs
         return primitive_name(eqn) not in SIMPLE
     return not eqn.primitive.name.startswith("scatter") and any(True for _ in core.jaxprs_in_params(eqn.params))
 
 
 def binder(eqn: Any, parent: Any) -> Callable[..., list[Any]]:
-    """A function of an equation's operands that evaluates it as it stands in ``parent``, custom derivative and all."""
-    # The whole equation goes through jaxpr_as_fun: that keeps custom rules, named scopes and tracebacks, where
-    # primitive.bind wants arguments that move between releases.
+    """A function of an equation's operands that evaluates it as in ``parent``, with its custom derivative."""
+    # jaxpr_as_fun keeps custom rules, named scopes and tracebacks. The arguments of primitive.bind change between
+    # releases.
     inputs = list(dict.fromkeys(v for v in eqn.invars if isinstance(v, Var)))
     kept = [not isinstance(v, core.DropVar) for v in eqn.outvars]
     outputs = [v for v, k in zip(eqn.outvars, kept, strict=True) if k]
@@ -162,7 +162,7 @@ def binder(eqn: Any, parent: Any) -> Callable[..., list[Any]]:
 
 
 def is_bound(axis_name: Any) -> bool:
-    """Whether this is inside a pmap or shard_map over the axis (or there is none to be inside of)."""
+    """Whether this runs inside a pmap or shard_map over the axis (True if ``axis_name`` is None)."""
     try:
         return axis_name is None or jax.lax.axis_index(axis_name) is not None
     except NameError:
@@ -170,27 +170,27 @@ def is_bound(axis_name: Any) -> bool:
 
 
 def vary(x: jax.Array, axis_name: str) -> jax.Array:
-    """A value that is the same on all devices of a manual axis, as each device's own."""
+    """Turns a value that is the same on all devices of a manual axis into each device's own."""
     try:
         return jax.lax.pcast(x, axis_name, to="varying")
-    except ValueError:  # it is each device's own already
+    except ValueError:  # it already is each device's own
         return x
 
 
 def divided(x: Any) -> bool:
-    """Whether an array's type says that it is divided over a mesh of explicit axes."""
+    """Whether an array is divided over a mesh of explicit axes, by its type."""
     return isinstance(x, jax.Array) and any(axis is not None for axis in jax.typeof(x).sharding.spec)
 
 
 def gathered(x: Any) -> Any:
-    """An array whose type says how it is divided over a mesh (of explicit axes), whole on every device; others as they are."""
+    """An array that is divided over explicit axes, gathered on every device; other values unchanged."""
     if not divided(x):
         return x
     return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*[None] * x.ndim)))
 
 
 def divided_as(x: jax.Array, like: Any) -> jax.Array:
-    """``x`` divided over explicit axes as the type of an array of its shape says."""
+    """``x``, divided over explicit axes like an array with the type ``like``."""
     here, there = jax.typeof(x).sharding, like.sharding
     if here.spec == there.spec:
         return x
@@ -198,20 +198,20 @@ def divided_as(x: jax.Array, like: Any) -> jax.Array:
 
 
 def zeros_of(x: jax.Array) -> jax.Array:
-    """Integer zeros in the shape of ``x``, made of it by operations that XLA does not fold: what they are taken from waits for ``x``.
+    """Integer zeros in the shape of ``x``, by operations that XLA does not fold: whatever subtracts them waits for ``x``.
 
-    ``jax.lax.optimization_barrier`` does not do: on CPUs XLA drops it before it decides what is copied and in which order.
+    ``jax.lax.optimization_barrier`` is not enough. On CPUs XLA drops it before it decides on copies and their order.
     """
     return jax.lax.min((x != 0).astype(np.int32), np.int32(0))
 
 
-@jax.jit  # so that a thousand layers have it traced once
+@jax.jit  # so that it is traced once for a thousand layers
 def after(x: jax.Array, earlier: jax.Array) -> jax.Array:
-    """``x`` to the bit; on CPUs made after ``earlier``, so that what ``x`` overwrites has been read for ``earlier`` by then.
+    """``x`` bit-for-bit. On CPUs it is computed after ``earlier``, which has then read the array that ``x`` overwrites.
 
-    Without that a compiled step that overwrites an array (one that is donated) copies it first. Where one kernel makes
-    ``earlier`` and what follows, as on other devices, reading it apart would undo that. Arrays that are divided over explicit
-    axes are left alone: reading one number of them would be communication.
+    Otherwise a compiled step that overwrites a donated array copies it first. Other devices skip this: one kernel may
+    compute ``earlier`` and what follows, and a separate read would split it. Arrays divided over explicit axes skip it
+    too, because reading one of their numbers would need communication.
     """
     if 0 in earlier.shape or any(axis is not None for axis in jax.typeof(earlier).sharding.spec):
         return x
@@ -225,10 +225,10 @@ def after(x: jax.Array, earlier: jax.Array) -> jax.Array:
 
 @jax.jit
 def laid_out(x: jax.Array) -> jax.Array:
-    """``x`` to the bit; on GPUs written down in the layout of a step's arguments before anything else is made of it.
+    """``x`` bit-for-bit. On GPUs it is first written in the layout of a step's arguments.
 
-    cuDNN has a layout of its own for a convolution's weight and its gradient. A kernel that lays one out anew and also
-    updates W, B or an optimizer's moments cannot write in place: XLA copied each of these arrays at every step.
+    cuDNN has its own layout for a convolution's weight and gradient. A kernel that changes the layout and also updates W,
+    B or an optimizer's moments cannot write in place, so XLA would copy each of these arrays at every step.
     """
 
     def written(x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Runs a plan with others in place of its products, each B going with its weight; or lays out the weights alone."""
+"""Runs a plan with its products replaced, while each B follows its weight; or evaluates the weights alone."""
 
 import dataclasses
 import functools
@@ -15,22 +15,22 @@ from wmkp.program.products import Bind, Product, WeightTransportError
 
 # --- running the plan -------------------------------------------------------------------------------------------------
 
-# A value beside its companion: for a weight the feedback array that has followed it (None where there is none, the
-# value itself under backprop), for all else the value.
+# A value and its companion. A weight's companion is the feedback array that has followed it (None if there is none, the
+# weight itself under backprop). Any other value is its own companion.
 Pair = tuple[Any, Any]
 Read = Callable[[Any], Any]  # a variable's value
 
 
 @dataclasses.dataclass(eq=False)
 class Handler:
-    """What stands in for the products while a plan runs, and what they share.
+    """What replaces the products while a plan runs, and what they share.
 
     Attributes:
       on_product: ``(product, x, w, b, tap) -> y``, called for each product of a weight with an activation.
-      taps: an array for some products, with a leading axis for each scan (and for the devices of a shard_map) around it; the others get ``None``.
+      taps: an array for some products, with a leading axis for each scan (and for the devices of a shard_map) around it; all others get ``None``.
       channel: an array that goes from each product to the next, through every loop and branch (or None): its cotangent
         travels from the last product straight to all before it.
-      anchor: a zero that all inputs went into (``anchored``).
+      anchor: a zero that depends on all inputs (``anchored``).
     """
 
     on_product: Callable[["Handler", Product, Any, Any, Any, Any], Any]
@@ -39,14 +39,14 @@ class Handler:
     anchor: jax.Array
 
     def within(self, taps: dict, channel: Any) -> "Handler":
-        """The same inside a loop, a branch or a call, with what goes in there."""
+        """The handler inside a loop, a branch or a call, with the taps and channel that enter it."""
         return dataclasses.replace(self, taps=taps, channel=channel)
 
 
 class Direct:
-    """Feedback weights of a shape of their own, which carry the output's error straight to a projection's input.
+    """Feedback weights that carry the output's error straight to a projection's input, with their own shape.
 
-    They stay as they are while their weight is laid out anew; a scan takes a slice of both.
+    They stay unchanged when their weight is rearranged. A scan takes a slice of both.
     """
 
     def __init__(self, array: Any):
@@ -57,7 +57,7 @@ jax.tree_util.register_pytree_node(Direct, lambda d: ((d.array,), None), lambda 
 
 
 def walk(plan: Plan, inputs: Sequence[Any], constant: Callable[[Any], Any], evaluate: Callable[..., Any]) -> Read:
-    """Goes through a plan, ``evaluate(step, operands) -> results`` at each equation; returns what reads a variable."""
+    """Calls ``evaluate(step, operands) -> results`` at each equation of a plan; returns a function that reads a variable."""
     env = {v: constant(c) for v, c in zip(plan.jaxpr.constvars, plan.consts, strict=True)}
     env.update(zip(plan.jaxpr.invars, inputs, strict=True))
     read = lambda v: env[v] if isinstance(v, compat.Var) else constant(v.val)
@@ -67,7 +67,7 @@ def walk(plan: Plan, inputs: Sequence[Any], constant: Callable[[Any], Any], eval
 
 
 def run(plan: Plan, inputs: Sequence[Pair], handler: Handler) -> list[Pair]:
-    """Evaluates a plan, the handler in place of each product of a weight with an activation."""
+    """Evaluates a plan. The handler replaces each product of a weight with an activation."""
     evaluate = lambda step, operands: EVALUATE.get(step.action, _bind)(step, operands, handler)
     read = walk(plan, inputs, lambda c: (c, c), evaluate)
     return [read(v) for v in plan.jaxpr.outvars]
@@ -82,7 +82,7 @@ def _product(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
 
 
 def _bind(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
-    """The equation itself; and once more with B, where B follows its weight."""
+    """Evaluates the equation, and again with B if B follows its weight."""
     assert step.bind is not None
     values = [value for value, _ in operands]
     for i in step.guarded:
@@ -90,19 +90,21 @@ def _bind(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
             values[i] = _guarded(values[i])
     outs = step.bind(*values)
     if step.eqn.primitive.name in compat.APART and len(operands) == len(outs) > 1:
-        # Each result has its own operand's B.
+        # Each result has the B of its own operand.
         own = [is_own(b, a) for a, b in operands]
         beside = step.bind(*(b if o else a for o, (a, b) in zip(own, operands, strict=True))) if any(own) else outs
         results = zip(own, operands, outs, beside, strict=True)
         return [(y, other if o else y if b is a else b) for o, (a, b), y, other in results]
-    if step.action == "own" or step.gain is not None:  # a gain is the same beside B, unless B has one as W has: a norm
+    if (
+        step.action == "own" or step.gain is not None
+    ):  # B has the same gain as W, unless the gain is a norm of W: then B has its own norm
         main = None if step.gain is None else 1 - step.gain
         other = main is not None and not step.norm
         operands = [
             (a, a) if i != main and (other or b is None or isinstance(b, Direct)) else (a, b)
             for i, (a, b) in enumerate(operands)
         ]
-        if main is not None and operands[main][1] is values[main]:  # backprop's
+        if main is not None and operands[main][1] is values[main]:  # under backprop
             return [(y, y) for y in outs]
     if step.action == "bind" or all(b is a for a, b in operands):
         return [(y, y) for y in outs]
@@ -122,7 +124,7 @@ def _bind(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
 
 @jax.custom_vjp
 def _guarded(x: Any) -> Any:
-    """Data that a weight scales, to which no error may go back: it would travel back through the weight."""
+    """Data that a weight scales. No error may go back to it: it would go through the weight."""
     return x
 
 
@@ -139,23 +141,23 @@ _guarded.defvjp(_guarded_forward, lambda _, error: (None,), symbolic_zeros=True)
 
 
 def is_own(b: Any, a: Any) -> bool:
-    """Whether a companion is an array of its own."""
+    """Whether a companion is a separate array."""
     return b is not a and b is not None and not isinstance(b, Direct)
 
 
 def _companion(pair: Pair, handler: Handler) -> Any:
-    """What stands for a value among feedback arrays: a weight's own B, or the value, to which no error goes twice."""
+    """A value's stand-in among feedback arrays: a weight's B, or the value itself, held so that no error reaches it twice."""
     a, b = pair
-    errors = isinstance(a, jax.core.Tracer) and jnp.issubdtype(a.dtype, jnp.floating)  # whether one could reach it
+    errors = isinstance(a, jax.core.Tracer) and jnp.issubdtype(a.dtype, jnp.floating)  # whether an error could reach it
     return _held(a, handler.anchor) if b is a and errors else b
 
 
 @jax.custom_vjp
 def _held(x: Any, anchor: jax.Array) -> Any:
-    """``x``, to which no error goes back. Unlike behind stop_gradient, the gradient may itself be differentiated by it.
+    """``x``, without an error back to it. Unlike stop_gradient, it lets a gradient be differentiated by ``x`` again.
 
-    The derivative that is taken first is the one that is cut off, whatever it is with respect to: the anchor is there for
-    it to find something that it differentiates by. Any derivative of that one meets ``x`` as it is.
+    The first derivative is cut off, whatever it is taken with respect to: it sees the anchor, which depends on all inputs.
+    A derivative of that derivative sees ``x`` itself.
     """
     return x
 
@@ -165,7 +167,7 @@ _held.defvjp(lambda x, anchor: (x, None), lambda _, error: (None, None))
 
 @jax.custom_vjp
 def _beside(b: Any, anchor: jax.Array) -> Any:
-    """``b``, differentiated by whatever the anchor is."""
+    """``b``, which is differentiated whenever the anchor is."""
     return b
 
 
@@ -173,7 +175,7 @@ _beside.defvjp(lambda b, anchor: (b, None), lambda _, error: (error, None))
 
 
 def anchored(inputs: Any) -> jax.Array:
-    """A zero that depends on all inputs for JAX, and by no more than that: no error goes back from it."""
+    """A zero that depends on all inputs, as JAX sees it, but sends no error back."""
 
     @jax.custom_vjp
     def anchor(inputs: list[Any]) -> jax.Array:
@@ -184,7 +186,7 @@ def anchored(inputs: Any) -> jax.Array:
 
 
 class _Packed:
-    """Pairs as a flat list of arrays that can cross a tracing boundary, without sending an array twice."""
+    """Pairs as a flat list of arrays that can cross a tracing boundary, with no array twice."""
 
     def __init__(self, pairs: Sequence[Pair]):
         self.modes = ["same" if b is a else "none" if b is None else "own" for a, b in pairs]
@@ -221,11 +223,13 @@ def _remat(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
 
 def _shard_map(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
     if handler.channel is not None:
-        raise ValueError("direct feedback cannot pass a shard_map in the model; give shard_map the whole step instead")
+        raise ValueError(
+            "direct feedback cannot pass a shard_map in the model; put the shard_map around the whole step"
+        )
     plan, sharding = step.plans[0], compat.sharding(step.eqn.params)
     packed = _Packed(operands)
     modes = zip(sharding.in_specs, packed.modes, strict=True)
-    specs = [spec for spec, mode in modes for _ in range(1 + (mode == "own"))]  # a companion lies as its value does
+    specs = [spec for spec, mode in modes for _ in range(1 + (mode == "own"))]  # a companion is divided like its value
     mine = [p for p in plan.products() if p in handler.taps]
 
     def body(arrays: list[Any], taps: list[Any]) -> list[Any]:
@@ -238,9 +242,9 @@ def _shard_map(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]
 
 
 def _as_kind(pair: Pair, kind: Kind) -> Pair:
-    """A value in a place where its kind may be wider than its own: an activation's companion is itself.
+    """A pair in a place whose kind may be wider than the value's own: an activation is its own companion.
 
-    What B cannot follow may be a gain yet, such as a norm, which is B's own beside B.
+    A weight that B cannot follow may still be a gain, such as a norm. Then its companion is the gain that B has.
     """
     a, b = pair
     if kind.obstacle and (not kind.static or b is None or isinstance(b, Direct)):
@@ -275,10 +279,10 @@ def _scan(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
     kinds = [plan.kinds[v] for v in plan.jaxpr.invars]
     operands = [_as_kind(pair, kind) for pair, kind in zip(operands, kinds, strict=True)]
     fixed, init, xs = operands[:consts], operands[consts : consts + carries], operands[consts + carries :]
-    # A carried weight whose companion becomes one of its own along the way needs one from the start.
+    # If a carried weight gets a separate companion in the body, it needs one from the start.
     for i, kind in enumerate(kinds[consts : consts + carries]):
         if (kind.static or not kind.obstacle) and kind.weight and init[i][1] is init[i][0] and _differs(plan, i):
-            init[i] = (init[i][0], _held(jnp.copy(init[i][0]), handler.anchor))  # (another array, without jit too)
+            init[i] = (init[i][0], _held(jnp.copy(init[i][0]), handler.anchor))  # another array, even without jit
     mine = [p for p in plan.products() if p in handler.taps]
     taps = [handler.taps[p] for p in mine]
     lost: set[int] = set()
@@ -303,7 +307,7 @@ def _scan(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
         inputs = (_Packed.flatten(init), handler.channel), (_Packed.flatten(xs), taps)
         if "own" not in carry_pack.modes:
             break
-        # A companion that the body loses was never one: find out before the loop is built.
+        # Find out before the loop is built whether the body loses a companion.
         jax.eval_shape(lambda c, x: body(c, jax.tree.map(lambda leaf: leaf[0], x)), *inputs)
         if not lost:
             break
@@ -315,7 +319,7 @@ def _scan(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
 
 
 def _differs(plan: Plan, carry: int) -> bool:
-    """Whether a scan's carry is changed by its body (rather than carried along)."""
+    """Whether a scan's body changes this carry."""
     return plan.jaxpr.outvars[carry] not in plan.jaxpr.invars
 
 
@@ -333,20 +337,20 @@ EVALUATE = {
 
 
 class _Stacked(NamedTuple):
-    """A weight, or a constant, with an axis for each scan it changes along (``levels``: how deep each is nested)."""
+    """A weight or constant with an axis for each scan along which it changes. ``levels``: how deep each scan is nested."""
 
     value: Any
     levels: tuple[int, ...] = ()
 
 
-Maybe = _Stacked | None  # None: no weight that mirror mode can reach, nor a constant
+Maybe = _Stacked | None  # None: neither a constant nor a weight that mirror mode can reach
 
 
 def collect(plan: Plan, leaves: Sequence[Any], wanted: Sequence[Product]) -> dict[Product, tuple[Any, Any]]:
-    """For each wanted product its weight as the product sees it, and its bias as its output sees it (or None).
+    """For each wanted product its weight in the product's layout, and its bias in the output's layout (or None).
 
-    Only layout changes are evaluated: no data is needed. A product inside scans has its weight (and bias) with a
-    leading axis for each scan along which the weight (or bias) changes.
+    This evaluates only layout changes and needs no data. Inside scans, the weight (or bias) has a leading axis for each
+    scan along which it changes.
     """
     found: dict[Product, tuple[Any, Any]] = {}
     inputs = [None if x is None else _Stacked(x) for x in leaves] + [None] * (len(plan.jaxpr.invars) - len(leaves))
@@ -377,7 +381,7 @@ class _Collector(NamedTuple):
         nothing: list[Maybe] = [None] * len(out_kinds)
         if step.product is not None and step.product in self.wanted:
             w = operands[step.product.weight]
-            assert w is not None  # what mirror mode can reach is made of layout changes alone
+            assert w is not None  # mirror mode reaches only weights that are layout changes of parameters
             self.found[step.product] = (w.value, None)
             return nothing
         if step.action in {"inline", "remat"}:
@@ -392,13 +396,13 @@ class _Collector(NamedTuple):
                 self.plan(inner, operands[1:], level)
             return nothing
         if name in {*compat.VARIED, "stop_gradient", "optimization_barrier"}:
-            return operands  # what differs between devices is seen already; a frozen weight's signal must reach its B
+            return operands  # devices' parts are separate already; a frozen weight's signal must reach its B
         if name == "convert_element_type" and out_kinds[0].weight:
-            return operands  # B is mirrored at its own precision, whatever the compute dtype
+            return operands  # mirror mode uses B's precision, not the compute dtype
         if not out_kinds or not all(map(_mirrored, out_kinds)):
             return nothing
         if step.gain is not None:
-            return [operands[1 - step.gain]]  # in mirror mode a neuron's gain is 1: B has the same one
+            return [operands[1 - step.gain]]  # mirror mode sets a neuron's gain to 1, for W and for B
         present = [x for x in operands if x is not None]
         return _bind_stacked(step.bind, present) if step.bind and len(present) == len(operands) else nothing
 
@@ -406,7 +410,7 @@ class _Collector(NamedTuple):
         consts, carries = compat.scan_sizes(step.eqn.params)
         inner = list(operands)
         for i, x in enumerate(inner):
-            if x is not None and i >= consts + carries:  # the scan's own axis comes after those of the scans around it
+            if x is not None and i >= consts + carries:  # this scan's axis comes after those of the scans around it
                 inner[i] = _Stacked(x.value, (*x.levels, level))
         outs = self.plan(step.plans[0], inner, level + 1)
         for i, y in enumerate(outs):
@@ -420,7 +424,7 @@ class _Collector(NamedTuple):
         return outs
 
     def shard_map(self, step: Step, operands: list[Maybe], level: int) -> None:
-        """Each device's part of a weight is a matrix of its own: as along a scan, with a level for each axis of the mesh."""
+        """Treats each device's part of a weight as one matrix, as along a scan, with a level for each axis of the mesh."""
         (plan,), sharding = step.plans, compat.sharding(step.eqn.params)
         inner: list[Maybe] = []
         for x, spec, v in zip(operands, sharding.in_specs, plan.jaxpr.invars, strict=True):
@@ -444,7 +448,7 @@ class _Collector(NamedTuple):
 
 def _bind_stacked(bind: Bind, operands: Sequence[_Stacked]) -> list[Maybe]:
     levels = tuple(sorted({level for x in operands for level in x.levels}))
-    # Casts to a compute dtype are left out, so a constant may have to follow its weight's dtype.
+    # Casts to a compute dtype are skipped, so constants are cast to their weight's dtype.
     floating = [jnp.issubdtype(jnp.result_type(x.value), jnp.floating) for x in operands]
     dtype = jnp.result_type(*(x.value for x, f in zip(operands, floating, strict=True) if f), -1.0)
     values = [jnp.asarray(x.value, dtype) if f else x.value for x, f in zip(operands, floating, strict=True)]

@@ -1,8 +1,8 @@
-"""What every value of a jaxpr is (a constant, data, an activation, a weight), and what an equation makes of such values.
+"""The kind of each value of a jaxpr (constant, data, activation or weight), and how equations change kinds.
 
-A weight is made of parameters alone, or of parameters that data has scaled, masked, shifted by noise or looked up. An
-activation is anything else that depends on a parameter. Where nothing here knows what comes of a weight, it stays a weight
-that B cannot follow, so that the first product that needs a B is refused.
+A weight is computed from parameters alone, or from parameters that data has scaled, masked, shifted by noise or looked up.
+An activation is anything else that depends on a parameter. If an equation is not known here, its result stays a weight that
+B cannot follow, so the first product that needs a B is refused.
 """
 
 import bisect
@@ -17,17 +17,17 @@ import jax.numpy as jnp
 
 from wmkp.program import compat
 
-Axes = tuple[bool, ...]  # of each axis, whether it is meant
+Axes = tuple[bool, ...]  # one flag for each axis
 
 
 class Scaled(NamedTuple):
-    """What a weight has just scaled an activation to: a gain, unless a sum follows.
+    """An activation that a weight has just scaled: the weight is a gain, unless a sum follows.
 
     Attributes:
-      product: the product by hand that it may turn out to be.
-      axes: along which the weight varies. A sum along one of them is that product.
-      copies: along which the weight varies and the activation is repeated. They are that product too, unless they scale
-        another activation (a normalization's deviation meets its gains first). None: it is a gain.
+      product: the handwritten product that this may turn out to be.
+      axes: the axes along which the weight varies. A sum along one of them makes it that product.
+      copies: the axes along which the weight varies and the activation is repeated. They make it that product too, unless
+        they scale another activation (a normalization may scale its deviation by gains). None: it is a gain.
     """
 
     product: Any
@@ -36,28 +36,28 @@ class Scaled(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What a value is. ``params``: the parameters (leaf numbers) it is made of *as a weight*; none for the rest."""
+    """The kind of a value. ``params``: the parameters (leaf numbers) that it is computed from *as a weight*, else none."""
 
     params: frozenset[int] = frozenset()
     data: bool = False  # data, or an activation, has touched it
     noise: bool = False  # all of its data is random numbers
-    active: bool = False  # it depends on a parameter, so that an error must reach it
-    varying: Axes | None = None  # along which axes it varies (it is broadcast along the others); None: all
-    # Of a weight:
-    breadth: int = 0  # how many axes longer than one its widest parameter has, as it stands in params
-    obstacle: str | None = None  # through which primitive B cannot follow it
-    joint: bool = False  # a product of parameters alone, in which the errors of some would go back through others
-    cast: bool = False  # without a gradient: what a comparison or a cast to integers made of one
-    unmirrored: str | None = None  # why mirror mode cannot reach it though B can follow
-    per_example: int = 0  # data has made one for each example (a row looked up, a scaled one): how many axes each has
+    active: bool = False  # it depends on a parameter, so an error must reach it
+    varying: Axes | None = None  # the axes along which it varies (the others are broadcast); None: all
+    # Only for a weight:
+    breadth: int = 0  # the number of axes longer than one of its widest parameter, as in params
+    obstacle: str | None = None  # the primitive through which B cannot follow it
+    joint: bool = False  # a product of parameters: the errors of some would go back through others
+    cast: bool = False  # a comparison or a cast to integers, which has no gradient
+    unmirrored: str | None = None  # why mirror mode cannot reach it although B can follow
+    per_example: int = 0  # data made one for each example (by lookup or scaling): the axes of each
     plain: bool = True  # each of its elements is one element of a parameter, unscaled
-    stack: tuple[int, ...] = ()  # inside scans: the lengths of those along which it changes
-    gained: Axes | None = None  # the axes along which others have scaled it as gains
-    # Of an activation:
-    joined: frozenset[int] = frozenset()  # the matrices (parameters) that were joined to it
-    part: frozenset[int] = frozenset()  # the same, of a part that was taken of it since
-    product: Any = None  # the product whose output it is, untouched
-    scaled: Scaled | None = None  # (of a weight too, that an activation has scaled)
+    stack: tuple[int, ...] = ()  # the lengths of the scans along which it changes
+    gained: Axes | None = None  # the axes along which gains have scaled it
+    # Only for an activation:
+    joined: frozenset[int] = frozenset()  # the matrices (parameters) joined to it
+    part: frozenset[int] = frozenset()  # the same, after a part of it was taken
+    product: Any = None  # the product whose unchanged output it is
+    scaled: Scaled | None = None  # also for a weight that an activation has scaled
 
     @property
     def weight(self) -> bool:
@@ -83,7 +83,7 @@ def activation(kinds: Sequence[Kind]) -> Kind:
 
 
 def union_of(kinds: Sequence[Kind]) -> Kind:
-    """What operands come to together, whatever the equation does."""
+    """The combined kind of operands, whatever the equation does."""
     weights = [k for k in kinds if k.weight]
     touched = [k for k in kinds if k.data]
     return Kind(
@@ -102,14 +102,14 @@ def union_of(kinds: Sequence[Kind]) -> Kind:
 
 
 def settle(kinds: Sequence[Kind]) -> None:
-    """Copies of an activation that a weight scaled go where nothing can show the weight to be a gain."""
+    """Marks pending products as products: nothing later can show the weight to be a gain."""
     for kind in kinds:
         if kind.scaled and kind.scaled.copies is not None:
             kind.scaled.product.pending = False
 
 
 def outside(kind: Kind) -> Kind:
-    """A kind beyond a loop's or a branch's border, where axes and products are others."""
+    """A kind outside of a loop or a branch, where its axes and products have no meaning."""
     settle([kind])
     return kind._replace(scaled=None, product=None, varying=None)
 
@@ -124,7 +124,7 @@ def join(a: Kind, b: Kind, name: str) -> Kind:
         return union._replace(unmirrored=union.unmirrored or name)
     if union.params and not any(k.activity for k in (a, b)) and union.breadth > 1 and not union.per_example:
         return union._replace(unmirrored="data")
-    wide = union.params if name == "cond" and union.breadth > 1 else frozenset()  # it may be the weight itself
+    wide = union.params if name == "cond" and union.breadth > 1 else frozenset()  # it may be the weight
     return activation([a, b])._replace(joined=a.joined | b.joined, part=a.part | b.part | wide)
 
 
@@ -136,23 +136,23 @@ def everywhere(aval: Any) -> Axes:
 
 
 def varies(kind: Kind, aval: Any) -> Axes:
-    """Along which axes a value of this kind varies."""
+    """The axes along which a value of this kind varies."""
     return everywhere(aval) if kind.varying is None else kind.varying
 
 
 def varying_by(eqn: Any, kinds: Sequence[Kind], counts: Callable[[Kind], bool], result: int = 0) -> Axes:
-    """Along which axes a result varies by those of its operands that count."""
+    """The axes along which a result varies, by those of its operands that count."""
     pairs = zip(kinds, eqn.invars, strict=True)
     return moved(eqn, [varies(k, v.aval) if counts(k) else (False,) * len(v.aval.shape) for k, v in pairs], result)
 
 
 def result_varying(eqn: Any, kinds: Sequence[Kind], result: int = 0) -> Axes:
-    """Along which axes a result varies by the operands of these kinds."""
+    """The axes along which a result varies, given the kinds of the operands."""
     return varying_by(eqn, kinds, lambda _: True, result)
 
 
 def moved(eqn: Any, own: Sequence[Axes], result: int = 0) -> Axes:
-    """Which axes of a result are made of these axes of the operands."""
+    """The axes of a result that come from these axes of the operands."""
     name, out = eqn.primitive.name, eqn.outvars[result].aval
     if name in compat.BILINEAR:
         return _product_axes(eqn, own)
@@ -165,7 +165,7 @@ def moved(eqn: Any, own: Sequence[Axes], result: int = 0) -> Axes:
 
 
 def _laid_out(eqn: Any, axes: Axes, out: Any) -> Axes:
-    """These axes of an operand that is laid out anew, or summed."""
+    """The axes of a result that come from these axes of a rearranged or summed operand."""
     name, params, shape = eqn.primitive.name, eqn.params, eqn.invars[0].aval.shape
     if name == "broadcast_in_dim":
         source = dict(zip(params["broadcast_dimensions"], axes, strict=True))
@@ -176,7 +176,7 @@ def _laid_out(eqn: Any, axes: Axes, out: Any) -> Axes:
         gone = [params["axis"]] if name == "unstack" else params["dimensions" if name == "squeeze" else "axes"]
         return tuple(v for a, v in enumerate(axes) if a not in gone)
     if name == "reshape" and 0 not in shape:
-        # Axes are split or merged in runs of equal size; a run that varies anywhere varies along all that it becomes.
+        # A reshape splits or merges runs of axes of equal size. A run that varies along one axis varies along all its results.
         before, after = (list(itertools.accumulate(s, operator.mul)) for s in (shape, out.shape))
         run = functools.partial(bisect.bisect_left, sorted({*before} & {*after}))
         runs = {run(end) for end, v in zip(before, axes, strict=True) if v}
@@ -191,7 +191,7 @@ def _laid_out(eqn: Any, axes: Axes, out: Any) -> Axes:
 def _product_axes(eqn: Any, own: Sequence[Axes]) -> Axes:
     if eqn.primitive.name == "conv_general_dilated":
         numbers, out = eqn.params["dimension_numbers"], [any(own[0])] * eqn.outvars[0].aval.ndim
-        out[numbers.out_spec[0]] = own[0][numbers.lhs_spec[0]]  # (in space a padded constant varies at the edges, too)
+        out[numbers.out_spec[0]] = own[0][numbers.lhs_spec[0]]  # a padded constant also varies in space, at the edges
         out[numbers.out_spec[1]] = own[1][numbers.rhs_spec[0]]
         return tuple(out)
     contract, batch = eqn.params["dimension_numbers"]
@@ -205,7 +205,7 @@ def _product_axes(eqn: Any, own: Sequence[Axes]) -> Axes:
 
 
 def is_elementwise(eqn: Any) -> bool:
-    """Whether an equation multiplies element by element: a ``dot_general`` that sums over nothing, one operand's axes all shared."""
+    """Whether a ``dot_general`` multiplies elementwise: it sums over no axis, and shares all axes of one operand."""
     if eqn.primitive.name != "dot_general":
         return False
     contract, batch = eqn.params["dimension_numbers"]
@@ -213,15 +213,15 @@ def is_elementwise(eqn: Any) -> bool:
 
 
 def input_axes(eqn: Any, operand: int) -> Sequence[int]:
-    """Of a product's operand, the axes that are summed over (of a filter its taps and inputs)."""
+    """The axes of a product's operand that are summed over (for a filter its taps and inputs)."""
     numbers = eqn.params["dimension_numbers"]
     return numbers[0][operand] if eqn.primitive.name == "dot_general" else numbers.rhs_spec[1:]
 
 
 def is_matrix_operand(eqn: Any, operand: int, varying: Axes) -> bool:
-    """Whether a weight varies both along the axes that a product sums over and along those that remain its own.
+    """Whether a weight varies along the axes that a product sums over, and along its remaining axes.
 
-    (Of a readout of one neuron none remains that could vary; a filter sums along its taps and inputs.)
+    A readout of one neuron has no other axes. A filter sums along its taps and inputs.
     """
     inputs = input_axes(eqn, operand)
     if eqn.primitive.name != "dot_general":
@@ -233,15 +233,17 @@ def is_matrix_operand(eqn: Any, operand: int, varying: Axes) -> bool:
 
 
 def summed(eqn: Any, kinds: Sequence[Kind]) -> tuple[int, Sequence[int]]:
-    """Which operand an equation adds up, and along which of its axes (none, if it does no such thing)."""
+    """The operand that an equation sums, and the summed axes (none if it sums nothing)."""
     name, params = eqn.primitive.name, eqn.params
-    if name == "dot_general":  # with a column of constants or data (a matrix of them mixes neurons, and is no sum)
+    if (
+        name == "dot_general"
+    ):  # a product with a column of constants or data is a sum (a matrix mixes neurons, and is not)
         contract, batch = params["dimension_numbers"]
         for i, column in enumerate(kinds):
             own = set(range(eqn.invars[i].aval.ndim)) - {*contract[i], *batch[i]}
             if not column.active and all(eqn.invars[i].aval.shape[a] == 1 for a in own):
                 return 1 - i, contract[1 - i]
-    if name in compat.ADDED:  # of segments, of what several synapses bring to a neuron
+    if name in compat.ADDED:  # segment sums, such as the inputs of a neuron from several synapses
         window = params["dimension_numbers"].update_window_dims
         return 2, [a for a in range(eqn.invars[2].aval.ndim) if a not in window]
     if name == "reduce_window_sum":
@@ -252,10 +254,10 @@ def summed(eqn: Any, kinds: Sequence[Kind]) -> tuple[int, Sequence[int]]:
 
 
 def still_scaled(eqn: Any, kinds: Sequence[Kind], operand: int) -> Scaled | None:
-    """What an operand's ``Scaled`` is in the result, or None: a gain of which no more is known, or a product by hand.
+    """An operand's ``Scaled`` in the result. None: it is settled as a gain, or as a handwritten product.
 
-    Copies that a weight scaled are no product by hand where they scale another activation, which varies as the weight does;
-    a weight that an activation scaled is none where it is the weight of a product.
+    Scaled copies are no handwritten product if they scale another activation that varies as the weight does. A scaled
+    weight is none if it is the weight of a product.
     """
     name, (kind, scaled) = eqn.primitive.name, (kinds[operand], kinds[operand].scaled)
     assert scaled is not None
@@ -289,11 +291,11 @@ def still_scaled(eqn: Any, kinds: Sequence[Kind], operand: int) -> Scaled | None
 
 
 def gain_operand(eqn: Any, kinds: Sequence[Kind]) -> int | None:
-    """Which operand is a gain of the other, a weight: one factor for all of it, or one for each neuron.
+    """The operand that is a gain of the other one, a weight: one factor for all of it, or one for each neuron.
 
-    Such a factor scales the neuron's error as it scales its activity, and says nothing of single synapses: the gain over
-    the norm of a weight norm, a spectral norm's largest singular value. A norm of W's is B's own norm beside B; any
-    other gain is the same for both.
+    Such a factor scales a neuron's error as it scales its activity, and says nothing about single synapses. Examples are
+    the gain over the norm in a weight norm, and a spectral norm's largest singular value. If the gain is a norm of W, B
+    has its own norm. Any other gain is the same for both.
     """
     for gain in {"mul": (0, 1), "div": (1,)}.get(eqn.primitive.name, ()):
         weight, factor, aval = kinds[1 - gain], kinds[gain], eqn.invars[1 - gain].aval
@@ -301,7 +303,7 @@ def gain_operand(eqn: Any, kinds: Sequence[Kind]) -> int | None:
             continue
         axes = sum(varies(factor, eqn.invars[gain].aval))
         if factor.weight and not factor.per_example and (weight.static or factor.data):
-            # (Of a neuron with one synapse the gain would be that synapse.)
+            # For a neuron with one synapse the gain would be that synapse.
             if not (factor.cast or factor.joint) and axes < min(2, sum(varies(weight, aval))):
                 return gain
         elif factor.data and not factor.weight and axes < 2 and weight.breadth > 1:
@@ -309,12 +311,12 @@ def gain_operand(eqn: Any, kinds: Sequence[Kind]) -> int | None:
     return None
 
 
-# Linear in each operand, and in the first alone.
+# Linear in each operand, and linear only in the first.
 LINEAR = compat.LAYOUT | compat.AFFINE | compat.WRITTEN | compat.SUMMED | {
     "concatenate", "stack", "neg", "select_n", "reduce_sum", "cumsum", "reduce_window_sum"
 }  # fmt: skip
 LINEAR_IN_FIRST = compat.INDEXED | {"pad", "div"}
-# Linear in a weight, but its elements are mixed: mirror mode cannot undo them.
+# Linear in a weight, but they mix its elements: mirror mode cannot undo that.
 MIXING = (
     compat.AFFINE | compat.EXCHANGED | compat.SUMMED | compat.BILINEAR | {"reduce_sum", "cumsum", "reduce_window_sum"}
 )
@@ -322,7 +324,7 @@ MASKS = {"select_n": (0,), "mul": (0, 1), "div": (1,)}  # operands that may be a
 
 
 def _follows(eqn: Any, kinds: Sequence[Kind]) -> bool:
-    """Whether B can go where its weight goes: the equation is linear (or affine) in the weights among its operands."""
+    """Whether B can follow its weight: the equation is linear (or affine) in the weights among its operands."""
     name = eqn.primitive.name
     weights = [i for i, k in enumerate(kinds) if k.weight]
     if any(
@@ -360,15 +362,17 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], result: int = 0) -> Kind:
     kind = union._replace(varying=varying, gained=gained)
     others = [varies(k, v.aval) for k, v in zip(kinds, eqn.invars, strict=True) if not k.weight]
     if name in compat.BILINEAR and len(others) == 1 and not any(others[0]):
-        kind = kind._replace(breadth=sum(varying))  # a layer's answer to a uniform constant is a bias of its outputs
+        kind = kind._replace(breadth=sum(varying))  # a layer's response to a uniform constant is a bias of its outputs
     if name == "stop_gradient":
         kind = kind._replace(joint=False)
     cast = any(k.cast for k in kinds)
-    split = gained is not None and sum(gained) > max(sum(k.gained or ()) for k in kinds)  # no neuron's any more
+    split = gained is not None and sum(gained) > max(
+        sum(k.gained or ()) for k in kinds
+    )  # it no longer belongs to single neurons
     if not _follows(eqn, kinds) or split:
         reason = CAST if cast else f"{name} of a weight with gains" if split else name
         kind = kind._replace(obstacle=union.obstacle or reason, cast=name in compat.LAYOUT and kinds[0].cast)
-    elif cast:  # masked or chosen by its own size
+    elif cast:  # masked or selected by its own values
         kind = kind._replace(obstacle=None, unmirrored=kind.unmirrored or CAST)
     if union.data:
         return _touched(eqn, kinds, kind)
@@ -379,7 +383,7 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], result: int = 0) -> Kind:
 
 
 def _gained(eqn: Any, kinds: Sequence[Kind], result: int) -> Axes | None:
-    """The gains of a weight's operands, laid out as the result."""
+    """The axes of the result along which gains have scaled the operands."""
     if all(k.gained is None for k in kinds):
         return None
     own = [k.gained or (False,) * v.aval.ndim for k, v in zip(kinds, eqn.invars, strict=True)]
@@ -391,7 +395,7 @@ def _gained(eqn: Any, kinds: Sequence[Kind], result: int) -> Axes | None:
 
 
 def _touched(eqn: Any, kinds: Sequence[Kind], kind: Kind) -> Kind:
-    """What comes of a weight that data touches, or has touched: a weight still, or an activity."""
+    """The kind of a weight that data touches, or has touched: still a weight, or an activity."""
     name, out, rows = eqn.primitive.name, eqn.outvars[0].aval, kind.per_example
     looked_up = name in compat.INDEXED and any(k.data for k in kinds[1:])
     theirs = varying_by(eqn, kinds, lambda k: not k.weight) if len(kinds) > 1 and not looked_up else ()
@@ -403,13 +407,13 @@ def _touched(eqn: Any, kinds: Sequence[Kind], kind: Kind) -> Kind:
         )
         parts = [k for i, k in enumerate(kinds) if k.data and not k.weight and i not in places]
         if (parts and spread) or (rows == 1 and (parts or sum(k.weight for k in kinds) > 1)):
-            return activation(kinds)  # positions added to data, or to what is looked up
+            return activation(kinds)  # positions added to data, or to looked-up rows
         if not all(k.noise for k in parts):
             return kind._replace(obstacle=kind.obstacle or f"{name} of data", unmirrored="data")
     if spread and not rows and kind.breadth < 2:
-        return activation(kinds)  # data, scaled
+        return activation(kinds)  # scaled data
     if (rows or spread) and name == "reduce_sum":
-        return activation(kinds)  # a first layer by hand
+        return activation(kinds)  # a handwritten first layer
     if looked_up and name == "gather":
         numbers, shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
         spread = any(size > 1 and a not in numbers.offset_dims for a, size in enumerate(out.shape))

@@ -1,9 +1,9 @@
 """A convolution's weight gradient on a CPU: matrix products over a few examples' patches at a time.
 
-XLA's own takes it as a convolution with a kernel of the image's size. Its CPU backend lays patches out too, inside the
-product, and does that well where each patch is multiplied with many outputs' delta, but not with few; and it lays
-them out where the kernel has one position only and there is nothing to lay out, the gradient being one matrix product
-(``python -m benchmarks.conv``; in whole steps ``python -m benchmarks --only engaged``). Other devices keep XLA's.
+XLA computes this gradient as a convolution with a kernel of the image's size. Its CPU backend lays out patches inside
+the product. That is fast for many output channels and slow for few. It also lays out patches for a 1x1 kernel, whose
+gradient is one matrix product (``python -m benchmarks.conv``; in whole steps ``python -m benchmarks --only engaged``).
+Other devices use XLA's gradient.
 """
 
 import itertools
@@ -15,15 +15,15 @@ import jax.numpy as jnp
 
 from wmkp.program import compat
 
-LEAST = 2**24  # multiplications below which it is not worth it
-FEW = 32  # outputs beyond which XLA's own is mostly as fast or faster, and needs less memory
-CHUNK = 2**19  # entries of the patches that are laid out at a time: 2 MB
+LEAST = 2**24  # multiplications; with fewer it does not pay
+FEW = 32  # output channels; with more XLA is mostly as fast or faster, and needs less memory
+CHUNK = 2**19  # entries of patches laid out at a time: 2 MB
 
 
 def applies(eqn_params: dict[str, Any], x: Any, w: Any, out: Any) -> bool:
-    """Whether it is faster: the kernel has one position, or few outputs.
+    """Whether this gradient is faster: the kernel is 1x1 or has few outputs.
 
-    Only for a convolution that is large enough and plain: no groups, no dilated input, float32.
+    The convolution must be large enough and plain: no groups, no dilated input, float32.
 
     Args:
       eqn_params: the parameters of the ``conv_general_dilated``.
@@ -67,21 +67,21 @@ def weight_gradient(eqn_params: dict[str, Any], x: jax.Array, delta: jax.Array, 
             parts.append(jax.lax.slice(x, (0, *start, 0), (len(x), *stop, features), (1, *strides, 1)))
         return jnp.concatenate(parts, axis=-1).reshape(len(x) * math.prod(size), math.prod(taps) * features)
 
-    # One position's patches are the input as it is: nothing is laid out, and all examples are taken at once.
+    # The patches of a 1x1 kernel are the input itself, so all examples are taken at once.
     laid_out = math.prod(size) * math.prod(taps) * features if math.prod(taps) > 1 else 1
     wanted = max(1, CHUNK // laid_out)
     chunk = next(n for n in range(min(wanted, count), 0, -1) if count % n == 0)
-    # Each chunk takes examples from all over the batch, so that a batch that is divided among devices stays divided.
-    # It is cut out only when its turn comes: the whole is neither laid out anew nor padded.
+    # Each chunk takes examples from all parts of the batch, so a batch that is divided among devices stays divided.
+    # Only one chunk at a time is padded and laid out.
     x, delta = (a.reshape(chunk, count // chunk, *a.shape[1:]) for a in (x, delta))
 
-    # Where strided positions are picked out, all at once, delta has to be there first: what they are picked from is mostly
-    # kept for its own layer's sake, and with both an engaged step would keep more than backprop.
+    # A strided 1x1 kernel picks positions from its input. This waits for delta: picked early, they would be kept beside
+    # the input, and an engaged step would need more memory than backprop.
     waits = math.prod(taps) == 1 and max(strides) > 1
 
     def product(x: jax.Array, delta: jax.Array) -> jax.Array:
         if waits:
-            # A number of each example, so that what is divided among devices by examples waits for its own.
+            # One number of each example, so that each device waits only for its own examples.
             of_each = delta[(slice(None), *[slice(1)] * (delta.ndim - 1))]
             x = x - compat.zeros_of(of_each).astype(x.dtype)
         return patches(x).T @ delta.reshape(len(x) * math.prod(size), outputs)
@@ -90,10 +90,10 @@ def weight_gradient(eqn_params: dict[str, Any], x: jax.Array, delta: jax.Array, 
         part = [jax.lax.dynamic_index_in_dim(a, i, axis=1, keepdims=False) for a in (x, delta)]
         return total + product(*part), None
 
-    # Of no examples it is zero, and, inside a shard_map, as much each device's own as the rest.
+    # No examples give zeros of the right type: inside a shard_map they are each device's own, like the rest.
     zero = product(x[:0, 0], delta[:0, 0])
     total, _ = jax.lax.scan(add, zero, jnp.arange(count // chunk))
     whole = total.reshape(*taps, features, outputs)
-    # From (space, in, out) to where the kernel has each: rhs_spec is (out, in, space).
+    # From (space, in, out) to the kernel's axes: rhs_spec is (out, in, space).
     place = [*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0]]
     return whole.transpose([place.index(axis) for axis in range(len(place))])

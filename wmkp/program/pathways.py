@@ -1,8 +1,8 @@
 """The products of a weight with an activation whose backward pass goes through feedback weights.
 
-Forward, y = W x. Backward, the error goes on as B delta (eq. 3) and W's own gradient stays delta x^T (eq. 4), the
-outer product of what the synapse sees on its two sides. Both are transposes of the one bilinear product, so that every
-dense, grouped, strided or dilated variant is served by the same few lines.
+Forward, y = W x. Backward, the error is B delta (eq. 3), and W's own gradient stays delta x^T (eq. 4), the outer product
+of what a synapse sees on its two sides. Both are transposes of one bilinear product, so the same few lines serve every
+dense, grouped, strided or dilated variant.
 """
 
 from collections.abc import Callable
@@ -68,11 +68,11 @@ def hebbian(synapses: Synapses) -> jax.Array:
 
 
 class Circuit(NamedTuple):
-    """How one projection is run: what its rule makes of the error and of what its synapses see (as in ``wmkp.Rule``).
+    """How a rule runs one projection: what it does with the error and with what the synapses see (as in ``wmkp.Rule``).
 
     Attributes:
       signal, error: as in ``wmkp.Rule``.
-      made: whether B is made of W at each step.
+      made: whether each step makes B from W.
       reads: whether the signal may read W.
       uses: see ``Synapses``.
     """
@@ -85,20 +85,20 @@ class Circuit(NamedTuple):
 
     @property
     def own(self) -> bool:
-        """Whether the signal is another than Kolen-Pollack's."""
+        """Whether the signal differs from Kolen-Pollack's."""
         return self.signal is not None and self.signal is not hebbian
 
     def carried(self, delta: jax.Array, key: Any) -> jax.Array:
-        """What travels back in the place of ``delta``."""
+        """What travels back instead of ``delta``."""
         return delta if self.error is None else self.error(delta, _draw(key, 0)).astype(delta.dtype)
 
 
 class Channel(NamedTuple):
-    """What goes from each product to the next, through every loop and branch.
+    """What passes from each product to the next, through every loop and branch.
 
     Attributes:
       error: zeros, whose cotangent is the error at the network's output; None without direct feedback.
-      key: a random key, of which each product takes one; None where no rule asks for any.
+      key: a random key, from which each product draws its own; None if no rule needs one.
     """
 
     error: Any
@@ -106,7 +106,7 @@ class Channel(NamedTuple):
 
 
 def next_key(channel: Channel | None) -> tuple[Channel | None, Any]:
-    """The channel after a product, and the product's own key."""
+    """The channel after a product, and the product's key."""
     if channel is None or channel.key is None:
         return channel, None
     key, own = jax.random.split(channel.key)
@@ -114,12 +114,12 @@ def next_key(channel: Channel | None) -> tuple[Channel | None, Any]:
 
 
 def _draw(key: Any, which: int) -> Any:
-    """Of a product's key, that of the error (0), of the noise (1) or of the signal (2)."""
+    """A product's key for the error (0), the noise (1) or the signal (2)."""
     return None if key is None else jax.random.fold_in(key, which)
 
 
 def noisy(x: jax.Array, std: float, key: Any) -> tuple[jax.Array, Any]:
-    """``x`` with Gaussian noise, and the noise: zeros without a key, None where the rule has none."""
+    """``x`` with Gaussian noise, and the noise: zeros without a key, None if the rule has no noise."""
     if not std:
         return x, None
     if key is None:
@@ -139,12 +139,11 @@ def through_feedback(
     noise: Any = None,
     key: Any = None,
 ) -> jax.Array:
-    """``product.multiply(x, w)``, with the error sent back through ``b``; W is not among what the backward pass keeps.
+    """``product.multiply(x, w)``, with the error sent back through ``b``. The backward pass does not keep W.
 
     The cotangent of ``b`` is the circuit's signal: by default that of ``w`` (eq. 15: y delta^T in the paper's layout,
-    delta y^T in W's). A signal in the structure of ``entry`` (the whole B, where it is no array) is the cotangent of
-    ``entry`` instead. A ``b`` that is made of W at each step is made when the error is there, and not kept from the forward
-    pass.
+    delta y^T in W's). If B is no array, a signal in the structure of ``entry`` (the whole B) is the cotangent of ``entry``
+    instead. If each step makes ``b`` from W, it does so when the error arrives, and keeps nothing from the forward pass.
     """
 
     @jax.custom_vjp
@@ -166,7 +165,7 @@ def through_feedback(
             b = product.laid_out(b)
         error = circuit.carried(delta, key)
         (dx,) = jax.linear_transpose(lambda x: product.multiply(x, b), x)(error)
-        # B is read for dx, and overwritten (as W is, where B is made of it) by what comes of these.
+        # dx reads B before B (or W, from which B is made) is overwritten.
         dw = compat.after(product.weight_gradient(x, delta), dx)
         if circuit.own:
             return dx, dw, *_own_signal(product, circuit, x, b, error, delta, dx, *kept[2:]), None, None
@@ -197,7 +196,7 @@ def _own_signal(
 
 
 def _in_structure(signal: Any, entry: Any) -> Any:
-    """A signal in the structure of the whole B, zeros in place of None."""
+    """A signal in the structure of the whole B, with zeros instead of None."""
 
     def part(s: Any, e: Any) -> Any:
         return jax.tree.map(jnp.zeros_like, e) if s is None else s.astype(e.dtype)
@@ -207,16 +206,16 @@ def _in_structure(signal: Any, entry: Any) -> Any:
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"rule.signal returned {checks.short(checks.shapes(signal))}, where B is {checks.short(checks.shapes(entry))}; return "
-            "B's own structure (None in place of what does not learn), or one array in W's layout, as synapses.outer makes it"
+            "B's own structure (None for what does not learn), or one array in W's layout: synapses.outer(synapses.x, synapses.delta)"
         ) from error
 
 
 def check_signal(signal: Any, shape: tuple[int, ...], whose: str) -> None:
-    """ValueError if a rule's signal is no array of the shape."""
+    """ValueError unless a rule's signal is an array of this shape."""
     if getattr(signal, "shape", None) != shape:
         raise ValueError(
             f"rule.signal returned {checks.shapes(signal)}, where an array of shape {list(shape)} ({whose}) is expected; "
-            "synapses.outer(x, delta) makes one"
+            "return synapses.outer(synapses.x, synapses.delta), or another array of that shape"
         )
 
 
@@ -230,9 +229,9 @@ def directly(
     noise: Any = None,
     key: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """``product.multiply(x, w)``, and ``channel`` as it came, whose cotangent times ``b`` is the error at ``x`` (Nokland 2016).
+    """``product.multiply(x, w)`` and ``channel`` unchanged. Its cotangent times ``b`` is the error at ``x`` (Nokland 2016).
 
-    ``b`` is (size of one input, size of one error); what travels back through the channel is the error at the network's
+    ``b`` has the shape (size of one input, size of one error). The channel's cotangent is the error at the network's
     output. The cotangent of ``b`` is the circuit's signal: by default x e^T, summed over samples (direct Kolen-Pollack).
     """
     _, inputs, errors = direct_sizes(x.shape, channel.shape)
@@ -273,7 +272,7 @@ def directly(
 
 
 def emit_error(y: jax.Array, channel: jax.Array) -> jax.Array:
-    """``y`` as it is; the error that comes back to it also enters the channel."""
+    """``y`` unchanged; the error that comes back to it also enters the channel."""
 
     @jax.custom_vjp
     def emit(y: jax.Array, channel: jax.Array) -> jax.Array:
@@ -284,7 +283,7 @@ def emit_error(y: jax.Array, channel: jax.Array) -> jax.Array:
 
 
 def without_feedback(product: Product, x: jax.Array, w: jax.Array, path: str) -> jax.Array:
-    """``product.multiply(x, w)`` where no error is to go back to ``x``: asking for one is an error, not weight transport."""
+    """``product.multiply(x, w)`` without an error back to ``x``. A gradient at ``x`` raises WeightTransportError."""
 
     @jax.custom_vjp
     def multiply(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The walk over a jaxpr that finds its products, and what each parameter does: what to do at each equation."""
+"""The walk over a jaxpr that finds its products and the roles of parameters, and plans each equation."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -39,9 +39,9 @@ class Step(NamedTuple):
     bind: Bind | None = None
     plans: tuple["Plan", ...] = ()
     product: Product | None = None
-    gain: int | None = None  # of what is followed: the operand that scales the other (``kinds.gain_operand``)
-    norm: bool = False  # whether the gain is made of the weight that it scales
-    guarded: tuple[int, ...] = ()  # operands to which no error may go back: data that a weight scales by hand
+    gain: int | None = None  # if followed: the operand that scales the other (``kinds.gain_operand``)
+    norm: bool = False  # whether the gain is computed from the weight that it scales
+    guarded: tuple[int, ...] = ()  # operands to which no error may go back: data that a weight scales elementwise
 
 
 class Plan(NamedTuple):
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
     outputs: list[Kind]
 
     def products(self) -> Iterator[Product]:
-        """Every product, those of inner plans included, in the order of evaluation."""
+        """Every product, also of inner plans, in the order of evaluation."""
         for step in self.steps:
             if step.product is not None and not step.product.pending:
                 yield step.product
@@ -62,11 +62,11 @@ class Plan(NamedTuple):
                 yield from plan.products()
 
 
-Found = tuple[Step, list[Kind]]  # what to do at an equation, and the kinds of its results
+Found = tuple[Step, list[Kind]]  # the step for an equation, and the kinds of its results
 
 
 class Site(NamedTuple):
-    """An equation where it stands: among the kinds of its operands, in a plan, inside loops of these lengths."""
+    """An equation and its place: the kinds of its operands, its plan, and the lengths of the loops around it."""
 
     eqn: Any
     bind: Bind
@@ -97,18 +97,18 @@ class Site(NamedTuple):
         return Product(self.eqn, self.bind, weight, kinds or self.kinds, obstacle, self.lengths)
 
     def activations(self, action: str = "bind", product: Product | None = None) -> Found:
-        """Results that are activations, of which no more is known."""
+        """Results that are plain activations."""
         return Step(self.eqn, action, self.bind, (), product), [activation(self.kinds)] * len(self.eqn.outvars)
 
     def refused(self, weight: int, reason: str, *, gain: bool = False) -> Found:
-        """A use that sends errors through the weight: a product with an obstacle (that ``local`` allows, if it is a gain)."""
+        """A use that sends errors through the weight: a product with an obstacle. ``local`` allows it if it is a gain."""
         product = self.product(weight, reason)
         product.needs_feedback, product.gain = True, gain
         return self.activations("bind", product)
 
 
 def _constant(value: Any) -> Kind:
-    """A constant; one that is the same number everywhere (a state of zeros) does not vary."""
+    """The kind of a constant. If all its elements are equal (a state of zeros), it does not vary."""
     if isinstance(value, jax.core.Tracer) or not jnp.issubdtype(jnp.result_type(value), jnp.number):
         return CONSTANT
     value = np.asarray(value)
@@ -116,18 +116,18 @@ def _constant(value: Any) -> Kind:
 
 
 def _inactive(eqn: Any, kinds: Sequence[Kind], result: int) -> Kind:
-    """What constants and data make."""
+    """The kind of a result of constants and data."""
     random = eqn.primitive.name.startswith(compat.RANDOM)
     data = random or any(k.data for k in kinds)
     noise = random or (data and all(k.noise for k in kinds if k.data))
     unmirrored = next((k.unmirrored for k in kinds if k.unmirrored), None)
-    if eqn.effects and eqn.primitive.name not in compat.VARIED:  # it asks which device this is, or the others
+    if eqn.effects and eqn.primitive.name not in compat.VARIED:  # it depends on the device, or on other devices
         unmirrored = eqn.primitive.name
     return Kind(data=data, noise=noise, varying=result_varying(eqn, kinds, result), unmirrored=unmirrored)
 
 
 def _sliced(kind: Kind, length: int) -> Kind:
-    """What one turn of a scan sees of a value that it goes along; a weight's own axis is one of stacked layers."""
+    """The kind of one slice of a scanned value. The scanned axis of a weight is one of stacked layers."""
     if not kind.weight:
         return outside(kind)._replace(joined=frozenset(), part=kind.joined | kind.part)
     breadth = max(kind.breadth - (length > 1), 0)
@@ -135,20 +135,20 @@ def _sliced(kind: Kind, length: int) -> Kind:
 
 
 def either(plans: Sequence[Plan]) -> list[Kind]:
-    """The results of one of several branches."""
+    """The kinds of the results of one of several branches."""
     bare = lambda kind: kind._replace(scaled=None) if kind.weight else kind
     outputs = zip(*(map(bare, plan.outputs) for plan in plans), strict=True)
     return [outside(functools.reduce(lambda a, b: join(a, b, "cond"), kinds)) for kinds in outputs]
 
 
 def _sides(site: Site) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
-    """Along which axes of a result the weights vary, and along which the activations do."""
+    """The axes of a result along which the weights vary, and those along which the activations vary."""
     by = lambda counts: varying_by(site.eqn, site.kinds, counts)
     return by(lambda k: k.weight), by(lambda k: k.activity)
 
 
 def _shifts(site: Site) -> bool:
-    """Whether an activation is added to a matrix, rather than a matrix to activations: it varies along fewer axes, or is a part."""
+    """Whether an activation is added to a matrix, not a matrix to activations: it varies along fewer axes, or is a part."""
     if site.name in compat.WRITTEN | compat.ADDED:
         return site.kinds[0].weight
     if site.name not in compat.ELEMENTWISE:
@@ -158,17 +158,17 @@ def _shifts(site: Site) -> bool:
 
 
 def _keep_obstacles(first: Plan, last: Plan) -> None:
-    """What B could not follow in another plan of the same jaxpr, it cannot in this."""
+    """Copies obstacles from an earlier plan of the same jaxpr to this one."""
     for i, (before, after) in enumerate(zip(first.steps, last.steps, strict=True)):
         if after.product is None and before.product is not None and before.product.obstacle:
             last.steps[i] = after._replace(product=before.product)
-        # (Inside what no error went through in the first there was nothing to plan.)
+        # The first plan has no inner plans where no error passed.
         for inner_before, inner_after in zip(before.plans, after.plans, strict=False):
             _keep_obstacles(inner_before, inner_after)
 
 
 def _note_bias(site: Site) -> None:
-    """A weight added to a product's output, and varying along nothing but its outputs, is that layer's bias."""
+    """Notes a layer's bias: a weight added to a product's output that varies only along the outputs."""
     for i in (0, 1):
         y, b, var = site.kinds[i], site.kinds[1 - i], site.eqn.invars[1 - i]
         if y.product is None or not b.static or b.obstacle or site.name == "sub":
@@ -179,11 +179,11 @@ def _note_bias(site: Site) -> None:
 
 
 class Analyser:
-    """Builds plans, and notes what parameters do.
+    """Builds plans, and notes the roles of parameters.
 
     Attributes:
-      shared: the parameters that do anything but multiply an activation.
-      roles: for each parameter what it does beside its products: "added", "gain".
+      shared: the parameters with other uses than multiplying an activation.
+      roles: the other roles of each parameter: "added", "gain".
     """
 
     def __init__(self) -> None:
@@ -214,7 +214,7 @@ class Analyser:
             return Step(eqn, "remat" if name in compat.REMAT else "inline", None, (inner,)), inner.outputs
         if not active:
             return Step(eqn, "bind", bind), [_inactive(eqn, kinds, i) for i in range(len(eqn.outvars))]
-        if not eqn.outvars:  # a print, a check: nothing comes of it, and no error comes back
+        if not eqn.outvars:  # a print or a check: it has no result and gets no error
             return Step(eqn, "bind", bind), []
         if name in {"scan", "cond", "shard_map"}:
             return getattr(self, name)(site)
@@ -243,7 +243,7 @@ class Analyser:
         return weight_kind(eqn, kinds, result)
 
     def weight(self, site: Site) -> Found:
-        """Weights, constants and data; or an activation that scales all of a weight, or its neurons."""
+        """Plans an equation of weights, constants and data; or of an activation that scales a weight or its neurons."""
         eqn, bind, kinds, name = site.eqn, site.bind, site.kinds, site.name
         gains = site.gains_of_data()
         for i in gains:
@@ -274,7 +274,7 @@ class Analyser:
         return Step(eqn, action, bind, gain=gain, norm=norm, guarded=guarded), outs
 
     def activity(self, site: Site) -> Found:
-        """Activations, constants and data alone."""
+        """Plans an equation of activations, constants and data."""
         eqn, kinds, name = site.eqn, site.kinds, site.name
         terms, axes = summed(eqn, kinds)
         scaled = kinds[terms].scaled
@@ -302,7 +302,7 @@ class Analyser:
         return Step(eqn, "bind", site.bind), outs
 
     def beside(self, site: Site) -> Found:
-        """A weight beside an activation, in a primitive that is no product: added, a gain, or refused."""
+        """Plans an equation of a weight and an activation that is no product: added, a gain, or refused."""
         eqn, kinds, name, weights, widest = site.eqn, site.kinds, site.name, site.weights, site.widest
         if not any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars):
             return Step(eqn, "bind", site.bind), [Kind(data=True)] * len(eqn.outvars)  # a comparison
@@ -345,18 +345,18 @@ class Analyser:
             union = union_of(kinds)
             wide = [i for i in matrices if kinds[i].breadth > 1] or matrices
             if len(wide) == 1 and not kinds[0].params & kinds[1].params and not kinds[wide[0]].obstacle:
-                # A vector (a learned initial state, a code) has the part of an activity.
+                # A vector (a learned initial state, a code) acts as an activity.
                 varying = result_varying(eqn, kinds)
                 kind = union._replace(obstacle=name, varying=varying, breadth=sum(varying))
                 return Step(eqn, "product", site.bind, (), site.product(wide[0], None)), [kind]
             kind = union._replace(obstacle=f"{name} of two parameters", joint=union.joint or bool(matrices))
             return Step(eqn, "own", site.bind), [kind]
-        if len(weights) == 1 and not kinds[1 - weights[0]].data:  # with a constant: a map of the weight
+        if len(weights) == 1 and not kinds[1 - weights[0]].data:  # with a constant: a linear map of the weight
             kind = weight_kind(eqn, kinds)
             return Step(eqn, "follow" if not kind.obstacle else "own" if kind.static else "bind", site.bind), [kind]
         if not candidates:
-            # What data has touched is an activity of neurons to weights, and to other activities too, unless it is a matrix
-            # between the summed axes and those that remain.
+            # A weight that data has touched counts as an activity, unless it is a matrix between the summed and the other
+            # axes.
             candidates = matrices
             if len(candidates) == 2:
                 reason = f"{name} of two parameters that data has touched"
@@ -380,7 +380,7 @@ class Analyser:
                 self.roles.setdefault(leaf, set()).add(role)
 
     def note_uses(self, step: Step, kinds: list[Kind], outs: list[Kind]) -> None:
-        """A weight may be laid out anew and multiply an activation; any other use adds a gradient that B has not."""
+        """Notes weights with other uses than a rearrangement or a product: those uses add a gradient that B does not get."""
         for i, kind in enumerate(kinds):
             multiplies = step.action == "product" and step.product is not None and step.product.weight == i
             followed = step.action == "follow" and all(k.static for k in outs if k.params)
@@ -388,19 +388,19 @@ class Analyser:
                 self.shared |= kind.params
 
     def note_joined(self, kinds: Sequence[Kind], joined: Sequence[Kind]) -> None:
-        """A weight that a loop or a branch makes an activation (an initial state) has a use of its own there."""
+        """Notes weights that a loop or a branch turns into activations (an initial state): that is another use."""
         for kind, out in zip(kinds, joined, strict=True):
             if kind.weight and not out.static:
                 self.shared |= kind.params
                 self.note([kind], "added")
 
     def opaque(self, site: Site) -> Found:
-        """A call that cannot be opened: a custom derivative (its backward pass would be lost), a while, a kernel."""
+        """Plans a call that cannot be opened: a custom derivative (opened, it would be lost), a while loop, a kernel."""
         eqn, kinds, name, union = site.eqn, site.kinds, site.name, union_of(site.kinds)
         meets = any(k.activity for k in kinds)
-        if name == "while" and meets:  # JAX itself has no backward pass through it
+        if name == "while" and meets:  # JAX has no backward pass through it
             return site.activations()
-        if not meets and union.per_example == 1:  # of rows looked up
+        if not meets and union.per_example == 1:  # rows that were looked up
             self.note(kinds, "added")
             return site.activations()
         if not meets:
@@ -410,7 +410,7 @@ class Analyser:
         return site.refused(site.widest, name)
 
     def shard_map(self, site: Site) -> Found:
-        """Each device's part of a weight has its part of B."""
+        """Plans a shard_map: each device's part of a weight has its part of B."""
         lengths = (*site.lengths, compat.sharding(site.eqn.params).devices)
         plan = self.plan(compat.inner_jaxpr(site.eqn), [outside(k) for k in site.kinds], lengths)
         outs = [k._replace(obstacle=k.obstacle or "shard_map") if k.weight else k for k in map(outside, plan.outputs)]
@@ -424,7 +424,7 @@ class Analyser:
             outs = [k._replace(data=True, unmirrored="cond") if k.weight else k for k in outs]
         for plan in plans:
             self.note_joined(plan.outputs, outs)
-        for i, out in enumerate(outs):  # a weight that an activation has scaled in one branch, as a spectral norm may
+        for i, out in enumerate(outs):  # an activation may scale a weight in one branch, as in a spectral norm
             scaled = [plan.outputs[i] for plan in plans if plan.outputs[i].scaled]
             if out.weight and len(scaled) == 1:
                 outs[i] = out._replace(scaled=scaled[0].scaled)
@@ -443,8 +443,8 @@ class Analyser:
         while True:
             plan = self.plan(params["jaxpr"], inner, lengths)
             outs = [outside(k) for k in plan.outputs]
-            # A state that starts as a constant (zeros) and then is an activity is one from the start: what the first turn
-            # multiplies it with is a product, and no weight.
+            # A state that starts as a constant (zeros) and becomes an activity counts as one from the start, so that the
+            # first turn already multiplies an activity.
             late = [consts + c for c in changed if start[consts + c] == CONSTANT and outs[c].data]
             if late:
                 for i in late:
@@ -458,12 +458,12 @@ class Analyser:
             if inner == before:
                 break
         if any(a.static and not b.static for a, b in zip(site.kinds[carried], inner[carried], strict=True)):
-            # The first turn meets the weight itself, whatever its carry is from then on.
+            # The first turn uses the weight itself, whatever the carry becomes later.
             _keep_obstacles(first, plan)
         self.note_joined(site.kinds[carried], inner[carried])
         results = inner[carried]
         for kind, within in zip(outs[carries:], plan.outputs[carries:], strict=True):
-            gain = within.scaled  # what its turns hand out may be summed behind the loop
+            gain = within.scaled  # its outputs may be summed after the loop
             scaled = Scaled(gain.product, (False, *gain.axes), None) if gain and gain.copies is None else None
             kind = kind._replace(stack=kind.stack[: len(site.lengths)], scaled=scaled)
             if kind.weight and kind.gained:

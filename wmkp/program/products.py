@@ -15,7 +15,7 @@ Bind = Callable[..., list[Any]]
 
 
 class WeightTransportError(ValueError):
-    """An error signal would have to travel back through a forward weight, because feedback weights cannot follow it."""
+    """An error could only go back through a forward weight W, because the feedback weights B cannot follow W."""
 
 
 class Product:
@@ -39,7 +39,7 @@ class Product:
         if obstacle:
             self.params = self.params.union(*(k.params for k in kinds if k.static or kind.data))
         self.obstacle = obstacle
-        self.gain = False  # whether the obstacle is a scaling element by element, which ``local`` allows
+        self.gain = False  # whether the obstacle is an elementwise scaling, which ``local`` allows
         self.followed = True  # whether B can follow the weight; if not, no error passes here
         self.unmirrored = (
             "data multiplies, adds to or selects from it" if kind.unmirrored == "data" else kind.unmirrored
@@ -58,13 +58,13 @@ class Product:
             and patches.applies(eqn.params, self.input_avals[0], self.weight_aval, self.output_aval)
         )
         self.bind = bind
-        self.pending = False  # whether what comes next may yet show it to be a gain (``Kind.fans``)
-        self.bias: Any = None  # the weight added to its output, if one is: (plan, variable)
-        # Whether a gain scales the weight, or the bias (what else data does to a weight is ``unmirrored``).
+        self.pending = False  # whether later equations may still show it to be a gain (``Kind.scaled``)
+        self.bias: Any = None  # the weight that is added to its output, if any: (plan, variable)
+        # Whether a gain scales the weight or the bias (any other effect of data on a weight is ``unmirrored``).
         self.scaled = kind.gained is not None or kind.data
 
     def multiply(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        """The product itself, the equation's own."""
+        """The product, as the equation computes it."""
         return self.bind(*((w, x) if self.weight == 0 else (x, w)))[0]
 
     def weight_gradient(self, x: jax.Array, delta: jax.Array) -> jax.Array:
@@ -81,7 +81,7 @@ class Product:
         return jax.lax.platform_dependent(x, delta, cpu=by_patches, default=transpose)
 
     def laid_out(self, w: jax.Array) -> jax.Array:
-        """An array in the weight's layout, as ``compat.laid_out`` where a library has a layout of its own for it."""
+        """An array in the weight's layout. For convolutions, whose libraries have another layout, ``compat.laid_out`` fixes it."""
         return compat.laid_out(w) if self.primitive == "conv_general_dilated" else w
 
     def axes(self) -> tuple[list[int], list[int], list[int], int]:
@@ -133,13 +133,13 @@ class Product:
         return m.reshape([shape[a] for a in order]).transpose(np.argsort(order))
 
     def samples(self) -> int:
-        """How many samples the output holds of each postsynaptic value (batch and positions)."""
+        """The number of samples of each output value (batch and positions)."""
         shape = self.output_aval.shape
         return math.prod(size for axis, size in enumerate(shape) if axis not in self.output_axes())
 
     def input_matrices(self, x: jax.Array) -> jax.Array:
         """The product's input as (K, samples, fan_in), K its groups, each sample in the order of ``to_matrices``."""
-        x = compat.gathered(x)  # what is divided over explicit axes cannot be laid out anew
+        x = compat.gathered(x)  # an array divided over explicit axes cannot be rearranged
         groups, _, _, split = self.axes()
         fan_in = self.fans()[0]
         if self.primitive == "dot_general":
@@ -151,11 +151,14 @@ class Product:
         p = self.eqn_params
         numbers = p["dimension_numbers"]
         if p["batch_group_count"] > 1 or self.weight == 0:
-            raise ValueError("the patches of a convolution by batch groups, or by its left operand, are not supported")
+            raise ValueError(
+                "input covariances and whitening do not support a convolution by batch groups, or one whose left operand is the weight; "
+                "use another form of convolution, or leave whitening out"
+            )
         space = [self.weight_aval.shape[a] for a in numbers.rhs_spec[2:]]
         patches = jax.lax.conv_general_dilated_patches(
             x, space, p["window_strides"], p["padding"], p["lhs_dilation"], p["rhs_dilation"], dimension_numbers=numbers
         )
-        patches = jnp.moveaxis(patches, numbers.out_spec[1], -1)  # features come before the patch's own positions
+        patches = jnp.moveaxis(patches, numbers.out_spec[1], -1)  # features come before the positions within a patch
         patches = patches.reshape(-1, split, fan_in // math.prod(space), math.prod(space))
         return patches.transpose(1, 0, 3, 2).reshape(split, -1, fan_in)

@@ -101,13 +101,13 @@ class Answers(NamedTuple):
 
 
 class Analysis(NamedTuple):
-    """A function's plan, beside the paths of its parameters."""
+    """A function's plan and the paths of its parameters."""
 
     plan: Plan
     paths: list[str]
     out_tree: Any
-    shared: frozenset[int]  # the parameters (leaf numbers) with uses beside the products they are weights of
-    others: dict[int, set[str]]  # of parameters (leaf numbers), what they do beside these products: "added", "gain"
+    shared: frozenset[int]  # parameters (leaf numbers) with other uses than their products
+    others: dict[int, set[str]]  # the roles of parameters (by leaf number) besides these products: "added", "gain"
 
     def sites(self) -> dict[str, list[Product]]:
         """The products that each parameter takes part in, keyed by its path, in the parameters' own order."""
@@ -143,8 +143,8 @@ class Analysis(NamedTuple):
         within = [step.plans[0] for step in around if step.action == "scan"]
         if within and not {*products} <= {*within[-1].products()}:
             raise ValueError(
-                f"params[{path!r}] is used outside of the lax.scan that makes the output, so there is no one error for direct "
-                "feedback to send it: the output has one at each step. Move its product into the scan, or give it another "
+                f"params[{path!r}] is used outside of the lax.scan that makes the output. The output has an error at each step, so "
+                "direct feedback has no single error to send there. Move the product into the scan, or give it another "
                 f'rule: rule={{"{re.escape(path)}": wmkp.feedback_alignment(), ".*": ...}}.'
             )
         for product in products:
@@ -157,7 +157,9 @@ class Analysis(NamedTuple):
         shapes = {direct_sizes(p.input_avals[0].shape, error.output_aval.shape)[1:] for p in products}
         stacks = {p.stack for p in products}
         if len(shapes) != 1 or len(stacks) != 1:
-            raise ValueError(f"params[{path!r}] takes inputs of different sizes; direct feedback needs one size")
+            raise ValueError(
+                f"params[{path!r}] takes inputs of different sizes; direct feedback needs one size. Give this path another rule."
+            )
         return (*stacks.pop(), *shapes.pop())
 
     def answers(self, path: str) -> Answers:
@@ -173,7 +175,7 @@ class Analysis(NamedTuple):
         return Answers(shape, answer(self.matrix_axes, shape), answer(self.direct_shape))
 
     def _check_output(self, product: Product, around: list[Step]) -> None:
-        """ValueError unless a product, inside these steps, has one error whenever it is evaluated, and none of a later step."""
+        """ValueError unless a product inside these steps has one error each time it runs, without errors of later steps."""
         if any(step.action in {"cond", "shard_map"} for step in around):
             raise ValueError(
                 "direct feedback needs the last projection outside of any lax.cond or shard_map, so that its output has one "
@@ -181,9 +183,9 @@ class Analysis(NamedTuple):
             )
         if any(step.action == "scan" for step in around) and _reached(self.plan, product, set())[1]:
             raise ValueError(
-                f"direct feedback takes the last projection, params[{self.paths[min(product.params)]!r}], for the output, but what "
-                "it makes goes on to a projection in the next step of its lax.scan. Compute the output after the state in the "
-                "scan's body; let an output that is fed back pass jax.lax.stop_gradient; or use another rule."
+                f"direct feedback takes the last projection, params[{self.paths[min(product.params)]!r}], for the output, but its "
+                "result enters a projection in the next step of the lax.scan. Compute the output after the state in the "
+                "scan's body, pass an output that is fed back through jax.lax.stop_gradient, or use another rule."
             )
 
     def matrix_axes(self, path: str, shape: tuple[int, ...]) -> Axes:
@@ -193,16 +195,16 @@ class Analysis(NamedTuple):
         roles: Axes = ([], [], [])
         whole = len(products) == 1 and product.plain and not product.unmirrored and not product.obstacle
         for axis, size in enumerate(shape):
-            # Laid out as the product sees it, an axis' index varies along the groups, the inputs or the outputs.
+            # In the product's layout, an axis' index varies along the groups, the inputs or the outputs.
             leaves: list[Any] = [None] * len(self.paths)
             with jax.ensure_compile_time_eval():
                 leaves[leaf] = jax.lax.broadcasted_iota(jnp.float32, shape, axis)
                 index = np.asarray(collect(self.plan, leaves, [product])[product][0]) if whole else np.zeros(1)
             lead = index.ndim - product.weight_aval.ndim
-            if not whole or index.size != math.prod(shape) or lead != len(product.stack):  # (in parts on devices)
+            if not whole or index.size != math.prod(shape) or lead != len(product.stack):  # divided among devices
                 raise ValueError(
-                    f"params[{path!r}] is not one matrix (or a stack of them) used whole in one place; this "
-                    "rule needs one"
+                    f"params[{path!r}] is not one matrix (or a stack of them) used whole in one place, as "
+                    "its rule needs. Give this path another rule."
                 )
             groups, inputs, _, _ = product.axes()
             along = {a for a in range(index.ndim) if size > 1 and np.ptp(index, axis=a).any()}
@@ -214,7 +216,7 @@ class Analysis(NamedTuple):
 
 
 def _around(plan: Plan, product: Product) -> list[Step]:
-    """The steps that a product is inside of, outermost first."""
+    """The steps around a product, outermost first."""
     for step in plan.steps:
         for inner in step.plans:
             if product in inner.products():
@@ -223,7 +225,7 @@ def _around(plan: Plan, product: Product) -> list[Step]:
 
 
 def _reached(plan: Plan, product: Product, live: set[int]) -> tuple[set[int], bool]:
-    """Which results of a plan get errors from after a product (or after these inputs), and whether a projection is between."""
+    """Which results of a plan depend on a product (or on these inputs), and whether a projection lies between."""
     marked, met = {plan.jaxpr.invars[i] for i in live}, False
     for step in plan.steps:
         into = {i for i, v in enumerate(step.eqn.invars) if isinstance(v, compat.Var) and v in marked}
@@ -234,7 +236,7 @@ def _reached(plan: Plan, product: Product, live: set[int]) -> tuple[set[int], bo
                 met |= bool(into) and any(True for _ in inner.products())
                 continue
             consts, carries = compat.scan_sizes(step.eqn.params) if step.action == "scan" else (0, 0)
-            while True:  # what goes into a carry comes back in the next step
+            while True:  # a carry comes back in the next step
                 outs, within = _reached(inner, product, into)
                 again = {consts + i for i in outs if i < carries}
                 if again <= into:
@@ -246,9 +248,9 @@ def _reached(plan: Plan, product: Product, live: set[int]) -> tuple[set[int], bo
 
 
 def direct_sizes(x: tuple[int, ...], error: tuple[int, ...]) -> tuple[int, int, int]:
-    """How many leading axes an input and the output's error share, and the sizes of one input and of one error.
+    """The number of leading axes that an input and the output's error share, and the sizes of one input and one error.
 
-    They share the batch and, where both have them, the positions: all axes but their last, as far as they agree.
+    They share the batch and, if both have positions, the positions: all equal axes before the last.
     """
     shared = 0
     for a, b in zip(x[:-1], error[:-1], strict=False):
@@ -268,20 +270,20 @@ def named_leaves(params: Any, *, shapes_will_do: bool = False) -> dict[str, Any]
         flat, _ = jax.tree_util.tree_flatten_with_path(params)
     except ValueError as error:
         raise ValueError(
-            f"params is no pytree that JAX can take apart ({checks.first_line(error)}); the keys of a dict must be of one kind"
+            f"JAX cannot flatten params ({checks.first_line(error)}); use dict keys of one type"
         ) from error
     leaves: dict[str, Any] = {}
     for keys, leaf in flat:
         path = checks.path_name(keys)
         if path in leaves:
-            raise ValueError(f"params has two leaves whose path is {path!r}; rename one, so that a path names one")
+            raise ValueError(f"params has two leaves whose path is {path!r}; rename one")
         leaves[path] = leaf
         floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
         if not is_array(leaf) or not floating or (isinstance(leaf, jax.ShapeDtypeStruct) and not shapes_will_do):
             found = leaf.dtype if is_array(leaf) and not floating else type(leaf).__name__
             raise TypeError(
                 f"params[{path!r}] is {found}; parameters must be floating-point arrays. Pass "
-                "anything else as a later argument of fun (wmkp.nnx.pure parts an NNX model so)."
+                "anything else as a later argument of fun (of an NNX model: wmkp.nnx.pure)."
             )
         if jnp.finfo(leaf.dtype).bits < 16:
             raise TypeError(
@@ -294,21 +296,21 @@ def named_leaves(params: Any, *, shapes_will_do: bool = False) -> dict[str, Any]
 
 
 def explained(fun: Callable[..., Any]) -> Callable[..., Any]:
-    """``fun``, but an error that it raises while it is traced says what wmkp called it with, and why that could be."""
+    """``fun``, whose errors while it is traced also say which arguments wmkp passed, and what to check."""
     checks.function("fun", fun, "fun(params, *args)")
 
     def called(params: Any, *args: Any) -> Any:
         try:
             return fun(params, *args)
-        except (WeightTransportError, RuntimeError, ZeroDivisionError, MemoryError):  # no mistake of the call's
+        except (WeightTransportError, RuntimeError, ZeroDivisionError, MemoryError):  # not caused by the arguments
             raise
         except Exception as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             shapes = ", ".join(f"{k}: {checks.shape(x)}" for k, x in named_leaves(params, shapes_will_do=True).items())
             raise kind(
-                f"fun(params, *args){_named(fun)} raised {checks.first_line(error)}\nIt does so without wmkp too, unless params, "
-                "args or their order are not what it takes (the function with feedback is called with params, "
-                f"feedback, *args). params: {checks.short(shapes, 400)}; args: {checks.short(checks.shapes(args), 400)}"
+                f"fun(params, *args){_named(fun)} raised {checks.first_line(error)}\nThe same call raises it without wmkp. "
+                "Check that these arguments are what fun takes, in this order (with feedback: params, feedback, *args). "
+                f"params: {checks.short(shapes, 400)}; args: {checks.short(checks.shapes(args), 400)}"
             ) from error
 
     return called
@@ -320,7 +322,7 @@ def _named(fun: Callable[..., Any]) -> str:
 
 
 def analyse(fun: Callable[..., Any], params: Any, *args: Any) -> Analysis:
-    """Walks ``fun(params, *args)``; arrays in ``args`` count as data, other leaves as Python values.
+    """Walks ``fun(params, *args)``. Arrays in ``args`` are data; other leaves are Python values.
 
     Raises TypeError for a parameter that is not a floating-point array, and where ``fun`` raises an error.
     """
@@ -354,13 +356,13 @@ def analyse(fun: Callable[..., Any], params: Any, *args: Any) -> Analysis:
     keys = (jax.dtypes.issubdtype(leaves[i].dtype, jax.dtypes.prng_key) for i in traced)
     analyser = Analyser()
     plan = analyser.plan(jaxpr, kinds + [Kind(data=True, noise=key) for key in keys], ())
-    settle([k for k in plan.outputs if not k.weight])  # (a weight that is returned is state, to be used again)
+    settle([k for k in plan.outputs if not k.weight])  # a weight that is returned is state, and is used again
     shared = analyser.shared.union(*(kind.params for kind in plan.outputs))
     return Analysis(plan, paths, out_tree, frozenset(shared), analyser.roles)
 
 
 def check_traceable(name: str, tree: Any) -> None:
-    """TypeError if the tree holds what JAX does not take as an array (of tracers none is asked)."""
+    """TypeError if the tree holds a value that JAX does not accept as an array. Tracers are not checked."""
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         try:
             if not isinstance(x, jax.core.Tracer):
@@ -368,8 +370,8 @@ def check_traceable(name: str, tree: Any) -> None:
         except Exception:
             raise TypeError(
                 f"{name}[{checks.path_name(path)!r}] is {type(x).__name__} {getattr(x, 'dtype', '')}".rstrip()
-                + ", which JAX cannot trace. Data must be arrays of numbers, and fun must return nothing but such arrays "
-                "and numbers (strings and other objects go by a closure)."
+                + ", which JAX cannot trace. Pass and return only arrays of numbers; let fun read strings and other objects "
+                "from a closure."
             ) from None
 
 
@@ -400,7 +402,7 @@ class Roles(dict[str, tuple[str, ...]]):
 
 
 def roles(fun: Callable[..., Any], params: Any, *args: Any) -> Roles:
-    """What each parameter of ``fun`` does, and so what the backward pass reads of it.
+    """What each parameter of ``fun`` does, and what the backward pass reads of it.
 
     A parameter can have several roles, one for each kind of use:
 

@@ -1,1 +1,1 @@
-"""What the command line runs, a command each."""
+"""The commands, one module each."""

@@ -1,4 +1,4 @@
-"""The wmkp command: what is typed becomes a typed config, and bad input a message and exit code 2."""
+"""The wmkp command: it turns arguments into a typed config, and bad input into a message and exit code 2."""
 
 import contextlib
 import os
@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 
 def _end_interrupted() -> NoReturn:
-    """Ends the process at once: in the usual way XLA would free what its threads, still compiling, are at work on."""
+    """Ends the process at once: a normal exit would free memory that XLA's compiling threads still use."""
     print("wmkp: interrupted", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(130)
 
 
 def _end_missing(error: ImportError) -> NoReturn:
-    """Ends the process for want of a package, whenever it was looked for."""
+    """Ends the process because a package is missing, at import or later."""
     print(
-        f'wmkp: {error.name or error} is missing; the command needs its extra: pip install "wmkp[experiments]"',
+        f'wmkp: {error.name or error} is missing; install the command\'s extra: pip install -e ".[experiments]"',
         file=sys.stderr,
     )
     sys.exit(2)
@@ -28,10 +28,12 @@ def _end_missing(error: ImportError) -> NoReturn:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Within it Ctrl-C ends the process, wherever it strikes."""
+    """Inside it Ctrl-C ends the process at any point."""
     before = sys.unraisablehook
 
-    def within_a_callback(error: Any) -> None:  # such as JAX's for garbage collection: Python prints it and goes on
+    def within_a_callback(
+        error: Any,
+    ) -> None:  # such as JAX's for garbage collection: Python would print it and continue
         if issubclass(error.exc_type, KeyboardInterrupt):
             _end_interrupted()
         before(error)
@@ -63,9 +65,9 @@ app = tyro.extras.SubcommandApp()
 
 @app.command(name="compare")
 def run_compare(config: tyro.conf.OmitArgPrefixes[Compare]) -> None:
-    """Train a network under several learning rules, from the same weights on the same data, and compare them.
+    """Compare learning rules on one network, with the same initial weights and data.
 
-    Prints a table, and writes comparison.png and comparison.csv. The default takes about a minute and a half on two cores.
+    Prints a table, and writes comparison.png, comparison.csv and comparison.md.
     """
     compare.compare(config)
 
@@ -78,9 +80,9 @@ else:
 
 @app.command(name="train")
 def run_train(config: tyro.conf.OmitArgPrefixes[Recipe]) -> None:
-    """Train a network under a learning rule, by a recipe of which every setting can be changed.
+    """Train a network under a learning rule. A recipe gives the settings; options change them.
 
-    Writes checkpoints, CSV files and TensorBoard scalars. With --resume it goes on where it was, to the bit.
+    Writes checkpoints, CSV files and TensorBoard scalars. --resume continues a run bit-for-bit.
     """
     train.train(config)
 
@@ -92,13 +94,13 @@ def run_eval(
     data_dir: DataDir = None,
     export: Annotated[Path | None, tyro.conf.arg(constructor=Path, help_behavior_hint="(default: none)")] = None,
 ) -> None:
-    """Test error and angles of a run's checkpoint.
+    """Evaluate a checkpoint: test error and angles.
 
     Args:
-        run: The run's directory.
+        run: Directory of the run.
         step: Step of the checkpoint.
-        data_dir: Where TFDS has its datasets, if not where the run had them.
-        export: A file to write the model's variables to, as plain Flax ones, for flax.serialization.msgpack_restore.
+        data_dir: Directory of the prepared TFDS datasets, if it has changed since the run.
+        export: File for the model's Flax variables. Read it with flax.serialization.msgpack_restore.
     """
     evaluate.evaluate(run, step, data_dir, export)
 
@@ -110,11 +112,11 @@ def run_plot(
     ],
     out: Path = Path("runs.png"),
 ) -> None:
-    """Test error and angles of runs over their epochs, in one picture; runs that differ in their seed alone are one line.
+    """Plot test error and angles of runs over epochs. Runs that differ only in their seed share one line.
 
     Args:
-        runs: The runs' directories, or those that hold a run of each seed.
-        out: The file: .png, .pdf or .svg.
+        runs: Directories of runs, or directories that hold one run for each seed.
+        out: File to write: .png, .pdf or .svg.
     """
     with refusals("--out"):
         style.check_format(out)
@@ -125,7 +127,7 @@ def run_plot(
 
 @app.command(name="reproduce")
 def run_reproduce(config: tyro.conf.OmitArgPrefixes[Reproduce]) -> None:
-    """Run a published figure's experiments anew, and hold them against what was published."""
+    """Reproduce a published figure, and compare with the published numbers."""
     reproduce.reproduce(config)
 
 
@@ -136,8 +138,8 @@ def run_data(
     """Download a TFDS dataset and prepare it for training.
 
     Args:
-        name: As TFDS spells it, such as cifar10.
-        data_dir: Where to put it.
+        name: Name of the dataset in TFDS, such as cifar10.
+        data_dir: Directory to put it in.
     """
     data.prepare(name, data_dir)
 
@@ -153,9 +155,9 @@ COMMANDS: dict[str, Any] = {
 
 
 def _run(words: list[str]) -> None:
-    """Does what is typed after ``wmkp``."""
-    if any(re.fullmatch("(--[^=]*=)?", word) for word in words):  # an empty path would be this directory
-        raise InputError(f"an argument is empty: {shlex.join(words)}; give it a value, or leave it out")
+    """Runs the arguments after ``wmkp``."""
+    if any(re.fullmatch("(--[^=]*=)?", word) for word in words):  # an empty path would mean this directory
+        raise InputError(f"an argument is empty: {shlex.join(words)}; give it a value, or leave the argument out")
     if words == ["--version"]:
         print(f"wmkp {wmkp.__version__}")
         return
@@ -165,22 +167,22 @@ def _run(words: list[str]) -> None:
     help.check(words, COMMANDS)
     app.cli(
         prog="wmkp",
-        description="Neural networks trained without weight transport. wmkp --version says which version this is.",
+        description="Trains neural networks without weight transport. wmkp COMMAND --help shows the options of a command, wmkp --version the version.",
         sort_subcommands=False,
     )
 
 
 def main() -> None:
-    """Runs the command line. What the world outside does not have or allow is one line, and exit code 2."""
+    """Runs the command line. Bad input and missing files are a one-line message and exit code 2."""
     try:
         with _interruptible():
             try:
                 _run(sys.argv[1:])
             finally:
-                sys.stdout.flush()  # here, where it can be seen that nobody reads on
+                sys.stdout.flush()  # here, where a broken pipe can be caught
     except BrokenPipeError:
         with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at exit
         sys.exit(141)  # as a shell shows SIGPIPE
     except InputError as error:
         print(f"wmkp: {error}", file=sys.stderr)
@@ -196,8 +198,8 @@ def main() -> None:
         if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower():
             raise
         print(
-            f"wmkp: this does not fit in memory ({first_line(error)}); a smaller --batch-size, --hidden or --image-size takes "
-            "less, a larger --mirror-angle too, and --fsdp divides what W and B take among devices",
+            f"wmkp: this does not fit in memory ({first_line(error)}); use a smaller --batch-size, --hidden "
+            "or --image-size, a larger --mirror-angle, or --fsdp, which divides W and B among devices",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -30,21 +30,21 @@ from wmkp.experiments.models.convnet import ConvNet
 from wmkp.experiments.models.mlp import MLP
 from wmkp.experiments.runs import figures, outputs
 
-LAST_EPOCHS = 5  # that the table's test error is taken over, or half of a shorter run
-PROBE = 64  # training examples that delta angles and norms are measured on
-READOUT = "output/kernel"  # where delta is the loss's own, whatever the rule
-# What each network is trained by, unless told otherwise: the learning rate, and the steps that set how many epochs.
+LAST_EPOCHS = 5  # the table's test error is a mean over these (half of a shorter run)
+PROBE = 64  # training examples for delta angles and norms
+READOUT = "output/kernel"  # here delta comes from the loss itself, under any rule
+# Each network's defaults: the learning rate, and the least number of steps.
 RATES = {"conv": 0.05, "mlp": 0.02}
 STEPS = {"conv": 444, "mlp": 6000}
-MIRROR_EVERY = {"wm": 1, "mkp": 16}  # engaged steps to a mirror step: a weight mirror must not lag behind W
-# For what runs seldom: unoptimized, it takes a third of the time to compile.
+MIRROR_EVERY = {"wm": 1, "mkp": 16}  # engaged steps per mirror step: a weight mirror must not lag behind W
+# For programs that run rarely: without optimization they compile in a third of the time.
 QUICK = {"xla_backend_optimization_level": 0}
 
 
 class Row(NamedTuple):
-    """A rule and a seed after an epoch: a line of comparison.csv. NaN stands for what a rule does not have.
+    """One rule and seed after one epoch: a line of comparison.csv. NaN marks a measure that a rule does not have.
 
-    ``layers`` has the norms of ``wmkp.delta_norms`` layer by layer, each a column of its own.
+    ``layers`` holds the norms of ``wmkp.delta_norms``, one column for each layer.
     """
 
     rule: str
@@ -64,7 +64,7 @@ class Row(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A rule ready to train, whatever the seed.
+    """A rule, ready to train from any seed.
 
     Attributes:
       init: ``key -> TrainState``.
@@ -82,13 +82,13 @@ def compare(config: Compare) -> None:
     """Runs ``wmkp compare``: trains, prints the table, writes comparison.png and comparison.csv.
 
     Raises:
-      InputError: the config asks for what cannot be done; nothing has been trained or written then.
+      InputError: the command cannot run this config. Nothing has been trained or written then.
     """
     if config.rules == ("all",):
         config = dataclasses.replace(config, rules=tuple(RULES))
     config.check()
     if config.dataset == "characters":
-        raise InputError("the network here is for images: --dataset characters is for wmkp train decoder-characters-kp")
+        raise InputError("wmkp compare needs images; for --dataset characters use wmkp train decoder-characters-kp")
     dataset = data.load(config.dataset, config.data_dir)
     examples = len(dataset.train["label"])
     if config.batch_size > examples:
@@ -124,26 +124,26 @@ def _warn_of_short_runs(config: Compare, steps: int) -> None:
     shrinkage = float(rates.sum()) * config.weight_decay / (1 - config.momentum)
     if "kp" in config.rules and shrinkage < 3:
         print(
-            f"wmkp: warning: too short for Kolen-Pollack to align: W - B^T will only shrink by exp(-{shrinkage:.2g}); "
-            "its clock is steps x learning rate x weight decay / (1 - momentum)",
+            f"wmkp: warning: this run is too short for Kolen-Pollack to align: W - B^T shrinks only by exp(-{shrinkage:.2g}), "
+            "where the exponent is steps x learning rate x weight decay / (1 - momentum). Train longer, or use --rules kpm mkp",
             file=sys.stderr,
         )
 
 
 def _warn_of_lag(rows: list[Row]) -> None:
-    """Says which rules had a B that was far behind W, the mean over an epoch, when it was mirrored."""
+    """Warns of rules whose B lagged far behind W when it was mirrored, as a mean over an epoch."""
     for rule in dict.fromkeys(row.rule for row in rows):
         lags = [row.mirror_lag_mean_deg for row in rows if row.rule == rule]
         if (worst := max((lag for lag in lags if not math.isnan(lag)), default=0.0)) > LAG:
             print(
                 f"wmkp: warning: under {rule} B lagged {worst:.1f} degrees behind W when it was mirrored, in its worst layer and "
-                "epoch; --mirror-every 1 mirrors at every step, and mkp does not lag",
+                "epoch. Mirror at every step (--mirror-every 1), or use mkp, which does not lag",
                 file=sys.stderr,
             )
 
 
 def train(config: Compare, dataset: data.Dataset, epochs: int) -> tuple[list[Row], dict[str, float]]:
-    """Trains every rule from every seed: on CPUs, whose convolutions here are small, two rules at a time.
+    """Trains every rule from every seed. On CPUs two rules train at a time, because the convolutions are small.
 
     Returns:
       The rows, rule by rule and seed by seed, and by rule the bytes of B and its optimizer's state over those of the
@@ -155,7 +155,7 @@ def train(config: Compare, dataset: data.Dataset, epochs: int) -> tuple[list[Row
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
         total = config.seeds * epochs
         bars = {name: progress.add_task(RULES[name], total=total, note="") for name in config.rules}
-        # What a rule cannot do is said before any is trained.
+        # Errors of any rule come before the first one trains.
         trials = {name: start(name, config, epochs, dataset) for name in config.rules}
 
         def one(name: str) -> tuple[list[Row], float]:
@@ -190,7 +190,7 @@ def _run(
     dataset: data.Dataset,
     epochs: int,
 ) -> Iterator[Row]:
-    """A row after each epoch, the first one before training."""
+    """A row before training, and one after each epoch."""
     examples = len(dataset.train["label"])
     steps = examples // batch_size
     for epoch in range(epochs + 1):
@@ -265,7 +265,7 @@ def start(name: str, config: Compare, epochs: int, dataset: data.Dataset) -> Tri
         with refusals(f"--rules {name} cannot train this network"):
             return feedback(state_key, initial(params_key))
 
-    # XLA's convolutions on CPUs are slow inside of a loop of its own.
+    # On CPUs XLA's convolutions are slow inside its loops.
     slow = config.model == "conv" and jax.default_backend() == "cpu"
     run_epoch = _looped(steps, mirrors, every) if slow else _scanned(steps, mirrors, every)
     return Trial(init, run_epoch, jax.jit(partial(_measure, rule, loss_fn, forward), compiler_options=QUICK))
@@ -430,7 +430,7 @@ def above_backprop(rows: Sequence[Row], rule: str) -> float:
 
 
 def summary(config: Compare, rows: list[Row], memory: dict[str, float]) -> list[Line]:
-    """A line a rule, over seeds: test error over the last epochs, angles and norms after the last one."""
+    """A line for each rule, over seeds: test error over the last epochs, angles and norms after the last one."""
     lines = []
     for name, extra in memory.items():
         mine, rule = [row for row in rows if row.rule == name], make_rule(name, config)
@@ -457,7 +457,7 @@ def summary(config: Compare, rows: list[Row], memory: dict[str, float]) -> list[
 
 
 def to_table(lines: list[Line], title: str, columns: Sequence[str]) -> Table:
-    """The summary for a terminal: those of Line's fields that ``columns`` names."""
+    """The summary for a terminal, with the fields of Line in ``columns``."""
     table = Table(title=title, title_style="bold", caption=CAPTION, box=box.SIMPLE_HEAD)
     for name in columns:
         text = name in ("rule", "transports", "second_mode")

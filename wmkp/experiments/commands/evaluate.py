@@ -1,4 +1,4 @@
-"""wmkp eval: what a run's checkpoint does on the test set."""
+"""wmkp eval: evaluates a run's checkpoint on the test set."""
 
 import contextlib
 import dataclasses
@@ -17,13 +17,13 @@ from wmkp.experiments.runs.build import build, like
 def evaluate(
     directory: Path, step: int | None = None, data_dir: Path | None = None, export: Path | None = None
 ) -> None:
-    """Prints a checkpoint's test loss and error, and every projection's angles; may write its variables to a file.
+    """Prints a checkpoint's test loss, test error and angles, and can write its variables to a file.
 
     Args:
-      directory: the run's.
-      step: of the checkpoint; None for the latest.
-      data_dir: where TFDS has its datasets, if not where the run had them.
-      export: a file for the parameters, and what the model keeps besides, in Flax's msgpack format.
+      directory: the run's directory.
+      step: the checkpoint's step; None for the latest.
+      data_dir: the directory of TFDS's datasets, if it has changed since the run.
+      export: a file for the model's variables, in Flax's msgpack format.
 
     Raises:
       InputError: there is no such run or checkpoint, or ``export`` cannot be written.

@@ -1,4 +1,4 @@
-"""Help that helps: the recipes on one screen, and for a word that does not exist the nearest that does."""
+"""Help: the recipes on one screen, and a suggestion for a misspelled word."""
 
 import dataclasses
 import difflib
@@ -36,8 +36,8 @@ def print_recipes() -> None:
         console.print(table)
     used = ", ".join(f"{rule} {RULES[rule]}" for rule in dict.fromkeys(itertools.chain(*rules.values())))
     print(
-        "usage: wmkp train RECIPE [OPTIONS]\n\nTrains a network under a learning rule, by a recipe: a base and a rule, joined\n"
-        "by a dash, such as mlp-digits-kp. Settings: wmkp train RECIPE --help.\n\n"
+        "usage: wmkp train RECIPE [OPTIONS]\n\nTrains a network under a learning rule. A recipe is a base and a rule, joined by\n"
+        "a dash, such as mlp-digits-kp. wmkp train RECIPE --help shows its settings.\n\n"
         f"Every base takes these rules: {' '.join(common)}"
     )
     print("\n".join(line.rstrip() for line in drawn.get().splitlines()))
@@ -45,11 +45,11 @@ def print_recipes() -> None:
 
 
 def check(words: list[str], commands: Mapping[str, Any]) -> None:
-    """Raises InputError, naming the nearest, if a command, recipe or option does not exist.
+    """Raises InputError with a suggestion if a command, recipe or option does not exist.
 
     Args:
-      words: what is typed after ``wmkp``.
-      commands: what takes a command's options: a dataclass, by its fields, or a function, by its parameters.
+      words: the arguments after ``wmkp``.
+      commands: for each command a dataclass whose fields are its options, or a function whose parameters are.
     """
     if not words or words[0].startswith("-"):
         return
@@ -59,7 +59,9 @@ def check(words: list[str], commands: Mapping[str, Any]) -> None:
     about = f"wmkp {command}"
     if command == "train":
         if not rest or rest[0].startswith("-"):
-            raise InputError("the recipe comes first: wmkp train RECIPE; wmkp train --help lists them")
+            raise InputError(
+                "wmkp train needs a recipe first: wmkp train RECIPE, such as wmkp train mlp-digits-mkp; see wmkp train --help"
+            )
         if rest[0] not in RECIPES:
             raise _unknown("recipe", rest[0], RECIPES, "wmkp train --help lists them all")
         about = f"wmkp train {rest[0]}"
@@ -85,7 +87,7 @@ def _unknown(kind: str, word: str, known: Iterable[str], more: str) -> InputErro
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """What was meant: a word that begins so, whose initials these are (``--lr``), or that is spelled alike."""
+    """The likely meaning: a word with this beginning, with these initials (``--lr``), or with a similar spelling."""
     known = list(known)
     begin = [x for x in known if x.startswith(word)]
     initials = [x for x in known if "".join(part[0] for part in x.strip("-").split("-")) == word.strip("-")]

@@ -1,4 +1,4 @@
-"""The NumPy experiments published with Akrout et al. (2019), each of their quirks kept, and each of them mended."""
+"""The NumPy experiments published with Akrout et al. (2019), with their quirks, and variants without them."""
 
 import contextlib
 import io
@@ -24,25 +24,25 @@ from wmkp.experiments.runs import checkpoints
 BATCH = 128
 HIDDEN = {"mnist": 500, "cifar10": 1000}
 EPOCHS = 400
-NOISE = 0.05  # the mirror's, uniform in [-NOISE, NOISE]
-MIRROR_RATE = 0.01  # eta_B, of the sum over a batch
-EXAMPLES = 128  # whose delta angles are measured, each by itself
-EVERY_UNTIL, EVERY = 20, 10  # evaluated after each of the first epochs, then after every tenth
+NOISE = 0.05  # the mirror's noise is uniform in [-NOISE, NOISE]
+MIRROR_RATE = 0.01  # eta_B, for the sum over a batch
+EXAMPLES = 128  # the number of examples whose delta angles are measured one by one
+EVERY_UNTIL, EVERY = 20, 10  # evaluations: after each of the first epochs, then after every tenth
 
 
 class Variant(NamedTuple):
-    """One of the published experiments, or one with something mended.
+    """One of the published experiments, or a variant of one.
 
     Attributes:
       rule: its key in ``config.RULES``.
       learning_rate: of W; a bias gets a 128th of it (its gradient is divided by the batch twice).
-      title: what is mended.
-      mirror: "published": uniform noise, sigmoid response, bias kept, B never decays; "decay": the same, B decays so as
-        to settle at W^T; "linear": Gaussian noise, a linear response, as many samples, rate 0.1; "default": 2,383 samples; "exact":
+      title: what the variant changes.
+      mirror: "published": uniform noise, sigmoid response, bias kept, no decay of B; "decay": the same, with the decay
+        at which B settles at W^T; "linear": Gaussian noise, a linear response, as many samples, rate 0.1; "default": 2,383 samples; "exact":
         orthogonal noise, B is the estimate.
-      shuffled: whether each epoch has an order of its own, instead of the dataset's.
+      shuffled: whether each epoch has its own order, instead of the dataset's.
       weight_decay: lambda of W and B.
-      jpeg: the quality at which all images are put through JPEG first, as ``through_jpeg`` does it, or None.
+      jpeg: the quality at which ``through_jpeg`` first compresses all images, or None.
     """
 
     rule: str
@@ -84,7 +84,7 @@ JPEG = {
 
 
 class Epoch(NamedTuple):
-    """A line of a curve, its columns named as the published ones'; NaN where there is no B.
+    """A line of a curve, with the published names of columns; NaN where there is no B.
 
     A delta angle is that of one example: the first of the training set, then the mean and the standard deviation over
     the first ``EXAMPLES``.
@@ -100,25 +100,25 @@ class Epoch(NamedTuple):
 
 
 def load(name: str, data_dir: Path | None) -> Dataset:
-    """A dataset in the order in which it was published, as far as it can be had.
+    """A dataset in its published order, if that can be recovered.
 
-    TFDS keeps examples in the order of an MD5 of their split and number, which is undone. A copy of CIFAR-10 that has
-    another order (its ids say so) stays in that.
+    TFDS sorts examples by an MD5 of their split and number. This undoes the sorting. A copy of CIFAR-10 whose ids show
+    another order stays in that order.
     """
-    dataset = data.load(name, data_dir, max_bad=0.0)  # one that is left out would shift all others
+    dataset = data.load(name, data_dir, max_bad=0.0)  # leaving out one example would shift all others
     if name == "cifar10" and not as_tfds_has_it(data.builder(name, data_dir)):
         return dataset
     return dataset._replace(train=unhashed(dataset.train, "train"), test=unhashed(dataset.test, "test"))
 
 
 def as_tfds_has_it(opened: Any) -> bool:
-    """Whether a CIFAR-10 begins with the example that TFDS's own begins with, by its number in the published order."""
+    """Whether a copy of CIFAR-10 begins with the same example as TFDS's, by its number in the published order."""
     first = records.open_split(opened, "train")[0]
     return first.get("id") == f"train_{_hashed('train', opened.info.splits['train'].num_examples)[0]:05d}".encode()
 
 
 def unhashed(examples: data.Examples, split: str) -> data.Examples:
-    """Examples that TFDS has put in its order, by the numbers that it gave them."""
+    """Undoes TFDS's order of examples."""
     places = np.argsort(_hashed(split, len(examples["label"])))
     return {key: x[places] for key, x in examples.items()}
 
@@ -131,10 +131,10 @@ def _hashed(split: str, examples: int) -> list[int]:
 
 
 def through_jpeg(images: np.ndarray, quality: int) -> np.ndarray:
-    """Images, uint8 (examples, height, width, 3), that were saved as JPEG of this quality and read again.
+    """Images, uint8 (examples, height, width, 3), saved as JPEG of this quality and read again.
 
-    Its blocks of 8 begin 4 pixels outside: images that have been through the same JPEG, whose blocks began at the edge,
-    would come out of a second on the same blocks as they went in.
+    The blocks of 8 begin 4 pixels outside the image. With blocks at the edge, images that have been through the same
+    JPEG before would not change.
     """
 
     def once(image: np.ndarray) -> np.ndarray:
@@ -146,7 +146,7 @@ def through_jpeg(images: np.ndarray, quality: int) -> np.ndarray:
 
 
 def make_rule(variant: Variant, fan_in: int, fan_out: int) -> wmkp.Rule:
-    """The rule, B's initial variance being 1 / (fan_in + fan_out) as W's."""
+    """The rule, with B's initial variance 1 / (fan_in + fan_out), as W's."""
     scale = math.sqrt(fan_in / (fan_in + fan_out))
     if variant.rule == "wm" and variant.mirror in ("linear", "default"):
         samples = BATCH if variant.mirror == "linear" else None
@@ -164,7 +164,7 @@ def make_rule(variant: Variant, fan_in: int, fan_out: int) -> wmkp.Rule:
 
 
 def mirror_optimizer(variant: Variant, rule: wmkp.Rule) -> optax.GradientTransformation | None:
-    """How the published mirror moves B, by x y^T summed over the batch; None for the library's own way."""
+    """The published mirror's optimizer, which adds x y^T summed over the batch; None for the library's default."""
     if variant.rule != "wm" or variant.mirror not in ("published", "decay"):
         return None
     decay = wmkp.mirror_gain(rule) if variant.mirror == "decay" else 0.0
@@ -199,10 +199,10 @@ def initial(key: jax.Array, sizes: tuple[int, int, int]) -> Any:
 
 
 def lit(batches: np.ndarray) -> np.ndarray:
-    """Of each batch (steps, batch, pixels) the pixels that move weights, as many for all: (steps, most) indices, in order.
+    """The pixels of each batch (steps, batch, pixels) that move weights: sorted indices (steps, most).
 
-    Where no image of a batch is lit, a weight has no gradient, and the two products of the hidden layer have that much
-    less to do. A batch that lights fewer than the most gets dark ones besides.
+    A pixel that is zero in all images of a batch gives its weights no gradient, so the hidden layer's two products can
+    skip it. A batch with fewer such pixels than the most gets some zero pixels too.
     """
     shines = batches.any(1)
     return np.sort(np.argsort(~shines, 1, kind="stable")[:, : int(shines.sum(1).max())], 1)
@@ -217,9 +217,9 @@ class Trial(NamedTuple):
     """A variant in training.
 
     Attributes:
-      state: the TrainState, B mirrored already where there is a mirror.
-      train: the training set, on the device; where batches are always the same, in batches, and of each image the pixels
-        that move weights, and which these are.
+      state: the TrainState. B has been mirrored if there is a mirror.
+      train: the training set, on the device. If all epochs have the same batches: in batches, with only the pixels that
+        move weights, and their indices.
       run_epoch: ``(state, train, epoch) -> (state, mean loss)``, an epoch in one compiled call; donates the state.
       measure: ``(state, examples, test) -> (test accuracy, delta angle, its mean, its deviation, matrix angle)``, percent
         and degrees; the delta angle is the first example's, the mean and the deviation all examples'.
@@ -241,14 +241,14 @@ def run(
     directory: Path | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> list[Epoch]:
-    """Trains one variant and gives its curve, a line an evaluation.
+    """Trains one variant and returns its curve, one line for each evaluation.
 
     Args:
       variant, dataset, hidden, seed: as ``start``.
       epochs: how many.
       report: called with all lines so far after each evaluation.
-      directory: for checkpoints, one every ``EVERY`` epochs; from what is there already the curve goes on.
-      stopped: asked after each epoch; once it is true, the curve is saved and ends there.
+      directory: for checkpoints, one every ``EVERY`` epochs. The curve resumes from its last checkpoint.
+      stopped: called after each epoch. If it returns True, the curve is saved and ends.
 
     Raises:
       InputError: ``directory`` is of another run, or as ``checkpoints`` says.
@@ -270,7 +270,7 @@ def run(
             here: dict[str, Any] = {**variant._asdict(), "seed": seed}
             if changed := [f"{key} was {there.get(key)} and is {x}" for key, x in here.items() if there.get(key) != x]:
                 said = "; ".join(changed)
-                raise InputError(f"{directory} was started with other settings: {said}; give another --out")
+                raise InputError(f"{directory} was started with other settings: {said}; use another --out")
             rows = [Epoch(*row) for row in kept["rows"] if row[0] < epochs]
         for epoch in range(int(state.step) // (len(dataset.train["label"]) // BATCH), epochs):
             state, loss = jax.block_until_ready(run_epoch(state, train, epoch))
@@ -303,7 +303,7 @@ def start(variant: Variant, dataset: Dataset, hidden: int, seed: int = 0) -> Tri
     train = {"image": dataset.train["image"].reshape(-1, pixels), "label": dataset.train["label"]}
     if not variant.shuffled:
         train = batches(train)
-        # (Where a batch lights every pixel, as CIFAR-10's do, there is nothing to pick out.)
+        # Batches of CIFAR-10 use every pixel, so nothing is picked out.
         if not variant.weight_decay and (places := lit(train["image"])).shape[1] < pixels:
             train["pixels"] = places
             train["image"] = np.take_along_axis(train["image"], places[:, None], 2)

@@ -1,4 +1,4 @@
-"""Named configs: published hyperparameters where there are some, and small runs that a laptop can do."""
+"""Named configs: published hyperparameters where they exist, and small runs for a laptop."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +43,7 @@ _LENET = Train(
     weight_decay=1e-3,
     schedule="step",
     drop_epochs=(50, 75),
-    clip_norm=1.0,  # unclipped, FA and DFA run away at this learning rate
+    clip_norm=1.0,  # without it FA and DFA diverge at this learning rate
 )
 
 _BASES: dict[str, tuple[str, Train]] = {
@@ -100,9 +100,9 @@ _BASES: dict[str, tuple[str, Train]] = {
 }
 _RULES = ("bp", "fa", "ss", "kp", "mkp", "kpm", "wm", "frozen")
 _MORE = {"lenet": ("dfa", "frsf", "brsf"), "decoder": ("dfa",), "residual": ("dfa", "pfa")}
-MIRROR_EVERY = 16  # steps from one mirror step of mkp, whose B has no lag, to the next
+MIRROR_EVERY = 16  # steps between mirror steps of mkp, whose B does not lag
 
-# LeNet under all that BioTorch publishes: DFA, and sign symmetry of three kinds.
+# LeNet has all rules that BioTorch publishes: DFA, and three kinds of sign symmetry.
 _PAIRS = [(base, rule) for base in _BASES for rule in _RULES + _MORE.get(base.split("-")[0], ())]
 
 

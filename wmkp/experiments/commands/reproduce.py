@@ -1,4 +1,4 @@
-"""wmkp reproduce: published figures, run anew and held against what was published."""
+"""wmkp reproduce: reproduces published figures and compares them with the published numbers."""
 
 import contextlib
 import csv
@@ -35,7 +35,7 @@ from wmkp.training import batch_sharding
 
 IMAGENET_EXAMPLES = 1_281_167
 
-# Top-1 test error in percent, LeNet on MNIST, as BioTorch's own README has it; it has neither KP nor WM.
+# Top-1 test error in percent of LeNet on MNIST in BioTorch's README, which has neither KP nor WM.
 BIOTORCH = {"bp": 0.91, "fa": 1.7, "dfa": 1.61, "ss": 0.94, "brsf": 0.91, "frsf": 0.97}
 
 # Test error in percent of a pre-norm residual perceptron on CIFAR-10 after 100 epochs (arXiv 2606.21126).
@@ -47,9 +47,9 @@ class Battery(NamedTuple):
 
     Attributes:
       runs: recipes, by name.
-      changes: of the recipes' settings.
-      published: the test error in percent that was published, by rule.
-      seeds: how many runs of each rule.
+      changes: settings that differ from the recipes.
+      published: the published test error in percent, by rule.
+      seeds: the number of runs of each rule.
     """
 
     runs: tuple[str, ...]
@@ -62,7 +62,7 @@ def _runs(base: str, rules: str) -> tuple[str, ...]:
     return tuple(f"{base}-{rule}" for rule in rules.split())
 
 
-# Long enough for Kolen-Pollack's clock, without the steps that would stop it early; WM with room below 6 degrees.
+# Long enough for Kolen-Pollack's clock, with a schedule that does not stop it early. WM stays below 6 degrees.
 _ALIGNING = {
     "weight_decay": 5e-4,
     "schedule": "cosine",
@@ -74,7 +74,7 @@ _ALIGNING = {
     "mirror_rate": 0.1,
     "mirror_steps": 100,
 }
-# What two CPU cores can do in an hour: a figure's runs are a fraction of the published ones' length.
+# Runs for an hour on two CPU cores: a fraction of the published length.
 _SMALL_TEXT = {"width": 64, "depth": 2, "batch_size": 8, "epochs": 1.0, "eval_every": 0.2, "learning_rate": 2e-3}
 _SMALL_RESIDUAL = {"batch_size": 256, "epochs": 3.0, "eval_every": 0.5, "save_every": 3.0}
 _SMALL_CLASSES = {"width": 16, "image_size": 32, "epochs": 4.0}
@@ -92,7 +92,7 @@ BATTERIES = {
     ),
     "hundred-classes": Battery(_runs("resnet18-tiny", "bp wm mkp kp ss fa"), _SMALL_CLASSES),
 }
-ORDERS, ORDERS_EPOCHS = 8, 3  # how many fixed orders of the data are compared, and for how long
+ORDERS, ORDERS_EPOCHS = 8, 3  # the number of fixed data orders compared, and the epochs of each
 CURVES = {  # dataset, variants
     "akrout-mnist": ("mnist", published.PUBLISHED),
     "akrout-cifar10": ("cifar10", published.PUBLISHED),
@@ -108,7 +108,7 @@ def reproduce(config: Reproduce) -> None:
     ``summary.csv`` (the table that is printed) and pictures.
 
     Raises:
-      InputError: the config asks for what cannot be done.
+      InputError: the command cannot run this config.
     """
     config.check()
     figure = config.figure
@@ -130,7 +130,7 @@ def reproduce(config: Reproduce) -> None:
 
 
 def _check_out(out: Path, figure: str) -> None:
-    """Raises InputError if another figure is in the directory, or what says which one is cannot be read."""
+    """Raises InputError if the directory holds another figure, or its run.json cannot be read."""
     path = out / "run.json"
     if not path.exists():
         return
@@ -138,14 +138,14 @@ def _check_out(out: Path, figure: str) -> None:
         there = json.loads(path.read_text())["figure"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
-            f"{path} is damaged ({checks.first_line(error)}); move it away, or give another --out"
+            f"{path} is damaged ({checks.first_line(error)}); move it away, or use another --out"
         ) from None
     if there != figure:
-        raise InputError(f"{out} has {there} in it; give another --out")
+        raise InputError(f"{out} has {there} in it; use another --out")
 
 
 def _parts(figure: str) -> tuple[Sequence[str], Callable[[Reproduce, Path], list[dict[str, Any]]]]:
-    """The names of a figure's runs, and what makes it."""
+    """The names of a figure's runs, and the function that makes it."""
     if figure in CURVES:
         return list(CURVES[figure][1]), _curves
     if figure in BATTERIES:
@@ -154,7 +154,7 @@ def _parts(figure: str) -> tuple[Sequence[str], Callable[[Reproduce, Path], list
 
 
 def _check_unchanged(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises InputError if what is in the directory was made with other settings, or is longer: nothing was written yet."""
+    """Raises InputError if the directory holds runs with other settings, or longer ones. Call it before writing."""
     now = json.loads(json.dumps(now, default=str))
     pairs = [("seed", before.get("seed", now.get("seed")), now.get("seed"))]
     if now.get("epochs", math.inf) < before.get("epochs", 0):
@@ -164,11 +164,11 @@ def _check_unchanged(out: Path, before: dict[str, Any], now: dict[str, Any]) -> 
         pairs += [(key, there.get(key), x) for key, x in run.items()]
     changed = dict.fromkeys(f"{flag(key)} was {old} and is {new}" for key, old, new in pairs if old != new)
     if changed:
-        raise InputError(f"{out} was started with other settings: {'; '.join(changed)}; give another --out")
+        raise InputError(f"{out} was started with other settings: {'; '.join(changed)}; use another --out")
 
 
 def _started(config: Reproduce, out: Path, **settings: Any) -> None:
-    """Leaves in ``run.json`` what was run, and what else went before it in the same directory."""
+    """Writes to ``run.json`` what was run, now and earlier in the same directory."""
     written = {"command": shlex.join(["wmkp", *sys.argv[1:]]), **provenance(), "figure": config.figure, **settings}
     path = out / "run.json"
     there = written
@@ -183,9 +183,9 @@ def _started(config: Reproduce, out: Path, **settings: Any) -> None:
 
 
 def _curves(config: Reproduce, out: Path) -> list[dict[str, Any]]:
-    """The published NumPy experiments: trained two at a time on CPUs, whose matrix products here are small.
+    """The published NumPy experiments. On CPUs two train at a time, because their matrix products are small.
 
-    What is there already goes on from its last checkpoint, or is done.
+    Existing curves resume from their last checkpoint.
     """
     name, variants = CURVES[config.figure]
     dataset = published.load(name, config.data_dir)
@@ -213,12 +213,12 @@ def _curves(config: Reproduce, out: Path) -> list[dict[str, Any]]:
         made = [pool.submit(one, key) for key in config.only]
         try:
             wait(made, return_when=FIRST_EXCEPTION)
-        finally:  # one of them cannot go on, or Ctrl-C: the others end too, which the pool waits for
+        finally:  # after an error or Ctrl-C the others end too; the pool waits for them
             stopped.set()
             for curve in made:
                 curve.cancel()
         curves = {key: curve.result() for key, curve in zip(config.only, made, strict=True)}
-    if fresh:  # all of it, and nothing that was there already
+    if fresh:  # only if nothing was there before
         seconds = round(time.perf_counter() - begin)
         console.print(f"All trained in {seconds} s.")
         _started(config, out, **about, seconds=seconds)
@@ -235,7 +235,7 @@ def _curves(config: Reproduce, out: Path) -> list[dict[str, Any]]:
 
 
 def _pixels(variant: published.Variant, dataset: published.Dataset) -> dict[str, float]:
-    """How far JPEG moves a pixel of the test images, of 255: the root of the mean square; nothing without JPEG."""
+    """The root mean square by which JPEG moves a pixel of the test images, of 255; empty without JPEG."""
     if variant.jpeg is None:
         return {}
     images = dataset.test["image"]
@@ -244,7 +244,7 @@ def _pixels(variant: published.Variant, dataset: published.Dataset) -> dict[str,
 
 
 def _orders(config: Reproduce, out: Path) -> list[dict[str, Any]]:
-    """BP's first epochs in the dataset's own order (0) and in others (1, 2, ...), each kept from epoch to epoch."""
+    """BP's first epochs in the dataset's own order (0) and in others (1, 2, ...), each the same in all epochs."""
     epochs = ORDERS_EPOCHS if config.epochs is None else round(config.epochs)
     _started(config, out, epochs=epochs, orders=ORDERS, seed=config.seed)
     variant, summary = published.PUBLISHED["bp"], []
@@ -280,7 +280,7 @@ def _orders(config: Reproduce, out: Path) -> list[dict[str, Any]]:
 
 
 def _compared(key: str, title: str, ours: list[dict[str, float]], theirs: dict[int, dict[str, float]] | None) -> Any:
-    """A variant's line: each quantity at the last epoch, the published one there, and the largest difference so far."""
+    """A variant's line: each quantity at the last epoch, its published value, and the largest difference over epochs."""
     last = ours[-1]
     line: dict[str, Any] = {"run": key, "what": title, "epoch": int(last["epoch"]) + 1}
     line |= {f"delta_angle_{what}": last[f"delta_angle_hidden_{what}_deg"] for what in ("mean", "sd")}
@@ -301,7 +301,7 @@ def _reference(directory: Path, dataset: str, rule: str, epochs: int) -> dict[in
     path = directory / f"akrout2019_{dataset}_{rule}.csv"
     if not path.exists():
         if rule in published.PUBLISHED:
-            raise InputError(f"--reference: {path} is not there")
+            raise InputError(f"--reference: {path} does not exist; fix the path, or leave --reference out")
         return None
     try:
         curve = {row["epoch"]: row for row in logs.read(path, ("epoch", *COMPARED.values()))}
@@ -315,7 +315,7 @@ def _reference(directory: Path, dataset: str, rule: str, epochs: int) -> dict[in
 
 
 def settings(config: Reproduce, name: str) -> Train:
-    """The config of one run of a battery: its recipe, shortened as asked for, its schedule with it."""
+    """The config of one run of a battery: its recipe, with the schedule shortened by ``--epochs``."""
     recipe = dataclasses.replace(recipes.RECIPES[name], **BATTERIES[config.figure].changes)
     epochs = config.epochs or recipe.epochs
     share = epochs / recipe.epochs
@@ -343,7 +343,7 @@ def settings(config: Reproduce, name: str) -> Train:
 
 
 def _battery(config: Reproduce, out: Path) -> list[dict[str, Any]]:
-    """Runs of ``wmkp train``, one after another; a run that is there already goes on, or is done."""
+    """Runs of ``wmkp train``, one after another. Existing runs resume."""
     battery = BATTERIES[config.figure]
     runs = {name: settings(config, name) for name in config.only}
     kept = {name: {k: v for k, v in dataclasses.asdict(run).items() if k not in FREE} for name, run in runs.items()}
@@ -354,11 +354,11 @@ def _battery(config: Reproduce, out: Path) -> list[dict[str, Any]]:
         each = each_seed(run)
         for one in each:
             begin = time.perf_counter()
-            if not train.train(one):  # by SIGTERM or Ctrl-C, which are meant for all of them
+            if not train.train(one):  # SIGTERM or Ctrl-C end all runs
                 raise KeyboardInterrupt
             if devices.is_first():
                 found.append(_measured(one) | {"seconds": time.perf_counter() - begin})
-        # Of the recipe's batch, however small those were that were run: so many of them, which devices divide as well.
+        # For the recipe's batch, even if the runs used a smaller one, rounded so that devices divide it.
         whole = run.batch_size * math.ceil(recipes.RECIPES[name].batch_size / run.batch_size)
         needed = memory(each[0], whole) if "imagenet" in config.figure else {}  # compiled by all processes together
         if not devices.is_first():
@@ -379,12 +379,12 @@ def _battery(config: Reproduce, out: Path) -> list[dict[str, Any]]:
 
 
 def each_seed(run: Train) -> list[Train]:
-    """A battery's runs of one recipe: itself, or one of each seed."""
+    """A battery's runs of one recipe, one for each seed."""
     return [run] if run.seeds == 1 else train.each_seed(run)
 
 
 def _measure(run: Train) -> str:
-    """What a run is judged by."""
+    """The measures of a run."""
     return "test_loss" if run.dataset == "characters" else "test_error_percent"
 
 
@@ -392,7 +392,7 @@ def _measured(run: Train) -> dict[str, float]:
     """The numbers of a finished run: its last evaluation, and its throughput."""
     last = _rows(run.out / "test.csv", "epoch", "test_error_percent", *figures.ANGLES)[-1]
     rates = [row["examples_per_second"] for row in _rows(run.out / "train.csv", "examples_per_second")]
-    rates = rates[run.mirror_every * run.accumulate :] or rates  # the first steps of either kind compile them
+    rates = rates[run.mirror_every * run.accumulate :] or rates  # the first steps of either kind include compilation
     line = {"epoch": last["epoch"], "test_error": last["test_error_percent"]}
     if _measure(run) == "test_loss":
         line["test_loss"] = last["test_loss"]
@@ -410,7 +410,7 @@ def _measured(run: Train) -> dict[str, float]:
 
 
 def _over_seeds(found: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of each number over seeds; of test error and loss the standard error too, where there are several."""
+    """The mean of each number over seeds. With several seeds also the standard errors of test error and loss."""
     line = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
     if len(found) > 1:
         line["seeds"] = len(found)
@@ -421,7 +421,7 @@ def _over_seeds(found: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def draw(out: Path, tests: Mapping[str, Sequence[figures.Curve]], rules: Mapping[str, str], measure: str) -> None:
-    """A battery's pictures, of its runs' evaluations, one curve or more (a seed each) a run."""
+    """A battery's pictures of its runs' evaluations, with a curve for each seed."""
     first = {name: curves[0] for name, curves in tests.items()}
     pictures = {"curves": figures.curves(tests, rules, measure), "layers": figures.layers(first, rules)}
     outputs.write_atomically({out / f"{name}.png": png for name, png in pictures.items() if png is not None})
@@ -431,13 +431,13 @@ def _rows(path: Path, *columns: str) -> list[dict[str, float]]:
     """The rows of a finished run's CSV file. Raises InputError if there are none."""
     if rows := logs.read(path, columns):
         return rows
-    raise InputError(f"{path} is empty; move {path.parent} away, and it is trained anew")
+    raise InputError(f"{path} is empty; move {path.parent} away, and the command trains it again")
 
 
 def memory(config: Train, batch_size: int) -> dict[str, int]:
-    """Bytes on each device in an engaged step of a batch of any size, by the compiler's own account.
+    """Bytes on each device in an engaged step of a batch of any size, by the compiler's count.
 
-    The state (W, B, the optimizer's) with the batch, and what the step needs besides.
+    First the state (W, B, the optimizer's) and the batch, then the temporaries.
     """
     run = build(config)
     batch = jax.tree.map(
@@ -450,7 +450,7 @@ def memory(config: Train, batch_size: int) -> dict[str, int]:
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Rows to a CSV file, their columns those of all of them; what is not a number is left empty."""
+    """Writes rows to a CSV file, with the union of their columns. NaN is left empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
@@ -467,7 +467,7 @@ def _print(config: Reproduce, summary: list[dict[str, Any]]) -> None:
     for line in lines:
         shown.add_row(*line)
     console = Console()
-    if not console.is_terminal:  # a log or a notebook: nothing is cut off
+    if not console.is_terminal:  # a log or a notebook: cut off nothing
         console = Console(width=max(console.width, 160))
     console.print(shown)
     assert config.out is not None

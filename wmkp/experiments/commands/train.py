@@ -30,18 +30,18 @@ from wmkp.experiments.models import tasks
 from wmkp.experiments.runs import checkpoints, logs, settings
 from wmkp.experiments.runs.build import Run, Score, Tally, build, like
 
-SHOWN = 6  # parameters that an error names
-RUNAWAY = 100.0  # a loss of so many times its first value is warned of
+SHOWN = 6  # parameters named in an error, at most
+RUNAWAY = 100.0  # warn if the loss is this many times its first value
 
 
 def train(config: Train) -> bool:
-    """Runs a config, or goes on with it, and prints a line an evaluation.
+    """Trains, or resumes, one config, and prints a line for each evaluation.
 
     Returns:
-      Whether it (with ``--seeds``, each of the runs) came to its end; False if SIGTERM or Ctrl-C stopped it.
+      Whether the run (with ``--seeds``, every run) is complete; False if SIGTERM or Ctrl-C stopped it.
 
     Raises:
-      InputError: what is asked for cannot be done, a step was not finite, or another process was lost.
+      InputError: the config cannot be run, a step was not finite, or another process was lost.
     """
     config.check()
     if config.seeds > 1:
@@ -56,7 +56,7 @@ def train(config: Train) -> bool:
             if jax.process_count() == 1:
                 raise
             print(f"wmkp: another process of the run was lost ({first_line(error)})", file=sys.stderr)
-            # The others cannot be waited for: leaving by the usual way would.
+            # A normal exit would wait for the other processes, which may never answer.
             sys.stdout.flush()
             os._exit(1)
 
@@ -69,17 +69,18 @@ def each_seed(config: Train) -> list[Train]:
 
 @dataclasses.dataclass
 class _Session:
-    """A run at work.
+    """A run in progress.
 
     Attributes:
-      manager: of its checkpoints.
+      manager: the manager of its checkpoints.
       logs: "train" and "test", in the process that writes them.
       state, tally, step: what changes from step to step.
-      first_loss: of its first step; NaN until that is known.
-      ran_away: whether it was warned that the loss has risen far above that.
-      lags, lagged: how far B was behind W at the last mirror step, by path; at how many lines in a row it was too far.
+      first_loss: the loss of its first step; NaN until it is known.
+      ran_away: whether the command has warned of a diverging loss.
+      lags: how far B was behind W at the last mirror step, by path.
+      lagged: for how many lines in a row that was too far.
       verified: whether a checkpoint of this session was read back.
-      begin, since: when and at which step the measured stretch began.
+      begin, since: the time and step at which the throughput measurement began.
     """
 
     config: Train
@@ -127,15 +128,15 @@ def _train(config: Train, stack: contextlib.ExitStack) -> bool:
             score = _test(session)
         if step % save_steps == 0 or done or stop:
             _save(session, last=done or stop)
-        if step == start + 1 and not done:  # what compiling took is no part of the rate
+        if step == start + 1 and not done:  # the rate excludes compilation
             jax.block_until_ready(session.state)
             session.start_clock()
         if stop and not done:
-            session.console.print(f"Stopped at step {step} of {run.total} and saved; --resume goes on from there.")
+            session.console.print(f"Stopped at step {step} of {run.total} and saved; continue with --resume.")
             return False
     skipped = int(jax.device_get(session.tally.skipped))
     if skipped:
-        session.console.print(f"{skipped} steps were not finite and left out.")
+        session.console.print(f"{skipped} steps were left out because a loss or gradient was not finite.")
     if score is not None and score.error >= score.chance:
         _warn(f"this run learned nothing: its test error is {score.shown()}")
     session.console.print(f"Written: {config.out}")
@@ -143,7 +144,7 @@ def _train(config: Train, stack: contextlib.ExitStack) -> bool:
 
 
 def _begin(config: Train, run: Run, stack: contextlib.ExitStack) -> _Session:
-    """A run at its beginning, or where its last checkpoint is."""
+    """A run at its beginning, or at its last checkpoint."""
     console = Console(soft_wrap=True, quiet=not devices.is_first())
     manager = stack.enter_context(checkpoints.opened(config.out / "checkpoints", config.keep))
     tally, step, first_loss = run.tally, 0, math.nan
@@ -152,7 +153,7 @@ def _begin(config: Train, run: Run, stack: contextlib.ExitStack) -> _Session:
         step, first_loss = progress["step"], progress.get("first_loss", math.nan)
         if step > run.total:
             raise InputError(
-                f"{config.out} is at step {step}; --epochs and --steps must not be less: {run.total} steps"
+                f"{config.out} is already at step {step}, and --epochs or --steps ask for {run.total} in all; ask for more"
             )
         sums = {name: np.float32(progress[name]) for name in ("loss", "error", "count")}
         tally = tally._replace(**sums, skipped=np.int32(progress["skipped"]))
@@ -187,7 +188,7 @@ def _step(session: _Session, batch: Any) -> None:
 
 
 def _read(session: _Session) -> Tally:
-    """The tally, once all steps so far are done. Raises InputError if one was not finite and stopped the run."""
+    """Waits for all steps so far and returns the tally. Raises InputError if a step was not finite and stopped the run."""
     host: Tally = jax.device_get(session.tally)
     if host.halted:
         kept = session.manager.latest_step()
@@ -195,7 +196,7 @@ def _read(session: _Session) -> Tally:
         raise InputError(
             f"step {int(session.state.step) + 1} is not finite: {_not_finite(host.finite)}. "
             + (f"The checkpoint of step {kept} is kept. " if kept is not None else "")
-            + "A lower --learning-rate or --clip-norm may help; --on-nan skip leaves such steps out"
+            + "Try a lower --learning-rate or --clip-norm 1, or leave such steps out: --on-nan skip"
         )
     return host
 
@@ -206,10 +207,10 @@ def _note_first_loss(session: _Session, host: Tally) -> None:
 
 
 def _log(session: _Session) -> float:
-    """Writes a line of train.csv and empties the tally; gives the examples in a second since the last time."""
+    """Writes a line of train.csv, empties the tally, and returns the examples per second since the last line."""
     config, run, step = session.config, session.run, session.step
     host = _read(session)
-    now = time.perf_counter()  # (a mirror step may be at work yet: it counts from here)
+    now = time.perf_counter()  # a mirror step may still run; it counts towards the next line
     rate = (step - session.since) * config.batch_size / (now - session.begin)
     count = max(float(host.count), 1.0)
     row = {
@@ -227,8 +228,8 @@ def _log(session: _Session) -> float:
     if not session.ran_away and row["train_loss"] > RUNAWAY * session.first_loss:
         session.ran_away = True
         _warn(
-            f"the run has run away: at step {step} its training loss is {row['train_loss']:.3g}, and was "
-            f"{session.first_loss:.3g} at first. A lower --learning-rate or --clip-norm 1 may help"
+            f"the loss diverges: at step {step} the training loss is {row['train_loss']:.3g}; at first it was "
+            f"{session.first_loss:.3g}. Try a lower --learning-rate or --clip-norm 1"
         )
     _warn_of_lag(session)
     zero = devices.put_everywhere((np.float32(0),) * 3, run.mesh)
@@ -238,21 +239,21 @@ def _log(session: _Session) -> float:
 
 
 def _warn_of_lag(session: _Session) -> None:
-    """Says so, once, where B was far behind W at the last mirror step."""
+    """Warns once if B was far behind W at the last mirror steps."""
     lags = {path: float(lag) for path, lag in jax.device_get(session.lags).items()}
     path = max(lags, key=lambda p: lags[p], default="")
-    if session.lagged < 2:  # (noise alone does it now and then, but seldom twice)
+    if session.lagged < 2:  # noise alone rarely does this twice in a row
         session.lagged = session.lagged + 1 if lags and lags[path] > LAG else 0
         if session.lagged < 2:
             return
         _warn(
             f"B lags {lags[path]:.1f} degrees behind W at {path} when it is mirrored, beyond what noise explains. Such a lag "
-            "can end learning: --mirror-every 1 mirrors more often, and --rule mkp does not lag"
+            "can end learning. Mirror at every step (--mirror-every 1), or use --rule mkp, which does not lag"
         )
 
 
 def _test(session: _Session) -> Score:
-    """Evaluates: a line of test.csv, and one that is printed."""
+    """Evaluates: writes a line of test.csv, and prints one."""
     _read(session)
     run, state = session.run, session.state
     score = run.evaluate(state)
@@ -264,7 +265,7 @@ def _test(session: _Session) -> Score:
         "test_error_percent": score.error,
     }
     for kind in ("matrix", "delta"):
-        # At the output delta is the loss's own, whatever the rule.
+        # At the output delta comes from the loss itself, under any rule.
         own = "delta_angle_deg/output/kernel"
         angles = [x for name, x in numbers.items() if name.startswith(f"{kind}_angle_deg/") and name != own]
         row[f"{kind}_angle_mean_deg"] = float(np.mean(angles)) if angles else math.nan
@@ -277,7 +278,7 @@ def _test(session: _Session) -> Score:
 
 
 def _save(session: _Session, last: bool) -> None:
-    """Saves a checkpoint. The first one and the last are read back: a disk or a path that loses them shows at once."""
+    """Saves a checkpoint. It reads the first and the last one back, to notice a disk or path that loses them."""
     host = _read(session)
     progress: dict[str, Any] = {"step": session.step, "skipped": int(host.skipped), "first_loss": session.first_loss}
     progress |= {name: float(getattr(host, name)) for name in ("loss", "error", "count")}
@@ -302,15 +303,15 @@ def _progress_bar(stack: contextlib.ExitStack, total: int, step: int) -> tuple[P
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[Callable[[int], bool]]:
-    """A function that says, after a step, whether SIGTERM or Ctrl-C asked the run to save and end."""
+    """Yields a function that says after each step whether SIGTERM or Ctrl-C asked the run to save and end."""
     asked: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if asked:  # a second one does not wait
+        if asked:  # a second signal ends the run at once
             raise KeyboardInterrupt
         asked.append(number)
 
-    if jax.process_count() > 1:  # JAX passes SIGTERM on to all processes, and finds a step that all can still stop at
+    if jax.process_count() > 1:  # JAX passes SIGTERM to all processes, and finds a step at which all can stop
         yield multihost_utils.reached_preemption_sync_point
         return
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -343,8 +344,8 @@ def _warn_of_kp(config: Train, run: Run) -> None:
         left = tasks.forgotten(config, run.schedule, max(1, run.total // config.accumulate))
         if left > 0.1:
             _warn(
-                f"{RULES['kp']} cannot align in this run: {100 * left:.0f} % of the first W - B^T will be "
-                "left at its end (eq. 14). Train longer, raise --weight-decay, or start from a mirror: --rule kpm"
+                f"{RULES['kp']} cannot align in this run: {100 * left:.0f} % of the first W - B^T will remain "
+                "at its end (eq. 14). Train longer, raise --weight-decay, or start from a mirror: --rule kpm"
             )
 
 

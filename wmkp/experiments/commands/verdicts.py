@@ -1,4 +1,4 @@
-"""What a reproduced figure's table says, and how far it is from the published: the text of wmkp reproduce."""
+"""The texts of wmkp reproduce: a figure's table, and how far it is from the published numbers."""
 
 import itertools
 import math
@@ -11,13 +11,13 @@ import numpy as np
 from wmkp.experiments.commands import published, recipes
 from wmkp.experiments.runs import figures, logs
 
-# The paper's figures: how near BP's test error, in points, and under how many degrees every layer's matrix angle is to come.
+# Bounds for the paper's figures: points from BP's test error, and degrees of every layer's matrix angle.
 NEAR = 1.0
 UNDER = {"wm": 6.0, "kp": 1.0, "kpm": 1.0}
 ALIGNED = ("akrout-resnet20", "akrout-tiny")
-EPOCHS = 60.0  # of the whole runs that these are asked of
+EPOCHS = 60.0  # the length of the runs to which these bounds apply
 
-# How near a curve's last epoch is to come to the published one: in what, and how near.
+# Bounds on the difference from the published curve at the last epoch, by quantity.
 BOUNDS = {"accuracy": ("points", 0.3), "matrix_angle": ("degrees", 3.0), "delta_angle": ("degrees", 3.0)}
 COMPARED = {
     "train_loss": "train_loss",
@@ -29,10 +29,9 @@ QUARTERED = ("train_loss", "accuracy")  # their differences are also taken over 
 
 
 def quarters(ours: figures.Curve, theirs: figures.Curve, column: str) -> list[tuple[float, float]]:
-    """By how much a curve is off another where both were evaluated, over each quarter of the epochs: mean, standard error.
+    """The difference of two curves over each quarter of the epochs, where both were evaluated: mean, standard error.
 
-    The first epochs, which are evaluated one by one, count like later ones, every ``EVERY``-th of them, if there are as many
-    in each quarter.
+    The first epochs are evaluated one by one. Only every ``EVERY``-th of them counts, if each quarter has that many.
     """
     other = {row["epoch"]: row[column] for row in theirs}
     epochs = int(ours[-1]["epoch"]) + 1
@@ -48,7 +47,7 @@ def quarters(ours: figures.Curve, theirs: figures.Curve, column: str) -> list[tu
 
 
 def quartered(values: Sequence[tuple[float, float]], digits: int) -> str:
-    """Means and their standard errors as they are printed."""
+    """Means and their standard errors, as printed."""
     one = lambda mean, error: f"{mean:+.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
     return ", ".join(one(mean, error) for mean, error in values) or "-"
 
@@ -92,7 +91,7 @@ def _numbers(line: dict[str, Any], *names: str, form: str = "{:.2f}") -> str:
 
 
 def _with_error(line: dict[str, Any], name: str, form: str = "{:.2f}") -> str:
-    """A mean over seeds, with its standard error where there is one."""
+    """A mean over seeds, with its standard error if there is one."""
     return " ± ".join(_numbers(line, key, form=form) for key in (name, f"{name}_se") if key in line)
 
 
@@ -103,9 +102,9 @@ def _held_against(line: dict[str, Any], name: str, form: str = "{:.2f}") -> str:
 
 
 def _in_sd(line: dict[str, Any]) -> dict[str, Any]:
-    """The line, and where the published delta angle lies from our mean, in standard deviations of single examples.
+    """The line, and the distance of the published delta angle from our mean, in standard deviations of single examples.
 
-    MNIST's is of the same example as ours, and its place among others says nothing of the run.
+    On MNIST both are of the same example, so the distance says nothing about the run.
     """
     if line.get("dataset") == "mnist":
         return line
@@ -115,13 +114,13 @@ def _in_sd(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(summary: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The table that is printed, its headings first, columns without a number left out."""
+    """The printed table: headings first, without columns that have no number."""
     columns = [[heading, *map(fill, summary)] for heading, fill in COLUMNS.items()]
     return [list(row) for row in zip(*(c for c in columns if set("".join(c[1:])) - set("-, ")), strict=True)]
 
 
 def caption(summary: Sequence[dict[str, Any]]) -> str:
-    """What the table's numbers are."""
+    """What the numbers of the table mean."""
     if "accuracy_least" in summary[0]:
         return "Train loss: the mean over the drawn orders, and the published. Accuracy: on the test set, over those orders."
     examples = ""
@@ -140,7 +139,7 @@ def caption(summary: Sequence[dict[str, Any]]) -> str:
 
 
 def verdict(figure: str, summary: Sequence[dict[str, Any]], directory: Path) -> str:
-    """How far the figure in a directory is from the published, and whether that is within BOUNDS; "" if none was published."""
+    """The distance of a directory's figure from the published one, and whether it is within BOUNDS; "" if none is published."""
     if figure in ALIGNED:
         claims = _claims({line["run"]: logs.read(directory / f"{line['run']}.csv") for line in summary})
         done, whole = min(line["epoch"] for line in summary), EPOCHS
@@ -169,7 +168,7 @@ def verdict(figure: str, summary: Sequence[dict[str, Any]], directory: Path) -> 
 
 
 def _claims(tests: Mapping[str, figures.Curve]) -> str:
-    """What the paper claims of test errors and matrix angles, and what became of it; "" of backprop alone."""
+    """The paper's claims on test errors and matrix angles, and whether they hold here; "" for backprop alone."""
     ends = {recipes.RECIPES[name].rule: rows for name, rows in tests.items()}
     said = []
     if (bp := ends.pop("bp", None)) and ends:
@@ -194,7 +193,7 @@ def _claims(tests: Mapping[str, figures.Curve]) -> str:
 
 
 def _by_jpeg(summary: Sequence[dict[str, Any]], directory: Path) -> str:
-    """What JPEG does to backprop's test accuracy and training loss; "" without the run that it is held against."""
+    """The effect of JPEG on backprop's test accuracy and training loss; "" without the run to compare with."""
     curves = {line["run"]: logs.read(directory / f"{line['run']}.csv") for line in summary}
     plain = curves.pop("bp", None)
     if not (plain and curves):
@@ -214,7 +213,7 @@ def _by_rule(points: Mapping[str, float]) -> str:
 
 
 def _place(summary: Sequence[dict[str, Any]]) -> str:
-    """How far the published accuracies are from those in the dataset's own order, and from other orders'."""
+    """The distance of the published accuracies from those in the dataset's own order and in other orders."""
     said = []
     for name, lines in itertools.groupby(
         (line for line in summary if "accuracy_published" in line), lambda line: line["run"]

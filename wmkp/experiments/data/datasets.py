@@ -1,4 +1,4 @@
-"""Datasets by name: read whole into memory, or opened to be streamed; and prepared, by TFDS, in the first place."""
+"""Datasets by name: read into memory, opened for streaming, or prepared by TFDS."""
 
 import json
 import logging
@@ -20,8 +20,8 @@ from wmkp.experiments.data import images, records
 
 Examples = dict[str, Any]  # "image": (examples, height, width, channels) and "label": (examples,) int32, or "tokens"
 
-IGNORED = -1  # the label of what does not count: padding, and examples that could not be read
-ANSWER_SECONDS = 6.0  # that a host has to answer in before a download is begun
+IGNORED = -1  # the label of padding and of unreadable examples
+ANSWER_SECONDS = 6.0  # for a host to answer before a download begins
 RESIDENT_BYTES = 2 * 10**9  # a larger dataset is streamed
 
 
@@ -58,7 +58,7 @@ def load(name: str, data_dir: Path | None, max_bad: float = 0.001) -> Dataset:
 
 
 def digits() -> Dataset:
-    """1,797 handwritten digits of 8x8 pixels; a third, always the same and of each digit alike, is the test set."""
+    """1,797 handwritten digits of 8x8 pixels. A fixed third, stratified by digit, is the test set."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -74,9 +74,9 @@ def digits() -> Dataset:
 
 
 def characters(length: int = 128) -> Dataset:
-    """Python's own reference, one topic after another, in windows of characters that do not overlap.
+    """Python's language reference, topic by topic, in windows of characters that do not overlap.
 
-    About 700,000 characters, the same for one version of Python. The last tenth of the windows is the test set.
+    It has about 700,000 characters, fixed for each version of Python. The last tenth of the windows is the test set.
     """
     from pydoc_data.topics import topics
 
@@ -99,7 +99,9 @@ def from_tfds(name: str, data_dir: Path | None, max_bad: float = 0.001) -> Datas
     opened = builder(name, data_dir)
     features = opened.info.features
     if None in features["image"].shape:
-        raise InputError(f"dataset {name!r} has images of many sizes; all must be of one size")
+        raise InputError(
+            f"dataset {name!r} has images of many sizes; all must be of one size. wmkp train resizes them: --image-size 64"
+        )
     train, test = (_read(opened, split, max_bad) for split in ("train", test_split(opened)))
     return Dataset(train, test, num_classes=features["label"].num_classes)
 
@@ -117,16 +119,16 @@ def builder(name: str, data_dir: Path | None) -> Any:
     """
     import tensorflow_datasets as tfds
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS recommends OpenCV every time
+    logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS recommends OpenCV at each call
     where = data_dir or Path(tfds.core.constants.DATA_DIR)
     directory = _directory(name)
     try:
         opened = tfds.builder_from_directory(directory) if directory else tfds.builder(name, data_dir=where)
     except tfds.core.DatasetNotFoundError:
         raise InputError(
-            f"unknown dataset {name!r}: it is not digits, TFDS does not know it and {where} has none"
+            f"unknown dataset {name!r}: it is not digits or characters, not in TFDS, and not in {where}"
         ) from None
-    except Exception as error:  # of a dozen kinds, with messages of many lines
+    except Exception as error:  # of many kinds, with messages of many lines
         raise InputError(f"cannot read dataset {name!r} in {directory or where}: {first_line(error)}") from None
     splits = opened.info.splits
     if not splits:
@@ -140,13 +142,13 @@ def builder(name: str, data_dir: Path | None) -> Any:
         raise InputError(f"dataset {name!r} must have the features image and label; it has {', '.join(features)}")
     if opened.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         raise InputError(
-            f"dataset {name!r} in {opened.data_dir} is not prepared for random access; {_how_to_get(name, where)}"
+            f"dataset {name!r} in {opened.data_dir} is not prepared for random access (ArrayRecord); {_how_to_get(name, where)}"
         )
     return opened
 
 
 def fits(opened: Any) -> bool:
-    """Whether a builder's images are of one size and all of them together below 2 GB; else they must be streamed."""
+    """Whether a builder's images have one size and take less than 2 GB together. Otherwise they must be streamed."""
     image, splits = opened.info.features["image"], opened.info.splits
     if None in image.shape:
         return False
@@ -155,7 +157,7 @@ def fits(opened: Any) -> bool:
 
 
 def test_split(opened: Any) -> str:
-    """Which split to test on: "test", or "validation" if there is no other or, as for ImageNet, labels are withheld."""
+    """The split to test on: "test", or "validation" if there is no test split or (as in ImageNet) it has no labels."""
     if "test" not in opened.info.splits:
         return "validation"
     if "validation" not in opened.info.splits:
@@ -167,7 +169,7 @@ def test_split(opened: Any) -> str:
 
 
 def prepare(name: str, data_dir: Path | None) -> Path:
-    """Downloads a dataset and prepares it for random access, by TFDS, which shows its progress. Prints where it is.
+    """Downloads a dataset and prepares it for random access with TFDS. Prints its directory.
 
     Args:
       name: as TFDS spells it.
@@ -183,7 +185,7 @@ def prepare(name: str, data_dir: Path | None) -> Path:
     import tensorflow_datasets as tfds
 
     if name in ("digits", "characters"):
-        raise InputError(f"{name} needs no preparation: it is there wherever wmkp[experiments] is installed")
+        raise InputError(f"{name} needs no preparation: it comes with wmkp[experiments]")
     for talks in ("absl", "urllib3"):
         logging.getLogger(talks).setLevel(logging.ERROR)
     where = data_dir or Path(tfds.core.constants.DATA_DIR)
@@ -194,24 +196,22 @@ def prepare(name: str, data_dir: Path | None) -> Path:
             _check_reachable(name, set(made.url_infos or ()).difference(*there))
         made.download_and_prepare()
     except tfds.core.DatasetNotFoundError:
-        raise InputError(f"unknown dataset {name!r}: TFDS does not know it") from None
+        raise InputError(f"unknown dataset {name!r}: TFDS has no such dataset; check the name") from None
     except ImportError as error:
         package = (error.name or str(error)).partition(".")[0]
-        raise InputError(
-            f"TFDS needs {package} to prepare {name!r}, though not to read it: pip install {package}"
-        ) from None
+        raise InputError(f"TFDS needs {package} to prepare {name!r} (not to read it): pip install {package}") from None
     except InputError:
         raise
-    except OSError as error:  # all that requests raises is one
+    except OSError as error:  # all errors of requests are OSErrors
         raise InputError(f"cannot download {name!r} to {where}: {first_line(error)}") from None
-    except Exception as error:  # of a dozen kinds; that it must be downloaded by hand is an AssertionError
+    except Exception as error:  # of many kinds; a manual download is an AssertionError
         raise InputError(f"cannot prepare {name!r} in {where}: {' '.join(str(error).split())}") from None
     print(f"{name} is in {made.data_dir}")
     return Path(made.data_dir)
 
 
 def _check_reachable(name: str, urls: Iterable[str]) -> None:
-    """Raises InputError if the host that a dataset is downloaded from does not answer: TFDS itself tries for minutes."""
+    """Raises InputError if the download host does not answer. TFDS itself would try for minutes."""
     import requests
 
     url = next((url for url in urls if url.startswith("http")), None)
@@ -226,32 +226,30 @@ def _check_reachable(name: str, urls: Iterable[str]) -> None:
         except requests.RequestException as error:
             failed.append(error)
 
-    asking = threading.Thread(target=ask, daemon=True)  # a name can take longer to resolve than requests will wait
+    asking = threading.Thread(target=ask, daemon=True)  # resolving a name can take longer than the timeout of requests
     asking.start()
     asking.join(ANSWER_SECONDS + 1)
     if failed != [None]:
         host = urlsplit(url).hostname
-        raise InputError(f"cannot download {name!r}: {host} does not answer; is there a network?")
+        raise InputError(f"cannot download {name!r}: {host} does not answer; check the network connection")
 
 
 def _directory(name: str) -> Path | None:
-    """The directory of a dataset's version that the name is the path of, if it is one."""
+    """The directory of a dataset's version if the name is a path, else None."""
     path = Path(name).expanduser()
-    if name.startswith((".", "~", os.sep)) and not path.is_dir():  # TFDS's own names may have a separator in them
+    if name.startswith((".", "~", os.sep)) and not path.is_dir():  # names in TFDS may contain a separator
         raise InputError(f"cannot read dataset {name!r}: there is no such directory")
     if not (os.sep in name and path.is_dir()):
         return None
     found = [d for d in (path, *sorted(path.iterdir())) if (d / "dataset_info.json").is_file()]
     if len(found) != 1:
         versions = ", ".join(d.name for d in found) or "none"
-        raise InputError(
-            f"cannot read dataset {name!r}: name the directory of one version; in it there are: {versions}"
-        )
+        raise InputError(f"cannot read dataset {name!r}: name the directory of one version; this one holds: {versions}")
     return found[0]
 
 
 def _read(opened: Any, split: str, max_bad: float) -> Examples:
-    """All images and labels of a split, in their order, without those that cannot be read."""
+    """All readable images and labels of a split, in their order."""
     import tensorflow_datasets as tfds
 
     source = records.open_split(opened, split, image=tfds.decode.SkipDecoding())
@@ -262,10 +260,10 @@ def _read(opened: Any, split: str, max_bad: float) -> Examples:
     labels = np.empty(len(source), np.int32)
 
     def read(indices: range) -> list[int]:
-        """Those of the indices that cannot be read."""
+        """The indices that cannot be read."""
         try:
-            encoded = dict(zip(indices, source.__getitems__(list(indices)), strict=True))  # quicker than one by one
-        except Exception:  # of a dozen kinds, by file format, for any one of them
+            encoded = dict(zip(indices, source.__getitems__(list(indices)), strict=True))  # faster than one by one
+        except Exception:  # of many kinds; one bad record fails the whole read
             encoded = {}
         bad = []
         for i in indices:
@@ -281,7 +279,7 @@ def _read(opened: Any, split: str, max_bad: float) -> Examples:
 
     chunks = [range(i, min(i + 1024, len(source))) for i in range(0, len(source), 1024)]
     found = records.BadRecords(split, len(source), max_bad)
-    with ThreadPoolExecutor() as pool:  # decoding leaves the interpreter free
+    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
         for chunk, bad in zip(chunks, pool.map(read, chunks), strict=True):
             found = found.add(bad + [-1] * (len(chunk) - len(bad)))
     if found.indices:

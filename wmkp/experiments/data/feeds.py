@@ -1,4 +1,4 @@
-"""Batches on the devices: of datasets that live there whole, and of those that are read while training."""
+"""Batches on the devices, of datasets in device memory or of datasets read during training."""
 
 import contextlib
 import itertools
@@ -21,7 +21,7 @@ from wmkp.experiments.data.datasets import IGNORED
 from wmkp.experiments.devices import put_batch, put_everywhere
 from wmkp.training import batch_sharding
 
-PROBE = 64  # training examples that delta angles are measured on, or somewhat more
+PROBE = 64  # training examples for delta angles (rounded up to the number of devices)
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
@@ -32,10 +32,10 @@ class Feed(NamedTuple):
       shape: of an example, (height, width, channels) or (length,).
       num_classes: of labels, or the size of the vocabulary.
       mean, std: of the pixels, by channel.
-      epoch_steps: steps in an epoch, the rest of it dropped.
-      batches: ``step -> iterator`` of the batches from that step on, without end. The order, and all that is random,
-        depends on the config's seed and the step alone.
-      tests: ``() -> iterator`` of the test set's batches, the last one filled up with what is labelled IGNORED.
+      epoch_steps: whole steps in an epoch.
+      batches: ``step -> iterator`` of the batches from that step on, without end. The order and all random choices
+        depend only on the config's seed and the step.
+      tests: ``() -> iterator`` of the test set's batches, the last one padded with examples labelled IGNORED.
       probe: training examples, always the same.
     """
 
@@ -61,7 +61,9 @@ def open_feed(config: Train, mesh: Mesh) -> Feed:
     else:
         feed = _streamed(config, mesh)
     if not feed.epoch_steps:
-        raise InputError(f"--batch-size {config.batch_size} is more than the training examples of {config.dataset}")
+        raise InputError(
+            f"--batch-size {config.batch_size} is larger than the training set of {config.dataset}; use a smaller one"
+        )
     return feed
 
 
@@ -155,7 +157,7 @@ def _streamed(config: Train, mesh: Mesh) -> Feed:
 
 
 def _ahead(batches: Iterator[Any], count: int = 2) -> Iterator[Any]:
-    """The same, ``count`` of them on their way to the devices while one is in use."""
+    """The same batches, with ``count`` on their way to the devices while one is in use."""
     waiting: deque[Any] = deque()
     for batch in batches:
         waiting.append(batch)
@@ -165,8 +167,7 @@ def _ahead(batches: Iterator[Any], count: int = 2) -> Iterator[Any]:
 
 
 def crop_and_flip(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Each image (batch, height, width, channels) padded by an eighth with zeros, cropped anywhere, and half of them
-    flipped from left to right."""
+    """Pads each image (batch, height, width, channels) by an eighth with zeros, crops it at random, and flips half of them."""
     batch, height, width, channels = images.shape
     crop_key, flip_key = jax.random.split(key)
     pad = jnp.array([height // 8, width // 8])
@@ -182,12 +183,12 @@ def crop_and_flip(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def _resized(images: np.ndarray, size: int) -> np.ndarray:
-    """Images at another size, in parts that spare memory."""
+    """Images at another size, resized in parts to save memory."""
     shape = (size, size, images.shape[-1])
     needed = len(images) * math.prod(shape) * images.dtype.itemsize
     if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise InputError(
-            f"--image-size {size} makes {needed / 1e9:,.0f} GB of {len(images):,} images, more than the memory"
+            f"--image-size {size} needs {needed / 1e9:,.0f} GB for {len(images):,} images, more than main memory; use a smaller one"
         )
     resize = jax.jit(lambda x: jax.image.resize(x.astype(jnp.float32), (len(x), *shape), "bilinear"))
     parts = [np.asarray(resize(images[i : i + 4096])) for i in range(0, len(images), 4096)]
@@ -196,7 +197,7 @@ def _resized(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def _filled(examples: data.Examples, count: int) -> data.Examples:
-    """Examples filled up to ``count``, with zeros that are labelled IGNORED."""
+    """Examples padded to ``count`` with zeros that are labelled IGNORED."""
     filled = {}
     for name, x in examples.items():
         fill = 0 if name == "image" else IGNORED

@@ -1,4 +1,4 @@
-"""Encoded images to pixels: as they are, random resized crops for training, centre crops for testing."""
+"""Encoded images to pixels: whole images, random resized crops for training, centre crops for testing."""
 
 import io
 import math
@@ -12,7 +12,7 @@ ASPECT = (3 / 4, 4 / 3)  # its width over its height
 
 
 def whole(encoded: bytes, channels: int) -> np.ndarray:
-    """All of an image, in grey for one channel and in RGB for three: (height, width, channels) uint8."""
+    """The whole image, grey for one channel and RGB for three: (height, width, channels) uint8."""
     with Image.open(io.BytesIO(encoded)) as image:
         pixels = np.asarray(_in_mode(image, "L" if channels == 1 else "RGB"))
     return pixels[..., None] if channels == 1 else pixels
@@ -48,7 +48,7 @@ def random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, 
 
 
 def centre_crop(encoded: bytes, size: int) -> np.ndarray:
-    """The image with its shorter side resized to 256/224 of ``size``, and of that the centre: (size, size, 3) uint8."""
+    """The centre of the image after its shorter side is resized to 256/224 of ``size``: (size, size, 3) uint8."""
     with Image.open(io.BytesIO(encoded)) as image:
         width, height = image.size
         short = round(size * 256 / 224)
@@ -60,7 +60,7 @@ def centre_crop(encoded: bytes, size: int) -> np.ndarray:
 
 
 def _decode_smaller(image: Any, factor: int) -> tuple[float, float]:
-    """Has a JPEG decoded at a scale of at least 1/factor; returns by how much width and height shrink."""
+    """Sets a JPEG's decoding scale, at least 1/factor; returns the factors by which width and height shrink."""
     width, height = image.size
     if factor >= 2:
         image.draft(None, (width // factor, height // factor))

@@ -1,4 +1,4 @@
-"""Records of a TFDS split, any of which may be unreadable: opening their files, and counting those that are bad."""
+"""Records of a TFDS split: opens their files, and counts the unreadable ones."""
 
 import logging
 import math
@@ -13,15 +13,15 @@ logger = logging.getLogger(__name__)
 
 
 def open_split(builder: Any, split: str, **decoders: Any) -> Any:
-    """A split's TFDS data source, all of whose files can be opened and hold what they should.
+    """A split's TFDS data source, after a check that all files open and hold enough records.
 
-    Records that are damaged within a file are not found here, but when they are read: each part of a file carries a
-    checksum. Nothing tells a file from another whole one, with as many records, that has been put in its place.
+    Damaged records inside a file show only when they are read, by checksums. A file that was replaced by another complete
+    one with as many records is not noticed.
 
     Args:
-      builder: of TFDS, prepared for random access.
-      split: its name.
-      decoders: of TFDS, by feature, in place of the feature's own.
+      builder: a TFDS builder, prepared for random access.
+      split: the split's name.
+      decoders: TFDS decoders by feature, instead of the features' own.
 
     Raises:
       InputError: naming the first file that is missing, truncated or garbled.
@@ -47,19 +47,19 @@ def open_split(builder: Any, split: str, **decoders: Any) -> Any:
 
 
 class BadRecords(NamedTuple):
-    """The records of a split that turned out to be unreadable, counted batch by batch.
+    """The unreadable records of a split, counted batch by batch.
 
-    One bad record says little of a dataset's share of them: of a hundred records it is already 1%. So the count is
-    fatal only when so many would come up less than once in a thousand times were ``max_bad`` of all records bad, by
-    Chernoff's bound on a Poisson variable. At 0.1% these are 4 of the first 256 records, 7 of the first 1,000, 24 of
+    One bad record in a hundred is 1 %, but says little about the whole dataset. So the count is fatal only if it would
+    occur less than once in a thousand times with a share ``max_bad`` of bad records, by Chernoff's bound on a Poisson
+    variable. At 0.1 % these are 4 of the first 256 records, 7 of the first 1,000, 24 of
     the first 10,000 and 0.11% of 1,281,167. With ``max_bad`` 0 the first is fatal.
 
     Attributes:
       split: the split's name, for messages.
-      examples: how many records it has.
-      max_bad: the share of them that may be bad.
-      seen: how many have been read, those read again included.
-      indices: those found bad, each once.
+      examples: the number of records.
+      max_bad: the largest share that may be bad.
+      seen: the number of reads, repeated ones included.
+      indices: the bad records, each once.
     """
 
     split: str
@@ -69,7 +69,7 @@ class BadRecords(NamedTuple):
     indices: frozenset[int] = frozenset()
 
     def add(self, bad: Iterable[int]) -> "BadRecords":
-        """Counts one more batch, and warns once of each record that is bad.
+        """Counts one more batch, and warns once of each bad record.
 
         Args:
           bad: of each record read, its index if it is bad, or -1.
@@ -88,7 +88,7 @@ class BadRecords(NamedTuple):
         expected = self.max_bad * seen
         if found > expected and (not expected or found * math.log(found / expected) - found + expected > math.log(1e3)):
             raise InputError(
-                f"{found} of the first {seen} {self.split} records read are bad, record {new[0]} for one: more than "
-                f"max_bad = {self.max_bad:g} allows; prepare the dataset again, or allow more"
+                f"{found} of the first {seen} {self.split} records read are bad (record {new[0]} is one), more than "
+                f"--max-bad {self.max_bad:g} allows; prepare the dataset again, or raise --max-bad"
             )
         return total

@@ -1,10 +1,9 @@
-"""Images too many, or of too many sizes, for memory: batches read from disk as they are needed.
+"""Batches read from disk, for images that do not fit in memory or have many sizes.
 
-Everything random is a function of the seed and of a position in the endless sequence of training examples: epoch after
-epoch, each in an order of its own. Batch t holds positions t B to (t + 1) B, so a batch may take the last examples of
-one epoch and the first of the next: none is left out and all are of one size. Neither threads, nor worker processes,
-nor the number of processes that share a batch change a pixel of it, and the iterator's whole state is the number of
-batches it has given.
+All random choices depend on the seed and on a position in the endless sequence of training examples, in which each epoch
+has its own order. Batch t holds positions t B to (t + 1) B. So a batch may take the last examples of one epoch and the
+first of the next: none is left out, and all batches have one size. Threads, worker processes and the number of processes
+that share a batch do not change a pixel. The iterator's whole state is the number of batches it has given.
 """
 
 import multiprocessing
@@ -25,7 +24,7 @@ from wmkp.experiments.data import images, records
 
 Batch = dict[str, np.ndarray]
 
-MAX_RUN = 1000  # unreadable records in a row: this is not chance, and reading on would take long
+MAX_RUN = 1000  # unreadable records in a row: too many for chance, and reading on would take long
 AHEAD = 2  # batches that a worker process keeps ready
 
 
@@ -36,7 +35,7 @@ class Stream(NamedTuple):
       train, test: sources of records, TFDS's; an index gives a dict with the encoded image and the label.
       num_classes: how many labels there are.
       size: height and width of the images in a batch; they have three channels.
-      test_split: the name of the split that test examples come from, "test" or "validation"; the other's is "train".
+      test_split: the name of the split of test examples, "test" or "validation".
     """
 
     train: Any
@@ -80,16 +79,16 @@ def train_batches(
       batch_size: of the global batch, over all processes.
       seed: of the order and of the crops, at least 0 and below 2^32.
       start: the first batch to give; those before it are not read.
-      workers: processes that decode, 0 for threads of this one. They start afresh, so a script that asks for them
-        must guard what it runs by ``if __name__ == "__main__":``.
+      workers: processes that decode; 0 for threads of this one. They import the main script, so it must run its work
+        under ``if __name__ == "__main__":``.
       process, processes: give only the process-th of ``processes`` equal blocks of each batch.
 
     Yields:
-      "image": (local batch, size, size, 3) uint8; "label": int32; "bad": int64, the index of a record that should have
-      stood here but cannot be read, so that the next readable one stands in for it, or -1.
+      "image": (local batch, size, size, 3) uint8; "label": int32; "bad": int64, the index of an
+      unreadable record that the next readable one replaces, or -1.
 
     Raises:
-      InputError: the batch cannot be divided, or many records on end cannot be read.
+      InputError: the batch cannot be divided, or many records in a row cannot be read.
     """
     import grain
 
@@ -107,8 +106,8 @@ def test_batches(
       stream, batch_size, workers, process, processes: as ``train_batches``.
 
     Yields:
-      As ``train_batches``. Label -1 and a black image stand for a record that cannot be read, whose index is in "bad",
-      and fill up the last batch. All processes get equally many batches.
+      As ``train_batches``. An unreadable record has a black image, the label -1 and its index in "bad". Black images with
+      label -1 also pad the last batch. All processes get the same number of batches.
     """
     import grain
 
@@ -118,7 +117,7 @@ def test_batches(
 
 
 class _RandomCrop(NamedTuple):
-    """Index of a record to training example. Not a closure, for worker processes to receive it."""
+    """Maps a record's index to a training example. It is no closure, so worker processes can receive it."""
 
     source: Any
     size: int
@@ -135,7 +134,7 @@ class _RandomCrop(NamedTuple):
             else:
                 return _example(image, record["label"], index if i else -1)
         raise InputError(
-            f"none of {tries} training records from {index} on can be read ({first_line(first)}); "
+            f"{tries} training records in a row, from {index}, cannot be read ({first_line(first)}); "
             "prepare the dataset again"
         )
 
@@ -173,8 +172,8 @@ def _run(
     local = batch_size // processes
     _check_shared_memory(workers * (2 * AHEAD + 1) * local * stream.size**2 * 3)
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain looks at flags of its own, which are for programs that start by absl
-    # A block is a batch of its own, so that blocks, not examples, are dealt to processes and from there to workers.
+        flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, which only programs started by absl parse
+    # Each block is one batch, so that processes and workers get whole blocks.
     blocks = examples.batch(local)[start * processes + process :: processes]
     threads = 1 if workers else min(16, _cores())
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
@@ -182,7 +181,7 @@ def _run(
         grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD), worker_init_fn=_start_worker
     )
     iterator = _close_after(batches, copied=workers > 0)
-    # Also at exit: by the time that Python collects what is left then, Grain cannot close it any more.
+    # Also at exit: when Python collects the iterator then, Grain can no longer close it.
     weakref.finalize(iterator, _close, weakref.ref(iterator))
     return iterator
 
@@ -194,18 +193,18 @@ def _close(reference: Callable[[], Generator[Batch, None, None] | None]) -> None
 
 
 def _close_after(batches: Any, copied: bool) -> Generator[Batch, None, None]:
-    """Iterates; stops threads and worker processes at the end, when closed, and when nobody refers to it any more."""
+    """Iterates. Stops threads and worker processes at the end, when closed, and when no longer referenced."""
     iterator = iter(batches)
     try:
         for batch in iterator:
-            # Workers hand over shared memory, which must not outlive them: JAX may keep an array for as long as it likes.
+            # Copy the workers' shared memory, which ends with them: JAX may keep an array longer.
             yield {key: np.array(value) for key, value in batch.items()} if copied else batch
     finally:
         iterator.close()
 
 
 def _start_worker(index: int, count: int) -> None:
-    """In a worker process, leaves Ctrl-C to the one that started it, and sees to it that it does not outlive that."""
+    """Makes a worker process ignore Ctrl-C, and end when its parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
@@ -218,15 +217,15 @@ def _start_worker(index: int, count: int) -> None:
 
 
 def _check_shared_memory(needed: int) -> None:
-    """Raises InputError where workers would be killed for want of room to put their batches, as in small containers."""
+    """Raises InputError if shared memory is too small for the workers' batches, as in small containers."""
     room = Path("/dev/shm")
     if needed and room.is_dir() and shutil.disk_usage(room).free < needed:
         raise InputError(
             f"the worker processes' batches need {needed / 1e6:.0f} MB in {room}, which has "
-            f"{shutil.disk_usage(room).free / 1e6:.0f} MB free; use fewer --workers, or 0"
+            f"{shutil.disk_usage(room).free / 1e6:.0f} MB free; use fewer --workers, or --workers 0"
         )
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

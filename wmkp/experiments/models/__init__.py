@@ -1,1 +1,1 @@
-"""Plain Flax Linen models. None of them knows what a learning rule is."""
+"""Plain Flax Linen models, without any learning rule."""

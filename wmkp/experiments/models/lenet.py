@@ -21,7 +21,7 @@ class LeNet(nn.Module):
         for features in (6, 16):
             x = nn.relu(nn.Conv(features, (5, 5), padding="VALID", dtype=self.dtype)(x))
             n, height, width, _ = x.shape
-            x = x.reshape(n, height // 2, 2, width // 2, 2, features).max((2, 4))  # nn.max_pool's, but fast on CPUs
+            x = x.reshape(n, height // 2, 2, width // 2, 2, features).max((2, 4))  # like nn.max_pool, but fast on CPUs
         x = x.reshape(x.shape[0], -1)
         for features in (120, 84):
             x = nn.relu(nn.Dense(features, dtype=self.dtype)(x))

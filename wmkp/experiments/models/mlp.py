@@ -13,8 +13,8 @@ class MLP(nn.Module):
 
     Attributes:
       hidden: the width of each hidden layer.
-      num_classes: how many logits come out.
-      dtype: of the computation; parameters are float32.
+      num_classes: the number of logits.
+      dtype: the dtype of the computation. Parameters are float32.
     """
 
     hidden: Sequence[int]

@@ -26,7 +26,7 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        # Padded as in the papers' own code: symmetrically, where SAME pads a strided convolution at its end.
+        # Symmetric padding, as in the papers' code. SAME would pad a strided convolution only at its end.
         pad = self.kernel // 2
         x = nn.Conv(
             self.features,
@@ -74,7 +74,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 1x1, a 3x3 (which strides) and a 1x1 convolution to four times the features, and a shortcut."""
+    """A 1x1, a (strided) 3x3 and a 1x1 convolution to four times the features, and a shortcut."""
 
     features: int
     strides: int
@@ -99,14 +99,14 @@ class ResNet(nn.Module):
     Call: images (batch, height, width, 3), ``train`` -> logits (batch, num_classes), float32.
 
     Attributes:
-      num_classes: of the output.
-      stages: how many blocks each stage has; the features double from one to the next.
+      num_classes: the number of logits.
+      stages: the number of blocks in each stage. Features double from stage to stage.
       block: ``BasicBlock`` or ``Bottleneck``.
-      features: of the first stage.
-      imagenet_stem: whether it starts by a strided 7x7 convolution and max-pooling, or by one 3x3 convolution.
-      padded_shortcut: whether shortcuts between stages are padded with zeros (no parameters), or 1x1 convolutions.
+      features: the features of the first stage.
+      imagenet_stem: whether it starts with a strided 7x7 convolution and max-pooling, instead of one 3x3 convolution.
+      padded_shortcut: whether shortcuts between stages are padded with zeros, instead of 1x1 convolutions.
       norm_last: whether BatchNorm comes after the ReLU.
-      dtype: of the computation; parameters are float32.
+      dtype: the dtype of the computation. Parameters are float32.
     """
 
     num_classes: int

@@ -1,4 +1,4 @@
-"""What a config trains, as pure functions: the model, its loss, its rule and its optimizer."""
+"""A config's model, loss, rule and optimizer, as pure functions."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from wmkp.experiments.models.resnet import BasicBlock, Bottleneck, ResNet, ResNe
 from wmkp.experiments.models.transformer import Block, Decoder, ViT
 
 RESNETS = {"resnet18": ResNet18, "resnet20": ResNet20, "resnet50": ResNet50, "resnet56": ResNet56}
-BLOCKS = (Block, ResidualBlock, BasicBlock, Bottleneck)  # what adds to a residual stream
+BLOCKS = (Block, ResidualBlock, BasicBlock, Bottleneck)  # modules that add to a residual stream
 READOUT = "output"  # the name of every model's last layer
 
 
@@ -29,11 +29,11 @@ class Task(NamedTuple):
 
     Attributes:
       init: ``(key, batch) -> (params, model_state)``, model_state a dict of Flax's other collections.
-      loss_fn: as ``wmkp.make_steps`` takes it; its metrics have "error", percent of wrong answers.
+      loss_fn: as ``wmkp.make_steps`` takes it; its metrics have "error", the percentage of wrong answers.
       score: ``(params, model_state, batch) -> (loss, wrong, labels)``, sums over a batch in evaluation, without label
-        smoothing, and how often each label is there; what is labelled ``IGNORED`` is left out.
-      stream: ``(params, model_state, batch) -> {block: rms}``, the root mean square of what each residual block gives
-        to the next; empty where a model has no such blocks.
+        smoothing, and the count of each label. Examples labelled ``IGNORED`` are left out.
+      stream: ``(params, model_state, batch) -> {block: rms}``, the root mean square of each residual block's output;
+        empty for a model without such blocks.
     """
 
     init: Callable[[jax.Array, Any], tuple[Any, Any]]
@@ -112,14 +112,18 @@ def make_model(config: Train, shape: tuple[int, ...], num_classes: int) -> nn.Mo
     """The Flax model of a config.
 
     Raises:
-      InputError: it cannot take examples of this shape.
+      InputError: the model cannot take examples of this shape.
     """
     if (config.model == "decoder") != (len(shape) == 1):
-        raise InputError(f"--model {config.model} does not go with --dataset {config.dataset}: only decoder reads text")
+        raise InputError(
+            f"--model {config.model} cannot read --dataset {config.dataset}: decoder is for text (characters), all others are for images"
+        )
     if config.model == "lenet" and shape[:2] != (32, 32):
-        raise InputError(f"--model lenet takes images of 32x32; --image-size 32 resizes these of {shape[0]}x{shape[1]}")
+        raise InputError(
+            f"--model lenet needs images of 32x32, and these are {shape[0]}x{shape[1]}; add --image-size 32"
+        )
     if config.model == "vit-ti" and (shape[0] % config.patch or shape[1] % config.patch):
-        raise InputError(f"--patch must divide the image, {shape[0]}x{shape[1]}; got {config.patch}")
+        raise InputError(f"--patch must divide the image size, {shape[0]}x{shape[1]}; got {config.patch}")
     dtype = jnp.dtype(config.dtype)
     size = {name: x for name in ("width", "depth") if (x := getattr(config, name)) is not None}
     if config.model in RESNETS:
@@ -136,7 +140,7 @@ def make_model(config: Train, shape: tuple[int, ...], num_classes: int) -> nn.Mo
 
 
 def make_rule(name: str, **mirror: Any) -> wmkp.Rule:
-    """The rule that a key of ``RULES`` stands for.
+    """The rule of a key of ``RULES``.
 
     Args:
       name: the key.
@@ -145,7 +149,7 @@ def make_rule(name: str, **mirror: Any) -> wmkp.Rule:
     told = {key: x for key, x in mirror.items() if x is not None}
     rules: dict[str, Callable[[], wmkp.Rule]] = {
         "bp": wmkp.backprop,
-        "frozen": wmkp.backprop,  # of what ``frozen`` leaves it
+        "frozen": wmkp.backprop,  # ``frozen`` stops the gradients of the other layers
         "fa": wmkp.feedback_alignment,
         "ss": wmkp.sign_symmetry,
         "kp": wmkp.kolen_pollack,
@@ -168,12 +172,12 @@ def make_rule(name: str, **mirror: Any) -> wmkp.Rule:
 
 
 def is_readout(params: Any) -> Any:
-    """Which parameters are the readout's, in params' structure."""
+    """Marks the parameters of the readout, in params' structure."""
     return jax.tree_util.tree_map_with_path(lambda path, x: getattr(path[0], "key", None) == READOUT, params)
 
 
 def frozen(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The loss with every parameter but the readout's held still, for an optimizer that decays nothing else."""
+    """The loss with only the readout's parameters free, for an optimizer that decays nothing else."""
 
     def readout_alone(params: Any, *args: Any) -> Any:
         learns = is_readout(params)
@@ -204,7 +208,7 @@ def make_schedule(config: Train, epoch_steps: int, steps: int) -> optax.Schedule
 
 
 def make_optimizer(config: Train, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The optimizer of W, and of B where it learns: decay falls on the same entries of both."""
+    """The optimizer of W, and of a B that learns. Decay acts on the same entries of both."""
     mask: Any = None if config.decay_all else partial(jax.tree.map, lambda x: x.ndim > 1)
     if config.rule == "frozen":
         mask = is_readout
@@ -219,7 +223,7 @@ def make_optimizer(config: Train, schedule: optax.Schedule) -> optax.GradientTra
 
 
 def forgotten(config: Train, schedule: optax.Schedule, steps: int) -> float:
-    """The share of W - B^T that Kolen-Pollack has left after ``steps`` updates (eq. 14): prod (1 - eta lambda).
+    """The share of W - B^T that remains after ``steps`` updates of Kolen-Pollack (eq. 14): prod (1 - eta lambda).
 
     With momentum mu the rate is eta lambda / (1 - mu).
     """

@@ -55,7 +55,7 @@ class ViT(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer with learned positions and an output layer of its own.
+    """A decoder-only transformer with learned positions and a separate output layer.
 
     Call: tokens (batch, length), integers -> logits of the next token (batch, length, vocabulary), float32.
     """

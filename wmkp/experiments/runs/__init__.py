@@ -1,1 +1,1 @@
-"""What a run leaves: checkpoints, logs, outputs, figures, and where it ran."""
+"""The files of a run: checkpoints, logs, outputs, figures and provenance."""

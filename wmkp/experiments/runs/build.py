@@ -1,4 +1,4 @@
-"""All that a config makes: the model, its steps, its data and its measures, ready to train."""
+"""Builds a run from a config: the model, its steps, its data and its measures."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,13 +20,14 @@ from wmkp.training import state_sharding
 
 
 class Tally(NamedTuple):
-    """What is summed on the devices from one line of train.csv to the next.
+    """Sums on the devices between two lines of train.csv.
 
     Attributes:
-      loss, error: sums over steps; count: how many, float32.
+      loss, error: sums over steps, float32.
+      count: the number of these steps, float32.
       skipped: steps of the whole run that were left out because they were not finite, int32.
-      halted: whether training stands still because a step was not finite.
-      finite: of that step (or the last one left out), what was: as ``wmkp.make_steps`` has it.
+      halted: whether training has stopped because a step was not finite.
+      finite: which numbers were finite in that step (or the last one left out), as in ``wmkp.make_steps``.
     """
 
     loss: Any
@@ -38,30 +39,30 @@ class Tally(NamedTuple):
 
 
 class Score(NamedTuple):
-    """The test set's loss, its error in percent, and the error in percent of one answer, the commonest, to everything."""
+    """Loss and error (percent) on the test set, and the error of always giving the most frequent answer."""
 
     loss: float
     error: float
     chance: float
 
     def shown(self) -> str:
-        """The error as it is printed: marked if nothing was learned."""
+        """The error as text, marked if nothing was learned."""
         mark = f" (no better than one answer to everything, {self.chance:.2f} %)" if self.error >= self.chance else ""
         return f"{self.error:.2f} %{mark}"
 
 
 class Run(NamedTuple):
-    """All that a config makes, ready to train.
+    """A run that is ready to train.
 
     Attributes:
       rule: the learning rule.
       steps: from ``wmkp.make_steps``.
       init: ``() -> TrainState``, at the beginning.
       advance: ``(state, tally, batch) -> (state, tally)``, an engaged step, jitted; both are donated.
-      measure: ``(state, batch) -> {name: number}``: of each projection angles in degrees, |B| over |W| and the norms of
-        ``wmkp.delta_norms``; of each residual block the size of what it gives to the next.
+      measure: ``(state, batch) -> {name: number}``: for each projection angles in degrees, |B| over |W| and the norms of
+        ``wmkp.delta_norms``; for each residual block the size of its output.
       evaluate: ``state -> Score``, on the test set.
-      tally: an empty one.
+      tally: an empty tally.
       total: engaged steps in the run.
       schedule: the learning rate at each update.
       mesh: the devices.
@@ -82,10 +83,10 @@ class Run(NamedTuple):
 
 
 def build(config: Train) -> Run:
-    """Everything that a run is made of, nothing of it trained yet.
+    """Builds a run without training it.
 
     Raises:
-      InputError: the config, its dataset or its devices do not go together.
+      InputError: the config, its dataset and its devices do not fit together.
     """
     config.check()
     mesh = devices.make_mesh(config.batch_size)
@@ -100,7 +101,9 @@ def build(config: Train) -> Run:
     )
     total = config.steps or max(1, round(config.epochs * feed.epoch_steps))
     if total < config.accumulate:
-        raise InputError(f"--accumulate {config.accumulate} is more than the run's {total} steps: W would never change")
+        raise InputError(
+            f"--accumulate {config.accumulate} is more than the run's {total} steps, so W would never change; accumulate fewer"
+        )
     schedule = tasks.make_schedule(config, max(1, feed.epoch_steps // config.accumulate), total // config.accumulate)
 
     params_key, state_key = jax.random.split(jax.random.key(config.seed))
@@ -138,7 +141,7 @@ def build(config: Train) -> Run:
 
 
 def like(config: Train, run: Run) -> Any:
-    """The shapes and places of a run's state, without making it."""
+    """The shapes and shardings of a run's state, without making it."""
     shapes = jax.eval_shape(run.init)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -148,7 +151,7 @@ def like(config: Train, run: Run) -> Any:
 
 
 def _advance(steps: wmkp.Steps, on_nan: str) -> Callable[..., tuple[wmkp.TrainState, Tally]]:
-    """An engaged step that is not taken, and stops or is skipped, where a number is not finite."""
+    """An engaged step that is undone if a number is not finite. Then training stops or skips the step."""
 
     def advance(state: wmkp.TrainState, tally: Tally, batch: Any) -> tuple[wmkp.TrainState, Tally]:
         after, metrics = steps.engaged_step(state, batch)
@@ -156,7 +159,7 @@ def _advance(steps: wmkp.Steps, on_nan: str) -> Callable[..., tuple[wmkp.TrainSt
         good = jnp.stack(list(finite.values())).all()
         taken = good & ~tally.halted
         kept = jax.tree.map(partial(jnp.where, taken), after, state)
-        if on_nan == "skip":  # the next step is another, with other random numbers
+        if on_nan == "skip":  # the next step has other random numbers
             kept = kept._replace(step=after.step, key=after.key)
         failed = ~good & ~tally.halted
         tally = Tally(

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, kept by Orbax: written in the background, whole or not there, read back bit by bit."""
+"""Checkpoints of a run by Orbax: written in the background, complete or absent, and read back bit-for-bit."""
 
 import contextlib
 import hashlib
@@ -22,8 +22,8 @@ from wmkp import checks
 from wmkp.experiments.config import InputError, first_line
 from wmkp.experiments.runs import outputs
 
-SHOWN = 8  # of the differences between a checkpoint and what was expected
-# Orbax tells saves in the background apart by a number that the process has one of: two at a time spoil each other.
+SHOWN = 8  # differences from the expected checkpoint that an error lists
+# Orbax numbers background saves by one counter in the process, so two saves at a time would break each other.
 _TURN = threading.Lock()
 
 
@@ -38,7 +38,7 @@ class _Literal(type(epath.Path("/"))):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def opened(directory: Path, keep: int) -> Iterator[ocp.CheckpointManager]:
-    """``open_manager``'s, closed at the end: an error on its way is not replaced by one of closing."""
+    """``open_manager`` as a context. An error inside is not replaced by one of closing."""
     manager = open_manager(directory, keep)
     try:
         yield manager
@@ -49,14 +49,14 @@ def opened(directory: Path, keep: int) -> Iterator[ocp.CheckpointManager]:
 
 
 def open_manager(directory: Path, keep: int, read_only: bool = False) -> ocp.CheckpointManager:
-    """Orbax's manager of the checkpoints in a directory, which it makes; leftovers of a killed save are cleared away.
+    """Orbax's manager of a directory's checkpoints. It makes the directory, and removes leftovers of a killed save.
 
     Raises:
       InputError: the directory cannot be made, or not be written to.
     """
     if not read_only:
         outputs.make_directory(directory)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says much, and errors are raised besides
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs much, and raises its errors anyway
     options = ocp.CheckpointManagerOptions(
         max_to_keep=None if read_only else keep,
         create=not read_only,
@@ -68,7 +68,7 @@ def open_manager(directory: Path, keep: int, read_only: bool = False) -> ocp.Che
 
 
 def save(manager: ocp.CheckpointManager, state: wmkp.TrainState, progress: dict[str, Any]) -> None:
-    """Starts to save a state and what a run knows besides, under its step; waits for the save before it.
+    """Starts to save a state and the run's progress under its step. Waits for the save before it.
 
     Raises:
       InputError: this or the save before it failed; older checkpoints are kept.
@@ -81,12 +81,12 @@ def save(manager: ocp.CheckpointManager, state: wmkp.TrainState, progress: dict[
         manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
         )
-    except Exception as error:  # Orbax passes on whatever the disk or the storage layer says
+    except Exception as error:  # Orbax passes on any error of the disk or the storage layer
         raise _failed(manager, error) from error
 
 
 def finish(manager: ocp.CheckpointManager) -> None:
-    """Waits until what is being saved is on disk. Raises InputError as ``save``."""
+    """Waits until all saves are on disk. Raises InputError as ``save``."""
     try:
         manager.wait_until_finished()
     except Exception as error:
@@ -94,13 +94,13 @@ def finish(manager: ocp.CheckpointManager) -> None:
 
 
 def verify(manager: ocp.CheckpointManager, like: Any) -> None:
-    """Reads the latest checkpoint back, into memory of the host alone. Waits for it first.
+    """Reads the latest checkpoint back into host memory, after waiting for its save.
 
     Args:
       like: as ``restore``.
 
     Raises:
-      InputError: as ``save``; or what is on disk is not what was saved.
+      InputError: as ``save``; or the checkpoint on disk differs from what was saved.
     """
     finish(manager)
     step = choose(manager)
@@ -108,14 +108,14 @@ def verify(manager: ocp.CheckpointManager, like: Any) -> None:
     def on_host(x: Any) -> Any:
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-        return np.broadcast_to(np.zeros((), x.dtype), x.shape)  # no memory yet
+        return np.broadcast_to(np.zeros((), x.dtype), x.shape)  # a view, which takes no memory
 
     with _readable(f"{manager.directory}/{step}", manager, step):
         _read(manager, step, jax.tree.map(on_host, like))
 
 
 def save_in_turn(manager: ocp.CheckpointManager, state: wmkp.TrainState, progress: dict[str, Any]) -> None:
-    """Saves, and waits until it can be read back: for a process whose threads have a manager each. Raises as ``verify``."""
+    """Saves, and reads back. For a process whose threads have a manager each. Raises as ``verify``."""
     with _TURN:
         save(manager, state, progress)
         verify(manager, state)
@@ -128,7 +128,7 @@ def _failed(manager: ocp.CheckpointManager, error: Exception) -> InputError:
 
 
 def choose(manager: ocp.CheckpointManager, step: int | None = None) -> int:
-    """The step of the latest checkpoint, or ``step``. Raises InputError if there is none of it."""
+    """The step of the latest checkpoint, or ``step``. Raises InputError if it does not exist."""
     there = sorted(manager.all_steps())
     if not there:
         raise InputError(f"{manager.directory} has no checkpoint")
@@ -145,11 +145,11 @@ def restore(manager: ocp.CheckpointManager, like: Any, step: int | None = None) 
       like: a state with the structure, shapes, dtypes and shardings to read into.
 
     Returns:
-      The state, and what the run knew besides.
+      The state, and the run's progress.
 
     Raises:
-      InputError: there is none; it is of another model or rule (what differs, by path); it cannot be read; or a bit of
-        it is not what was saved, which the storage layer's own checks may miss.
+      InputError: there is none; it is of another model or rule (the message lists the differences); it cannot be read;
+        or a bit differs from what was saved, which the storage layer may not notice.
     """
     step = choose(manager, step)
     name = f"{manager.directory}/{step}"
@@ -185,23 +185,23 @@ def _read(manager: ocp.CheckpointManager, step: int, target: Any) -> tuple[Any, 
 
 @contextlib.contextmanager
 def _readable(name: str, manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
-    """Any error in reading a checkpoint as an InputError that says what is left."""
+    """Turns any error in reading a checkpoint into an InputError that names the older checkpoints."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             try:
                 yield
             except Exception:
-                # TensorStore's other reads end too, and print that the loop they were read in is closed.
+                # TensorStore's other reads end too, and print that their event loop is closed.
                 time.sleep(0.2)
                 raise
-    except Exception as error:  # damage shows in any layer: TensorStore, Orbax, JSON, or here
+    except Exception as error:  # TensorStore, Orbax, JSON or this module may notice the damage
         older = [s for s in manager.all_steps() if s < step]
         way_out = f"; delete it, and step {max(older)} is the latest" if older else ""
         raise InputError(f"cannot read the checkpoint {name} ({checks.first_line(error)}){way_out}") from error
 
 
 def _digest(state: Any, progress: dict[str, Any]) -> str:
-    """SHA-256 of a checkpoint's content, however its arrays are laid out over devices and files."""
+    """SHA-256 of a checkpoint's content, independent of devices and files."""
     digest = hashlib.sha256(json.dumps(progress, sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         x = _data(leaf)
@@ -213,7 +213,7 @@ def _digest(state: Any, progress: dict[str, Any]) -> str:
 
 
 def _data(x: Any) -> Any:
-    """A random key as the numbers it is saved as."""
+    """The numbers of a random key."""
     return jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
 

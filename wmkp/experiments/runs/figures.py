@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Curve = Sequence[Mapping[str, float]]
 ANGLES = tuple(f"{kind}_angle_{which}_deg" for kind in ("matrix", "delta") for which in ("mean", "worst"))
-OUTPUT = "/output/kernel"  # where delta is the loss's own, whatever the rule
+OUTPUT = "/output/kernel"  # here delta comes from the loss itself, under any rule
 MEASURES = {"test_error_percent": "Test error (%)", "test_loss": "Test loss (nats a character)"}
 PANELS = {
     "matrix_angle_mean_deg": "Angle between W and B\n(degrees)",
@@ -29,7 +29,7 @@ PANELS = {
 
 @style.styled
 def comparison(rows: Sequence["Row"], title: str, suffix: str = ".png") -> bytes:
-    """Test error, matrix angles and delta angles against the epoch, a line a rule, a band over its seeds."""
+    """Test error, matrix angles and delta angles by epoch: a line for each rule, with a band over its seeds."""
     lines = {}
     for rule in dict.fromkeys(row.rule for row in rows):
         mine = [row for row in rows if row.rule == rule]
@@ -41,22 +41,22 @@ def comparison(rows: Sequence["Row"], title: str, suffix: str = ".png") -> bytes
 
 
 def runs(directories: Sequence[Path], suffix: str = ".png") -> bytes:
-    """Runs of ``wmkp train`` on one picture, as ``comparison`` draws rules; those that differ in their seed alone are one line.
+    """Runs of ``wmkp train`` in one picture like ``comparison``. Runs that differ only in their seed share a line.
 
-    A directory of ``wmkp train --seeds`` stands for all of its runs.
+    A directory of ``wmkp train --seeds`` counts as all of its runs.
 
     Raises:
       InputError: one of them is not a run, or has no evaluation yet.
     """
     if not directories:
-        raise InputError("name at least one run's directory")
+        raise InputError("name the directory of at least one run: wmkp plot runs/mkp")
     found: dict[str, tuple[str, list[Path], list[Curve]]] = {}
     configs = []
     for directory in [run for given in directories for run in _seeds_of(given)]:
         path = directory / "test.csv"
         rows = logs.read(path, ("epoch", *ANGLES)) if path.exists() else []
         if not rows:
-            raise InputError(f"{directory} has no evaluation: {path.name} is not there, or empty")
+            raise InputError(f"{directory} has no evaluation yet: {path.name} is missing or empty")
         try:
             config = json.loads((directory / "config.json").read_text())
             rule = str(config["rule"])
@@ -75,7 +75,7 @@ def runs(directories: Sequence[Path], suffix: str = ".png") -> bytes:
 
 
 def _seeds_of(directory: Path) -> list[Path]:
-    """The runs that a directory holds: itself, or one of each seed."""
+    """The runs in a directory: itself, or one for each seed."""
     try:
         inside = sorted(directory.glob("seed*/test.csv"), key=lambda path: _depth(path.parent.name))
     except OSError:
@@ -84,7 +84,7 @@ def _seeds_of(directory: Path) -> list[Path]:
 
 
 def _label(rule: str, places: Sequence[Path], found: Any) -> str:
-    """A rule's code, and where several lines are of one rule, the directory's name too."""
+    """A rule's code. If several lines have one rule, also the directory's name."""
     if sum(other == rule for other, _, _ in found) < 2:
         return style.code(rule)
     name = places[0].resolve().name
@@ -99,7 +99,7 @@ def curves(
     measure: str = "test_error_percent",
     suffix: str = ".png",
 ) -> bytes:
-    """Runs' evaluations on one picture, each a curve or several (of a seed each)."""
+    """The evaluations of runs in one picture, with a curve for each seed."""
     counts = list(rules.values())
     lines = []
     for name, each in tests.items():
@@ -122,7 +122,7 @@ def _curves(
     columns = [measure, *PANELS]
     style.logarithmic(panels[0])
     for index, ((_, _, each), look) in enumerate(zip(lines, looks, strict=True)):
-        length = min(len(curve) for curve in each)  # of runs that are not all done
+        length = min(len(curve) for curve in each)  # some runs are not finished
         epochs = [row["epoch"] for row in each[0][:length]]
         for axes, column in zip(panels, columns, strict=True):
             style.plot(axes, epochs, [[row[column] for row in curve[:length]] for curve in each], look, index)
@@ -213,7 +213,7 @@ def layers(tests: Mapping[str, Curve], rules: Mapping[str, str]) -> bytes | None
 
 
 def _paths(rows: Curve, kind: str) -> list[str]:
-    """The columns of a kind of angle, from the first layer on; the output's delta is the loss's own, whatever the rule."""
+    """The columns of a kind of angle, from the first layer on, without the output's delta, which comes from the loss."""
     names = [name for name in rows[-1] if name.startswith(f"{kind}_angle_deg/") and name != f"delta_angle_deg{OUTPUT}"]
     return sorted(names, key=_depth)
 

@@ -1,4 +1,4 @@
-"""A run's numbers: CSV files that a resumed run goes on with, and TensorBoard scalars."""
+"""The numbers of a run: CSV files, which a resumed run continues, and TensorBoard scalars."""
 
 import contextlib
 import csv
@@ -17,13 +17,13 @@ from wmkp.experiments.runs.outputs import make_directory, write_atomically
 
 
 class Log:
-    """One CSV file, a row at a time, first of all its step; the same numbers to TensorBoard where there is a ``board``.
+    """One CSV file, written row by row, with the step in the first column. A ``board`` gets the same numbers.
 
     The columns are those of the first row. Values that are not finite are left empty.
     """
 
     def __init__(self, path: Path, step: int, board: "Board | None" = None):
-        """Opens the file, its rows after ``step`` taken away: they come anew.
+        """Opens the file and removes its rows after ``step``, which will be written again.
 
         Raises:
           InputError: the file is damaged, or cannot be written.
@@ -33,19 +33,19 @@ class Log:
         steps = [row.get("step", math.nan) for row in rows]
         for number, (before, after) in enumerate(itertools.pairwise([0, *steps]), 2):
             if not before < after:
-                raise _damaged(path, f"the steps do not rise in line {number}")
+                raise _damaged(path, f"the steps do not increase in line {number}")
         rows = [row for row in rows if row["step"] <= step]
         write_atomically({path: _to_text(rows).encode()})
         self._columns = list(rows[0]) if rows else []
         self._file = path.open(
             "ab", buffering=0
-        )  # with a buffer, what a full disk did not take is tried again at closing
+        )  # a buffer would try to write again at closing after the disk was full
 
     def write(self, row: dict[str, float]) -> None:
         """Adds a row, on disk when this returns.
 
         Raises:
-          InputError: it has other columns than those before it, or cannot be written.
+          InputError: it has other columns than earlier rows, or cannot be written.
         """
         if self._columns and self._columns != list(row):
             raise _damaged(self._path, "its columns are not this run's")
@@ -65,10 +65,10 @@ class Log:
 
 
 class Board:
-    """TensorBoard's scalars of a run. Its file is begun with the first of them, so that none is empty."""
+    """TensorBoard scalars of a run. The first one starts the file, so that no file is empty."""
 
     def __init__(self, directory: Path, step: int):
-        """What an earlier run wrote in ``directory`` after ``step`` is taken back. Raises InputError."""
+        """Discards what an earlier run wrote to ``directory`` after ``step``. Raises InputError."""
         make_directory(directory)
         self._directory, self._step = directory, step
         self._writer: Any = None
@@ -89,7 +89,7 @@ class Board:
     def _open(self) -> None:
         if self._writer is not None:
             return
-        # Not SummaryWriter, whose thread dies of a full disk and prints its traceback.
+        # Not SummaryWriter: on a full disk its thread dies and prints a traceback.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
         from tensorboardX.summary import custom_scalars
@@ -105,14 +105,14 @@ class Board:
         self._writer.write_event(Event(wall_time=time.time(), **content))
 
     def close(self) -> None:
-        """Every row is on disk already: what fails now loses nothing."""
+        """Closes. Every row is on disk already, so an error here loses nothing."""
         with contextlib.suppress(OSError):
             if self._writer is not None:
                 self._writer.close()
 
 
 def tag(column: str) -> str:
-    """What TensorBoard calls a column: what belongs in one chart, or beside each other, shares the part before the slash."""
+    """The TensorBoard tag of a column. Columns of one chart share the part before the slash."""
     if split := re.fullmatch("(train|test)_(.*)", column):
         return f"{split[2]}/{split[1]}"
     return re.sub(r"(\w+_angle)_(mean|worst)$", r"\1/\2", column.replace("_deg", "", 1))
@@ -141,7 +141,7 @@ def read(path: Path, columns: Sequence[str] = ()) -> list[dict[str, float]]:
 
 
 def _damaged(path: Path, reason: str) -> InputError:
-    return InputError(f"{path} is damaged ({reason}); mend it, or move it away: no weight depends on it")
+    return InputError(f"{path} is damaged ({reason}); repair it, or move it away: training does not read it")
 
 
 def _to_text(rows: list[dict[str, float]], header: bool = True) -> str:

@@ -1,4 +1,4 @@
-"""Results on disk: a directory that is known to be writable beforehand, and files that are whole or not there."""
+"""Results on disk: directories that are checked beforehand, and files that are complete or absent."""
 
 import contextlib
 import fcntl
@@ -11,7 +11,7 @@ from wmkp.experiments.config import InputError
 
 
 def make_directory(path: Path) -> None:
-    """Makes the directory if need be, and tries to write in it. Raises InputError if that cannot be done."""
+    """Makes the directory if needed, and tries to write in it. Raises InputError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -23,7 +23,7 @@ def make_directory(path: Path) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Raises InputError, before the work that makes it, if a file cannot be written there. Makes its directory."""
+    """Raises InputError if a file cannot be written there. Call it before the work. Makes the file's directory."""
     try:
         if path.exists() and not path.is_file():  # a device would be replaced
             raise InputError(f"cannot write to {path}: it is not a file")
@@ -36,12 +36,12 @@ def check_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def claim(path: Path) -> Iterator[None]:
-    """Makes the directory, this run's alone. Raises InputError if that cannot be done, or another run is at work there.
+    """Makes the directory and locks it. Raises InputError if that fails, or another run holds the lock.
 
-    One that was made for a command that is then refused is taken away again.
+    If the command then fails, a directory that was made for it is removed.
     """
-    if "\\" in str(path.absolute()):  # TensorStore takes it for a slash, and writes checkpoints elsewhere
-        raise InputError(f"cannot write to {path}: its path has a backslash; give another --out")
+    if "\\" in str(path.absolute()):  # TensorStore reads it as a slash, and would write checkpoints elsewhere
+        raise InputError(f"cannot write to {path}: its path has a backslash; use another --out")
     made = not path.exists()
     make_directory(path)
     with contextlib.ExitStack() as stack:
@@ -52,8 +52,8 @@ def claim(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"another run is at work in {path}; give another --out") from None
-        for left in path.glob(".*.partial"):  # by a run that was killed while it wrote
+            raise InputError(f"another run is at work in {path}; wait for it, or use another --out") from None
+        for left in path.glob(".*.partial"):  # left by a run that was killed while writing
             left.unlink()
         try:
             yield
@@ -66,7 +66,7 @@ def claim(path: Path) -> Iterator[None]:
 
 
 def write_atomically(files: dict[Path, bytes]) -> None:
-    """Writes files, each of which appears under its name, or where that links to, only when all are complete."""
+    """Writes files. They appear under their names (or their links' targets) only when all are complete."""
     partial = {path: _partial(path) for path in files}
     try:
         for path, content in files.items():
@@ -84,11 +84,11 @@ def write_atomically(files: dict[Path, bytes]) -> None:
 
 
 def _target(path: Path) -> Path:
-    """Where a file is, if links lead to it."""
-    return Path(os.path.realpath(path))  # unlike Path.resolve, it stands a circle of links
+    """The path of a file, with links resolved."""
+    return Path(os.path.realpath(path))  # unlike Path.resolve, it accepts a circle of links
 
 
 def _partial(path: Path) -> Path:
-    """Where a file is written until it is complete."""
+    """The path to which a file is written until it is complete."""
     target = _target(path)
     return target.with_name(f".{target.name}.{os.getpid()}.partial")

@@ -23,17 +23,17 @@ def installed(package: str) -> str | None:
 
 
 def provenance() -> dict[str, Any]:
-    """Date, commit (None outside a checkout), machine, devices, and versions of what counts."""
+    """Date, commit (None outside a checkout), machine, devices, and versions of the packages that matter."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
         cpu = names[0] if names else cpu
     root, commit = Path(__file__).parents[2], ""
-    if (root / ".git").exists():  # a checkout, not an installed package that lies in somebody's repository
+    if (root / ".git").exists():  # a checkout of wmkp, not a package installed inside another repository
         git = partial(subprocess.run, cwd=root, capture_output=True, text=True, check=False)
         commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-        # Results that were just written are no part of what made them.
+        # Results that were just written do not count as changes.
         changed = git(["git", "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results", ":!RESULTS.md"]).returncode
         commit += "-dirty" if commit and changed else ""
     return {

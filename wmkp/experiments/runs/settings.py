@@ -1,4 +1,4 @@
-"""A run's config.json: written, read back type by type, and held against the settings that the run is resumed with."""
+"""A run's config.json: writes it, reads it with types, and compares it with the settings of a resumed run."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from wmkp.experiments.config import MACHINES, InputError, Train, first_line, flag
 from wmkp.experiments.runs import outputs
 
-# What may change when a run is resumed: none of it changes what is learned.
+# Settings that a resumed run may change. None of them changes what is learned.
 FREE = frozenset("out resume data_dir max_bad on_nan log_every eval_every save_every keep tensorboard".split()) | {
     *MACHINES
 }
@@ -20,7 +20,7 @@ WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "text
 
 
 def to_json(config: Train) -> dict[str, Any]:
-    """A config as config.json has it."""
+    """A config as in config.json."""
     values = dataclasses.asdict(config)
     return {
         name: str(x) if isinstance(x, Path) else list(x) if isinstance(x, tuple) else x for name, x in values.items()
@@ -28,13 +28,13 @@ def to_json(config: Train) -> dict[str, Any]:
 
 
 def write(config: Train) -> None:
-    """Writes config.json. Raises InputError if that cannot be done."""
+    """Writes config.json. Raises InputError if that fails."""
     text = json.dumps(to_json(config), indent=2) + "\n"
     outputs.write_atomically({config.out / "config.json": text.encode()})
 
 
 def read(directory: Path) -> Train:
-    """The config of a run. Raises InputError if it is not there or not one."""
+    """The config of a run. Raises InputError if it is missing or damaged."""
     path = directory / "config.json"
     try:
         values = json.loads(path.read_text())
@@ -53,10 +53,10 @@ def read(directory: Path) -> Train:
 def _from_json(values: Any) -> Train:
     """A config from config.json's values. Raises InputError, naming the setting, if one is missing, unknown or of another type."""
     if not isinstance(values, dict):
-        raise InputError("it does not hold settings by name")
+        raise InputError("it is not a JSON object of settings")
     kinds = get_type_hints(Train)
     if unknown := sorted(values.keys() - kinds.keys()):
-        raise InputError(f"it has settings that are not known here: {', '.join(unknown)}")
+        raise InputError(f"it has unknown settings: {', '.join(unknown)}")
     if missing := sorted(kinds.keys() - values.keys()):
         raise InputError(f"it lacks the settings {', '.join(missing)}")
     for name, kind in kinds.items():
@@ -67,7 +67,7 @@ def _from_json(values: Any) -> Train:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value of JSON stands for one of this type; ``true`` is no integer, an integer is a number."""
+    """Whether a JSON value fits a type. ``true`` is no integer, and an integer is a number."""
     if isinstance(kind, types.UnionType):
         return any(_fits(value, each) for each in get_args(kind))
     if get_origin(kind) is Literal:
@@ -95,7 +95,7 @@ def _words(kind: Any) -> str:
 
 @contextlib.contextmanager
 def claim(config: Train) -> Iterator[None]:
-    """Makes the run's directory, this run's alone.
+    """Makes the run's directory, and locks it for this run.
 
     Raises:
       InputError: another run is at work there, a finished one is and --resume was not given, or it was started with
@@ -104,7 +104,7 @@ def claim(config: Train) -> Iterator[None]:
     with outputs.claim(config.out):
         if (config.out / "config.json").exists():
             if not config.resume:
-                raise InputError(f"{config.out} has a run in it; give --resume to go on with it, or another --out")
+                raise InputError(f"{config.out} has a run in it; continue it with --resume, or use another --out")
             _check_resumable(config, to_json(read(config.out)), to_json(config))
         yield
 
@@ -117,10 +117,10 @@ def _check_resumable(config: Train, before: dict[str, Any], now: dict[str, Any])
     if not changed or (changed <= LENGTH and longer and config.schedule != "cosine"):
         return
     said = "; ".join(f"{flag(name)} was {before[name]} and is {now[name]}" for name in now if name in changed)
-    hint = "give another --out"
+    hint = "use another --out"
     if changed <= LENGTH:
-        hint += " to train anew; a run can be resumed with more --epochs, or more --steps"
+        hint += " to train from the start. A run can be resumed with more --epochs or more --steps"
         hint += (
-            ", only if its --schedule is constant or step: cosine ends with the run" if longer else ", not with less"
+            ", but only with a constant or step --schedule: cosine ends with the run" if longer else ", not with fewer"
         )
     raise InputError(f"--resume: {config.out} was started with other settings: {said}; {hint}")

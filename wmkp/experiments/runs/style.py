@@ -1,4 +1,4 @@
-"""How every figure looks, in colour and in grey: those of the commands, the notebooks and the benchmarks."""
+"""The style of all figures of the commands, notebooks and benchmarks, in colour and in grey."""
 
 import io
 import math
@@ -33,7 +33,7 @@ RC: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "wmkp",  # the same picture is the same file
 }
-styled = mpl.rc_context(RC)  # a decorator of what draws
+styled = mpl.rc_context(RC)  # a decorator for functions that draw
 # For notebooks, whose labels have formulas: plt.rcParams |= style.NOTEBOOK.
 NOTEBOOK: Any = RC | {
     "text.parse_math": True,
@@ -46,7 +46,7 @@ NOTEBOOK: Any = RC | {
 }
 
 DOTS, SHORT, LONG, DASHDOT = (0, (1, 1.2)), (0, (3.5, 1.3)), (0, (8, 1.8)), (0, (6, 1.4, 1, 1.4))
-# Okabe and Ito's colours, which the colour-blind can tell apart; dashes and markers besides, for print in grey.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. Dashes and markers are for print in grey.
 STYLES: dict[str, dict[str, Any]] = {
     "bp": {"color": "#000000", "linestyle": "-", "marker": "", "linewidth": 2.4},
     "fa": {"color": "#D55E00", "linestyle": DOTS, "marker": "v"},
@@ -59,7 +59,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "pfa": {"color": "#393B79", "linestyle": LONG, "marker": "*"},
     "frozen": {"color": "#888888", "linestyle": DOTS, "marker": "", "linewidth": 2.4},
 }
-# What has no style of its own takes these in turn.
+# Lines without their own style take these in turn.
 _COLOURS, _MARKS = ("#7F3C8D", "#1D6996", "#73AF48", "#CC503E", "#38A6A5"), ("<", ">", "p", "h")
 _DASHES = ("-", SHORT, DASHDOT, DOTS)
 OTHERS = [{"color": _COLOURS[i % 5], "linestyle": _DASHES[i % 4], "marker": _MARKS[i % 4]} for i in range(20)]
@@ -74,7 +74,7 @@ def figure(width: float, height: float, title: str = "") -> Figure:
 
 
 def save(figure: Figure, suffix: str = ".png") -> bytes:
-    """The figure as a file's bytes, of the format that the suffix names, 200 dots an inch."""
+    """The figure as a file's bytes in the format of the suffix, at 200 dots per inch."""
     file = io.BytesIO()
     kind = suffix.lower().removeprefix(".") or "png"
     metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
@@ -91,9 +91,9 @@ def check_format(path: Path) -> None:
 
 
 def plot(axes: Any, x: Sequence[float], curves: Sequence[Sequence[float]], look: Mapping[str, Any], index: int) -> None:
-    """One line, of one run or the mean over several, with a band of a standard error to each side.
+    """One line: one run, or the mean over several with a band of one standard error to each side.
 
-    ``index`` numbers the lines of a figure: markers stand at other places on each.
+    ``index`` numbers the lines of a figure, so that their markers are at different places.
     """
     values = np.asarray(curves, float)
     mean = values.mean(0)
@@ -118,7 +118,7 @@ def finish(axes: Any, *, ylabel: str, xlabel: str = "Epoch", angles: bool = Fals
     if axes.get_xscale() == "linear":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         low, high = axes.dataLim.intervalx
-        if 0 <= high - low < 1:  # an evaluation or two within an epoch (infinite where nothing is drawn)
+        if 0 <= high - low < 1:  # one or two evaluations within an epoch (infinite if nothing is drawn)
             axes.set_xlim(math.floor(low) - 0.05, (math.ceil(high) if high > low else math.floor(high) + 1) + 0.05)
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -134,7 +134,7 @@ def logarithmic(axes: Any, steps: tuple[float, ...] = (1, 1.5, 2, 3, 5, 7)) -> N
 
 
 def legend(figure: Figure, entries: Sequence[tuple[str, Mapping[str, Any]]], note: str = "") -> None:
-    """The lines' names below the panels, in as many columns as there is room for, and a note below them."""
+    """The legend below the panels, in as many columns as fit, and a note below it."""
     width = figure.get_size_inches()[0]
     labels = [textwrap.shorten(label, 110, placeholder="…") for label, _ in entries]
     columns = max(1, min(len(labels), int(width / (0.72 + 0.075 * max(map(len, labels), default=1)))))
@@ -147,12 +147,12 @@ def legend(figure: Figure, entries: Sequence[tuple[str, Mapping[str, Any]]], not
 
 
 def code(rule: str) -> str:
-    """A rule as legends and tables name it: BP, FA, ..."""
+    """A rule's name in legends and tables: BP, FA, ..."""
     return "Frozen" if rule == "frozen" else rule.upper()
 
 
 def looks(rules: Sequence[str]) -> list[dict[str, Any]]:
-    """A look for each line: a rule's own the first time, else the next of ``OTHERS``."""
+    """A style for each line: the rule's own the first time, then the next of ``OTHERS``."""
     taken: set[str] = set()
     found, others = [], 0
     for rule in rules:
