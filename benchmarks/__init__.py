@@ -1,6 +1,6 @@
-"""Benchmarks: how they time things, and keep results. ``python -m benchmarks`` runs those of speed and prints a table.
+"""Benchmarks: timing, and results. ``python -m benchmarks`` measures speed and prints a table.
 
-The others are modules to be run by themselves (``python -m benchmarks.drift``).
+The others are separate modules (``python -m benchmarks.drift``).
 """
 
 import json
@@ -26,7 +26,7 @@ def save(name: str, result: dict[str, Any]) -> pathlib.Path:
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of each call: median, least and most over rounds in which all take turns, after one that compiles.
+    """Seconds of each call: median, least and most over rounds in which all take turns. The first call is not counted.
 
     A call must wait for its result.
     """
@@ -45,15 +45,15 @@ def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, d
 
 
 class Row(NamedTuple):
-    """A figure and what it is held against.
+    """A number and its target.
 
     Attributes:
       name: what was measured.
-      value: the figure; None where it was not measured, and ``note`` says why.
-      spread: of a ratio of medians, the quartiles of the ratios of single rounds.
+      value: the number; None if it was not measured (``note`` says why).
+      spread: for a ratio of medians, the quartiles of the ratios of single rounds.
       at_most, at_least: the target, if there is one.
       note: what a reader must know.
-      detail: further figures, for the JSON file.
+      detail: further numbers, for the JSON file.
     """
 
     name: str
@@ -89,10 +89,10 @@ class Row(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What a group is run with.
+    """The options of a group.
 
     Attributes:
-      quick: sizes so small that the figures mean nothing: for trying the scripts out.
+      quick: tiny sizes, whose numbers mean nothing, to try out the scripts.
       data_dir: where TFDS keeps its datasets, or None.
     """
 
@@ -104,10 +104,10 @@ Part = Callable[[], Iterable[Row]]
 
 
 def run_parts(name: str, parts: dict[str, Part], settings: Settings, seconds: float, where: pathlib.Path) -> None:
-    """Runs a group's parts one after another; ``where/<name>.json`` is written anew after each row.
+    """Runs a group's parts one after another, and writes ``where/<name>.json`` after each row.
 
-    A part that fails, or whose turn comes after ``seconds``, leaves a row that is not run, and says why; a killed run
-    leaves those it did not come to.
+    A part that fails, or would start after ``seconds``, leaves a row that is not run and says why. So do the parts that a
+    killed run did not reach.
     """
     deadline = time.monotonic() + seconds
     rows = {part: [Row(part, note="not reached")] for part in parts}
@@ -147,12 +147,12 @@ def run_parts(name: str, parts: dict[str, Part], settings: Settings, seconds: fl
 def in_turns(
     calls: dict[str, Callable[[], Any]], seconds: float, least: int = 3, most: int = 100, each: float = 0.05
 ) -> dict[str, list[float]]:
-    """Seconds of every call in each round: all take turns, in an order that is reversed from round to round.
+    """Seconds of every call in each round. All take turns, and each round reverses the order.
 
     Args:
       calls: each must wait for its result. The first call of each, which may compile, is not counted.
-      seconds: how long to go on, but for at least ``least`` and at most ``most`` rounds.
-      each: a call shorter than this is repeated until a turn has this length.
+      seconds: how long to measure, within ``least`` to ``most`` rounds.
+      each: a shorter call is repeated until its turn takes this long.
     """
     repeats = {}
     for name, call in calls.items():
@@ -174,7 +174,7 @@ def in_turns(
 
 
 def ratio(name: str, seconds: dict[str, list[float]], over: str, under: str, note: str = "", **row: Any) -> Row:
-    """The ratio of medians of two calls that took turns, and the quartiles of the rounds' own ratios."""
+    """The ratio of medians of two calls that took turns, and the quartiles of the ratios of single rounds."""
     above, below = seconds[over], seconds[under]
     rounds = [a / b for a, b in zip(above, below, strict=True)]
     low, _, high = statistics.quantiles(rounds, n=4, method="inclusive") if len(rounds) > 1 else rounds * 3

@@ -1,6 +1,7 @@
-"""``python -m benchmarks``: how fast wmkp is, against backprop, against peers and against the limit; prints a table.
+"""Measures wmkp's speed relative to backprop, to other libraries and to the hardware's limit, and prints a table.
 
-Runs what the machine allows, each group of rows in a process of its own, and writes ``benchmarks/results/<group>.json``.
+Each group of rows runs in its own process and writes benchmarks/results/GROUP.json. Rows that this machine cannot
+measure are marked as not run.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import benchmarks
 
-# How many seconds each group may begin new parts for; a fifth more, and it is killed.
+# For how many seconds each group may start new parts. After a fifth more it is killed.
 GROUPS = {
     "engaged": 900,
     "mirror_cost": 1300,
@@ -24,31 +25,37 @@ GROUPS = {
     "gpu": 600,
     "compiled": 3600,
 }
-# A group that writes files of another name.
+# Groups whose files have other names.
 FILES = {"compiled": ("tpu", "gpu_compiled")}
 
 
 def main() -> int:
-    """Runs the groups asked for; 1 if one of them was cut off or failed, whatever the figures."""
+    """Runs the groups. Returns 1 if one was cut off or failed, whatever the numbers say."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="groups to run; all by default")
-    parser.add_argument("--data-dir", type=Path, help="where TFDS keeps mnist and cifar10 (or <name>.npz of each)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the scripts out: results are not kept")
-    parser.add_argument("--here", action="store_true", help="run one group in this process, as the command itself does")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="groups to run (default: all)")
+    parser.add_argument(
+        "--data-dir", type=Path, help="directory of the prepared TFDS datasets mnist and cifar10, or of NAME.npz files"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, to try out the scripts; does not keep results"
+    )
+    parser.add_argument(
+        "--here", action="store_true", help="run one group in this process (used by the command itself)"
+    )
     args = parser.parse_args()
     where = Path(tempfile.gettempdir()) / "wmkp-benchmarks" if args.quick else benchmarks.RESULTS
     if args.here:
         (group,) = args.only
         settings = benchmarks.Settings(args.quick, args.data_dir)
         module = importlib.import_module(f"benchmarks.{group}")
-        if hasattr(module, "run"):  # it keeps what it has
+        if hasattr(module, "run"):  # finished rows are kept
             return int(module.run(settings, where, GROUPS[group]))
         parts = module.parts(settings)
         benchmarks.run_parts(group, parts, settings, GROUPS[group], where)
         return 0
     failed = 0
     options = [*(["--data-dir", str(args.data_dir)] if args.data_dir else []), *(["--quick"] if args.quick else [])]
-    # NumPy's threads and kernel are left to itself: these would slow the yardstick.
+    # NumPy chooses its own threads and kernels: these settings would slow the reference.
     environment = {k: v for k, v in os.environ.items() if k not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
     for group in args.only:
         print(f"\n## {group}", flush=True)

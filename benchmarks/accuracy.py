@@ -1,8 +1,7 @@
-"""Time to accuracy: 98% on MNIST on this CPU, and 90% and 94% on CIFAR-10 on one GPU, under Kolen-Pollack and weight mirrors.
+"""Time to accuracy: 98 % on MNIST on a CPU, and 90 % and 94 % on CIFAR-10 on a GPU, under Kolen-Pollack and weight mirrors.
 
-The seconds are those of training, mirror steps included, from data on the device to the end of the first epoch whose
-test accuracy is reached. Compiling and testing are left out, and said apart; so are the weights' start and the one mirror
-step that B starts from.
+The time is that of training, with mirror steps, from data on the device to the end of the first epoch that reaches the test
+accuracy. It excludes compilation and testing (reported separately), initialization, and the mirror step before training.
 """
 
 import statistics
@@ -156,7 +155,7 @@ def reach(recipe: Recipe, rule: wmkp.Rule, data: Any, held_out: Any, seed: int) 
 
         def step(state: Any, rows: jax.Array) -> Any:
             state, metrics = steps.engaged_step(state, (x[rows], y[rows]))
-            if mirrors:  # after every step: at these rates W moves fast, and what B lags behind costs accuracy
+            if mirrors:  # after every step: W moves fast at these rates, and lag costs accuracy
                 state, _ = steps.mirror_step(state)
             return state, metrics["loss"]
 

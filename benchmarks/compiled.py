@@ -1,8 +1,8 @@
-"""Engaged and mirror steps compiled for TPUs and GPUs that need not be here: what XLA makes of them, counted.
+"""Engaged and mirror steps compiled for TPUs and GPUs, without the devices: XLA's programs, counted.
 
-Every program is compiled for the description of its device, and beside backprop's: operations, bytes, memory, products,
-copies and collectives. Nothing is run. A program that ``results/tpu.json`` or ``results/gpu_compiled.json`` has already (the
-same, to its last operation, by the same compiler) is not compiled again.
+Each program is compiled for the description of a device and compared with backprop's: operations, bytes, memory, products,
+copies and collectives. Nothing is run. A program that ``results/tpu.json`` or ``results/gpu_compiled.json`` already has (the
+same operations by the same compiler) is not compiled again.
 """
 
 import hashlib
@@ -113,7 +113,7 @@ def lowered(target: Target, name: str, step: str, batch_size: int | None = None)
 
 
 def backprop(this: models.Case, target: Target) -> tuple[Any, Any]:
-    """The yardstick for a target, jitted, and its state's shapes."""
+    """Backprop's step for a target, jitted, and its state's shapes."""
     found = []
 
     def start(params: Any, model_state: Any) -> Any:

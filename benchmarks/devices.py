@@ -1,6 +1,6 @@
-"""How a Kolen-Pollack step grows beside backprop's with the number of devices.
+"""How the time of a Kolen-Pollack step relative to backprop grows with the number of devices.
 
-They are virtual ones of the CPU: they share its cores, so that they tell what dividing the work costs, not what it gains.
+The devices are virtual and share the CPU's cores. So this measures what dividing the work costs, not what it gains.
 """
 
 import os

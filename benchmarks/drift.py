@@ -1,7 +1,7 @@
-"""How far B drifts from W^T under Kolen-Pollack from an exact mirror, and what mirroring again costs and brings.
+"""How far B drifts from W^T under Kolen-Pollack after an exact mirror step, and what further mirror steps cost and gain.
 
-``python -m benchmarks.drift`` trains a ReLU MLP for 20,000 steps under each optimizer and precision, watches the worst
-matrix angle over projections at every step, and writes ``benchmarks/results/drift.json``.
+``python -m benchmarks.drift`` trains a ReLU MLP for 20,000 steps under each optimizer and precision, measures the largest
+matrix angle at every step, and writes ``benchmarks/results/drift.json``.
 """
 
 import os

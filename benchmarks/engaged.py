@@ -1,8 +1,8 @@
-"""An engaged step against a backprop step: seconds, bytes at the peak, products and copies of the compiled programs.
+"""An engaged step relative to a backprop step: time, peak memory, products and copies of the compiled programs.
 
-Backprop is ``jax.value_and_grad`` and the optimizer, the same model, optimizer and batch, both compiled with the state
-donated. On CPUs wmkp takes some convolutions' weight gradients by patches, which XLA's backprop does not: so nets of
-convolutions are also held against backprop with that gain, which is an engaged step whose B is W.
+Backprop is ``jax.value_and_grad`` with the same model, optimizer and batch. Both are compiled with a donated state. On CPUs
+wmkp computes some convolutions' weight gradients by patches, and XLA's backprop does not. So convolutional networks are
+also compared with backprop by patches, which is an engaged step with B = W.
 """
 
 import statistics

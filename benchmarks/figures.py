@@ -1,8 +1,8 @@
-"""Takes in what ``wmkp reproduce`` left, and writes RESULTS.md from it: no figure is typed.
+"""Collects the results of ``wmkp reproduce``, and writes RESULTS.md from them: no number is typed by hand.
 
 ``python -m benchmarks.figures runs/akrout-mnist ...`` copies the CSV files, pictures and provenance of these directories
-to ``benchmarks/results/figures``, and then writes RESULTS.md from all that lies there; without a directory it only writes.
-A battery's runs join those of the same settings that were taken in before, whatever commit and day each is of.
+to ``benchmarks/results/figures``. Then it writes RESULTS.md from that directory. Without arguments it only writes. Runs
+join earlier ones with the same settings, from any commit and day.
 """
 
 import csv

@@ -1,10 +1,10 @@
-"""What mirror mode costs: a mirror step against its two products, its noise apart, and the cheapest schedule for 6 degrees.
+"""The cost of mirror mode: a mirror step relative to its two products, and the cheapest schedule for 6 degrees.
 
-A schedule is a kind of noise, the samples N of each projection, a rate a, and a mirror step after every k engaged
-steps. What it will hold is predicted from the weights' path in training by backprop (B is a leaky average of W's past,
-so its lag follows from inner products of W with itself at other steps) and the law of angles. The cheapest that holds
-the worst projection at every step is then trained with. An angle held is that between the W and the B of one engaged
-step, which its error meets; the larger one that W's last change leaves until B is mirrored is noted beside it.
+A schedule is a kind of noise, the samples N of each projection, a rate a, and a mirror step after every k engaged steps.
+Its angle is predicted from the law of angles and from the path of W under backprop. (B is a leaky average of past W, so its
+lag follows from inner products of W at different steps.) The cheapest schedule that holds the worst projection at every
+step is then trained. The angle is that of W and B in an engaged step. The larger angle just before the next mirror step is
+reported too.
 """
 
 import math

@@ -110,9 +110,9 @@ def start(case: Case) -> Plain:
 
 
 def backprop_step(case: Case) -> tuple[Callable[[Plain, Any], tuple[Plain, jax.Array]], Plain]:
-    """The yardstick: ``jax.value_and_grad`` and the optimizer, not compiled yet; and a state to start from.
+    """The reference: ``jax.value_and_grad`` and the optimizer, not compiled yet, and an initial state.
 
-    The loss takes a random key, so the step splits one, as an engaged step does and any training loop must.
+    The loss takes a random key, so the step splits one, as an engaged step does.
     """
 
     def step(state: Plain, batch: Any) -> tuple[Plain, jax.Array]:
@@ -126,7 +126,7 @@ def backprop_step(case: Case) -> tuple[Callable[[Plain, Any], tuple[Plain, jax.A
 
 
 def chained(step: Callable[..., tuple[Any, Any]], state: Any, *args: Any) -> Callable[[], Any]:
-    """A call that takes one step from where the last one ended (so that the state can be donated), and waits for it."""
+    """A call that takes one step from the last state (so that the state can be donated), and waits for it."""
     box = [state]
 
     def call() -> Any:

@@ -1,4 +1,4 @@
-"""Puts tables and a picture from ``wmkp compare`` and ``python -m benchmarks`` into the pages: no figure is typed."""
+"""Writes tables and a picture from ``wmkp compare`` and ``python -m benchmarks`` into the pages: no number is typed by hand."""
 
 import json
 import re
@@ -24,11 +24,11 @@ PLACES = {
 
 
 def pages(comparison: Path | None = None, every_rule: Path | None = None) -> None:
-    """Fills the pages' marked places and puts the address in: measurements always, a comparison's tables where it is given.
+    """Fills the marked places of the pages with measurements and addresses, and with comparisons if they are given.
 
     Args:
-      comparison: what ``wmkp compare`` wrote.
-      every_rule: what ``wmkp compare --rules all --out comparison-all`` wrote.
+      comparison: the directory that ``wmkp compare`` wrote, for the picture.
+      every_rule: the directory that ``wmkp compare --rules all --out comparison-all`` wrote, for the table.
     """
     for page, names in PLACES.items():
         for name in names:
@@ -44,7 +44,7 @@ def pages(comparison: Path | None = None, every_rule: Path | None = None) -> Non
 
 
 def table(head: list[str], rows: list[list[str]], numbers: int) -> str:
-    """A table in Markdown whose last ``numbers`` columns stand to the right."""
+    """A Markdown table whose last ``numbers`` columns are right-aligned."""
     rule = ["---"] * (len(head) - numbers) + ["---:"] * numbers
     return (
         "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *rows))
@@ -128,7 +128,7 @@ def transforms() -> str:
 
 
 def peers() -> str:
-    """How fast peers are beside wmkp, by ``results/peers.json``."""
+    """Other libraries' times over wmkp's, by ``results/peers.json``."""
     rows = [row for row in results("peers").values() if row.value is not None]
     return table(
         ["time", "ratio"], [[row.name, f"{row.value:.2f}"] for row in rows if "alone, by PyTorch" not in row.name], 1

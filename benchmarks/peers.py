@@ -1,7 +1,7 @@
-"""wmkp beside its peers, in turns: the paper's equations in NumPy, PyTorch's backprop and BioTorch's rules.
+"""wmkp and other libraries in turns: the paper's equations in NumPy, PyTorch's backprop and BioTorch's rules.
 
-Every figure is a peer's time over wmkp's: above one, wmkp is faster. None has a target, since XLA's kernels set wmkp's time on a
-CPU. The target is what wmkp adds to them: an epoch over the two large products that it cannot do without, by the same kernels.
+Every number is the other library's time over wmkp's: above 1, wmkp is faster. These have no target, because XLA's kernels set
+wmkp's time on a CPU. The target is for what wmkp adds: an epoch over its two large products by the same kernels.
 """
 
 import contextlib

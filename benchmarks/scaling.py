@@ -1,4 +1,4 @@
-"""How a Kolen-Pollack step grows beside backprop's: with batch, depth and width; and how tracing grows."""
+"""How the time of a Kolen-Pollack step relative to backprop grows with batch, depth and width, and how tracing grows."""
 
 import math
 import statistics

@@ -1,4 +1,4 @@
-"""Real training under BP, KP and WM at a CPU's size: test error, and the angles of every projection.
+"""Short training runs under BP, KP and WM on a CPU: test error, and the angles of every projection.
 
 ``python -m benchmarks.training --data-dir DIR`` runs ``wmkp train`` with each of the settings below, prints a line a
 run, and writes ``benchmarks/results/training.json``. DIR holds TFDS's cifar10, mnist and imagenet2012.

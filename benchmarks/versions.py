@@ -1,4 +1,4 @@
-"""The test suite under the oldest versions that pyproject.toml promises, and under the newest that install.
+"""Runs the test suite under the oldest versions that pyproject.toml allows, and under the newest.
 
     python -m benchmarks.versions oldest
     python -m benchmarks.versions newest --python python3.13

@@ -1,12 +1,12 @@
-"""Wear: thirty SIGKILLs at random do not change a bit of a run, and neither kills nor steps leave anything behind.
+"""Endurance: thirty random SIGKILLs do not change a bit of a run, and neither kills nor steps leave anything behind.
 
     python -m benchmarks.wear
 
-One run of ``wmkp train`` goes on undisturbed, its memory, open files and threads looked at after every evaluation.
-Another, with the same settings, is killed and resumed: some kills fall while a process starts or restores, the others
-where a number of steps is reached, and saves and evaluations are so frequent that many fall into one. Exit code 1 if
-the runs differ, if something is left behind or if memory grows. All of it under a weight mirror, whose second mode has random
-keys of its own, and again under Kolen-Pollack, whose B has an optimizer's state of its own.
+One run of ``wmkp train`` is not disturbed; its memory, open files and threads are counted after every evaluation. Another
+with the same settings is killed and resumed. Some kills come while a process starts or restores, others at a given step.
+Saves and evaluations are so frequent that many kills interrupt one. The exit code is 1 if the runs differ, if files or
+processes remain, or if memory grows. All of this runs under a weight mirror, whose second mode has random keys, and under
+Kolen-Pollack, whose B has an optimizer state.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Runs the notebooks, each in a kernel of its own: their outputs are written into them, or, with --smoke, tests them.
+"""Runs the notebooks, each in its own kernel, and writes their outputs into them. --smoke only tests them.
 
 python notebooks/run.py [--smoke] [NOTEBOOK ...]
 """
@@ -19,8 +19,8 @@ import nbformat
 import papermill
 from PIL import Image
 
-# The parameters of a smoke run, what CI does; all that is asserted in a notebook holds at this size too. papermill
-# knows lists, not tuples.
+# The parameters of a smoke run (in CI). All assertions of a notebook hold at this size too. papermill takes lists, not
+# tuples.
 SMOKE: dict[str, dict[str, object]] = {
     "1_the_idea": {"num_steps": 20},
     "2_mirrors": {"fan_in": 64, "fan_out": 64, "repeats": 1, "mirror_steps": 20},
@@ -48,14 +48,14 @@ def run(path: Path, smoke: bool) -> None:
 
 
 def timed(path: Path, smoke: bool) -> str:
-    """Runs it -> its name and the seconds that it took."""
+    """Runs a notebook and returns its name and the seconds that it took."""
     begin = time.perf_counter()
     run(path, smoke)
     return f"{path.name}: {time.perf_counter() - begin:.0f} s"
 
 
 def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The notebook small, and without what changes at every execution: times, versions, papermill's own notes."""
+    """Makes the notebook small, and removes what changes at every execution: times, versions, papermill's notes."""
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     for number, cell in enumerate(notebook.cells, 1):
         tags = cell.metadata.get("tags")
@@ -76,10 +76,10 @@ def smaller(png: str) -> str:
 
 
 def main() -> None:
-    """What the command line asks for."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all")
-    parser.add_argument("--smoke", action="store_true", help="at a small size, and write nothing")
+    parser.add_argument("notebooks", nargs="*", type=Path, help="notebooks to run (default: all)")
+    parser.add_argument("--smoke", action="store_true", help="run at a small size and write nothing")
     arguments = parser.parse_args()
     if arguments.smoke:  # small programs, which take longer to compile than to run; XLA's flags as in tests/conftest.py
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"

@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices for every test, set before JAX starts; and compiling quickly, since tests compile much."""
+"""Sets eight virtual CPU devices before JAX starts, and makes compilation fast."""
 
 import gc
 import os

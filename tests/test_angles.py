@@ -1,4 +1,4 @@
-"""Matrix angles and delta angles, against NumPy in float64, from the tiniest angle to a half turn."""
+"""Matrix and delta angles against NumPy in float64, from tiny angles to 180 degrees."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The benchmarks' scripts, those that only a GPU can run in earnest among them: what they call, and what they need."""
+"""The benchmark scripts, including those for GPUs: what they call, and what they need."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What each clause of the analysis is for: models that only it tells apart (found by taking clauses out, one at a time)."""
+"""For each clause of the analysis a model that fails without it (found by removing clauses one at a time)."""
 
 import chex
 import jax

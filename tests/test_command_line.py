@@ -1,4 +1,4 @@
-"""The command line's promises: help that helps, one line and exit code 2, nothing lost to a path, a disk or a pipe."""
+"""The command line: help, one-line errors with exit code 2, and no data lost to a path, a disk or a pipe."""
 
 import ast
 import contextlib

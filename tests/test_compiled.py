@@ -1,4 +1,4 @@
-"""Steps compiled for devices that are not here, and what is read of a compiled program's text."""
+"""Steps compiled for other devices, and the counts taken from a compiled program's text."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Data on disk: the order and the pixels of streamed batches, resuming, sharding, and records that cannot be read."""
+"""Data on disk: order and pixels of streamed batches, resuming, sharding, and unreadable records."""
 
 import io
 import itertools

@@ -1,8 +1,10 @@
-"""The pages: their code runs, what they quote is there, every public name has its entry, the version has one source."""
+"""The pages: code runs, printed output and quoted messages are right, and every public name has an entry."""
 
 import ast
+import contextlib
 import doctest
 import inspect
+import io
 import re
 import shlex
 import sys
@@ -33,7 +35,7 @@ def blocks(page, language):
 
 
 def readers_own():
-    """What the README takes for granted: a model of the reader's, here a small one."""
+    """The names that README.md and index.md assume: a small model."""
     params = {"l1": jnp.ones((4, 6)) / 2, "l2": jax.random.normal(jax.random.key(3), (6, 5)) / 2}
     batch = (jax.random.normal(jax.random.key(2), (8, 4)), jnp.arange(8) % 5)
 
@@ -64,11 +66,30 @@ LOSS = "    loss, accuracy = plain(params, batch), 0.0\n"
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
 def test_code_runs(page, quick_compile):
-    """Every block of Python on a page, in the page's order and in one namespace; a traceback names the page's line."""
+    """Every block of Python, in the page's order and in one namespace, prints the text blocks between them."""
     namespace = readers_own() if page.name in {"README.md", "index.md"} else {}
-    for line, code in blocks(page, "python"):
-        code = code.replace(ELLIPSIS, LOSS)
-        exec(compile("\n" * (line - 1) + code, page.name, "exec"), namespace)
+    printed = io.StringIO()
+    for line, language, code in sorted(
+        (n, kind, code) for kind in ("python", "text") for n, code in blocks(page, kind)
+    ):
+        if language == "text":
+            said = code.splitlines()
+            assert alike(printed.getvalue().splitlines()[-len(said) :], said), f"{page.name}:{line}"
+            continue
+        with contextlib.redirect_stdout(printed):
+            # The empty lines make a traceback name the page's line.
+            exec(compile("\n" * (line - 1) + code.replace(ELLIPSIS, LOSS), page.name, "exec"), namespace)
+
+
+NUMBER = r"-?\d+\.?\d*(?:e[-+]?\d+)?"
+
+
+def alike(ours, theirs):
+    """Whether lines have the same words, and numbers that are nearly the same."""
+    texts = ["\n".join(" ".join(line.split()) for line in lines) for lines in (ours, theirs)]
+    words, numbers = ([f(NUMBER, text) for text in texts] for f in (re.split, re.findall))
+    near = all(abs(float(a) - float(b)) <= 0.05 + 0.1 * abs(float(b)) for a, b in zip(*numbers, strict=False))
+    return words[0] == words[1] and near
 
 
 def public():
@@ -81,7 +102,7 @@ def public():
 
 @pytest.mark.parametrize(("name", "x"), list(public()), ids=lambda x: x if isinstance(x, str) else "")
 def test_examples_in_docstrings_run(name, x, quick_compile):
-    """Each by itself: nothing is at hand but the imports that the API page names."""
+    """Each runs alone, with only the imports that the API page names."""
     globs = {"jax": jax, "jnp": jnp, "optax": optax, "wmkp": wmkp}
     test = doctest.DocTestParser().get_doctest(inspect.getdoc(x), globs, name, None, 0)
     assert doctest.DocTestRunner().run(test).failed == 0
@@ -129,7 +150,7 @@ def test_docstrings_name_every_argument_and_error(name, x):
         described = {p.lstrip("*") for group in described for p in group.split(", ")}
         single = len(parameters) == 1 and "Args:" not in doc  # one argument, which the first line names
         assert single or set(parameters) <= described
-    # What the function itself raises; and most of what it passes on.
+    # Only errors that the function itself raises.
     tree = ast.parse(inspect.getsource(x))
     raised = {r.exc.func.id for r in ast.walk(tree) if isinstance(r, ast.Raise) and isinstance(r.exc, ast.Call)}
     assert not raised or "Raises:" in doc
@@ -217,7 +238,7 @@ def test_flags_in_prose_exist():
 
 
 def text_of(node):
-    """A string in the code, … in place of what is filled in; None for other code."""
+    """The text of a string in the code, with … for each inserted value; None for other code."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
@@ -228,7 +249,7 @@ def text_of(node):
 
 
 def strings():
-    """(file, whether it is the message of an error that the library makes, string)."""
+    """(file, whether the string is an error message of the library, string)."""
     for file in sorted((ROOT / "wmkp").rglob("*.py")):
         tree = ast.parse(file.read_text())
         errors = {
@@ -259,7 +280,7 @@ def test_quoted_messages_stand_in_the_code():
 def test_every_message_of_the_library_says_what_to_do_or_is_explained():
     """It says which value an argument must have, or holds an instruction; all others are on the page."""
     plain = re.compile(r"must (be|have|lie|not be)\b[^.]*; got …$|; got …$|must hold only [^.]*$")
-    verbs = "use|pass|give|call|make|return|write|keep|rename|set|leave|compute|continue|differentiate|cast|check|take|bind|put|end|remove"
+    verbs = "use|pass|give|call|make|return|write|keep|rename|set|leave|compute|continue|differentiate|cast|check|take|bind|put|end|remove|add"
     instruction = re.compile(rf"(?:^|[;.:] |, or |To [^.]*, )(?:{verbs})\b", re.IGNORECASE)
     explained = [pattern(quote) for quote in quotes()]
     missing = [

@@ -1,4 +1,4 @@
-"""The paper's equations (1-4 and 14-18), written out in NumPy, against training here; and no backward pass reads W."""
+"""Training against the paper's equations (1-4 and 14-18) in NumPy; and no backward pass reads W."""
 
 import functools
 import itertools

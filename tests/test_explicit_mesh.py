@@ -1,4 +1,4 @@
-"""On a mesh of explicit axes, where an array's type says how it is divided: what one device does, B divided as W is."""
+"""A mesh of explicit axes computes what one device does, and divides B as W."""
 
 import jax
 import jax.numpy as jnp

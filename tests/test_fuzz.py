@@ -1,11 +1,11 @@
-"""Random programs of jax.numpy and lax: gradients equal to a reference's that is written with JAX's own derivatives.
+"""Random programs of jax.numpy and lax: gradients equal those of a reference that uses only JAX's derivatives.
 
-A program is built of closures that ask ``env`` for parameters and for products, so that the same program can be run as
-it stands (which is what wmkp gets to see) and as the reference, where each product of a weight expression T(W) with an
-activation a is ``op(a, T(W))`` in value, reads T(B) in its derivative with respect to a, and T(W)'s place in that with
-respect to W and B: equation 3, 4 and 15 for every use, by stop_gradient alone.
+A program consists of closures that ask ``env`` for parameters and products. So the same program runs as it is, for wmkp,
+and as the reference. In the reference each product of a weight expression T(W) with an activation a has the value
+``op(a, T(W))``. Its derivative with respect to a reads T(B), and those with respect to W and B are those of T(W). This is
+equations 3, 4 and 15 for every use, by stop_gradient alone.
 
-And random copies of an activity, which weights multiply: whether one neuron's activity meets several is read off values.
+Other programs multiply random copies of an activity by weights. Their values show whether one neuron reaches several.
 
 A thousand of each kind, others with each seed (the statistics say what share was accepted and what refused):
 ``FUZZ_EXAMPLES=1000 pytest -n 0 tests/test_fuzz.py --hypothesis-seed=1 --hypothesis-show-statistics``

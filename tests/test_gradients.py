@@ -1,4 +1,4 @@
-"""With B = W every rule's gradient is backprop's, whatever the model is made of and however JAX transforms it."""
+"""With B = W every rule's gradient equals backprop's, for all kinds of models and JAX transformations."""
 
 import chex
 import flax.linen as nn

@@ -1,4 +1,4 @@
-"""Guards of speed, counted and not timed: products, copies and bytes of compiled steps, compilations, tracing work."""
+"""Guards of speed by counts, not times: products, copies and bytes of compiled steps, compilations, tracing work."""
 
 import contextlib
 import functools

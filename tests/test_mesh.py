@@ -1,4 +1,4 @@
-"""The steps over a mesh: eight devices do what one does, replicated and fully sharded, and share mirror mode's work."""
+"""Steps over a mesh: eight devices compute what one does, replicated or fully sharded, and share mirror mode's work."""
 
 import functools
 import logging

@@ -1,4 +1,4 @@
-"""Mirror mode: what its signal is in the mean, how far from that one estimate lies, and where B settles."""
+"""Mirror mode: the mean of its signal, the angle of one estimate, and where B settles."""
 
 import functools
 import itertools

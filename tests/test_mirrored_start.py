@@ -1,4 +1,4 @@
-"""Kolen-Pollack from an exact mirror follows backprop to rounding; and how exact an exact mirror is."""
+"""Kolen-Pollack from an exact mirror follows backprop to rounding; the exactness of mirrors; lag."""
 
 import pydoc
 

@@ -1,4 +1,4 @@
-"""Wrong calls of every public function: a library error that names the argument and the way out, and never a NaN."""
+"""Wrong calls of every public function raise a library error that names the argument and the fix, and never give NaN."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""The models have the parameters that were published, and every one of their weights can be a projection."""
+"""The models have the published numbers of parameters, and every weight is a projection."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,6 @@
-"""The notebooks as they are kept: executed, small, with parameters, and each in the README.
+"""The notebooks in the repository are executed, small, with parameters, and in the README.
 
-That they run is tested by ``python notebooks/run.py --smoke``.
+Whether they run is tested by ``python notebooks/run.py --smoke``.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""Does the backward pass read W? Measured by ``wmkp.transport``, which asks nothing of the analysis and can convict it."""
+"""Does the backward pass read W? ``wmkp.transport`` measures it without the analysis, and so can contradict it."""
 
 import functools
 import itertools

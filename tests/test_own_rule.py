@@ -1,4 +1,4 @@
-"""Rules of one's own: signals, errors, noise and optimizers of B, against NumPy in float64."""
+"""User-written rules: signals, errors, noise and optimizers of B, against NumPy in float64."""
 
 import functools
 

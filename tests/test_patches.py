@@ -1,4 +1,4 @@
-"""A convolution's weight gradient by patches: XLA's own, in every layout, over devices, and where it is used."""
+"""A convolution's weight gradient by patches equals XLA's, in every layout and over devices; and where it is used."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Two real processes over loopback: they train as one, stop together, save one checkpoint, and miss each other."""
+"""Two processes over loopback train as one, stop together, save one checkpoint, and notice a lost process."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Properties that hold for any model and any rule, tried on models and rules drawn at random."""
+"""Properties of all models and rules, tested on random models and rules."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""wmkp reproduce: the published NumPy experiments against their equations in float64, what the command writes, refusals."""
+"""wmkp reproduce: the published NumPy experiments against float64 equations, the command's files, and its errors."""
 
 import contextlib
 import csv

@@ -1,4 +1,4 @@
-"""Every rule against its equations written out in NumPy, the choice of a rule per layer, and what B = W comes to."""
+"""Every rule against its equations in NumPy, the choice of a rule for each layer, and gradients with B = W."""
 
 import copy
 import functools

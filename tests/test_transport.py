@@ -1,4 +1,4 @@
-"""Weight transport never happens in silence: what B cannot follow is an error that says what to do."""
+"""Weight transport is never silent: a use that B cannot follow raises an error with a fix."""
 
 import copy
 import pickle
@@ -445,7 +445,11 @@ def test_projections_are_compared_copied_and_pickled_whole():
     for again in (pickle.loads(pickle.dumps(found)), copy.deepcopy(found), {k: copy.copy(p) for k, p in found.items()}):
         assert again == found and pickle.loads(pickle.dumps(again)) == found
         assert again["w"].matrix_axes((6, 6)) == ([], [0], [1]) and again["w"].direct_shape() == (6, 6)
-        for path, why in {"twice": "not one matrix", "bent": "not one matrix", "w": r"is \[6, 6\], not \[6\]"}.items():
+        for path, why in {
+            "twice": "not one matrix",
+            "bent": "not one matrix",
+            "w": r"has the shape \[6, 6\], not \[6\]",
+        }.items():
             with pytest.raises(ValueError, match=why):
                 again[path].matrix_axes((6,) if path == "w" else (6, 6))
         with pytest.raises(ValueError, match="different sizes"):

@@ -1,4 +1,4 @@
-"""The updates of B: where eq. 14 holds and where it cannot, clipping W and B alike, the weight mirror's own."""
+"""The updates of B: where eq. 14 holds and where it cannot, clipping of W and B, and the weight mirror."""
 
 from functools import partial
 

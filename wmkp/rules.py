@@ -565,7 +565,7 @@ def weight_mirror(
     x, takes its response y = phi(W x + b), and moves B along x y^T (eq. 7). The mean of x y^T is sigma^2 E[phi'] W^T.
     By Stein's lemma this is exact for Gaussian noise, no bias and any continuous phi. Nothing is transported.
 
-    Take one mirror step after each engaged step: a B that lags a few degrees behind W can end learning. By default a
+    Take one mirror step after each engaged step: a B that lags behind W can end learning. By default a
     mirror step draws fan_in orthogonal samples, which is exact for a linear response, and replaces all of B. In pairs
     x, -x, 2 fan_in samples are exact for ReLU too. ``mirrored_kolen_pollack`` does not lag, whatever the noise and
     mirror period.

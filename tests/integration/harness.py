@@ -1,9 +1,7 @@
-"""What every model must pass, whatever it is made of: B = W against jax.grad, no W in what the backward pass keeps, then ten
-steps under KP and under WM.
+"""The checks of every model: B = W against jax.grad, no W kept for the backward pass, ten steps under KP and under WM.
 
-Nearly all of the time goes into compiling, so that a model compiles three programs only: backprop's gradient, the engaged
-one (which KP and WM have in common: the error goes back through B), and mirror mode. All else is NumPy's: the W and B to
-start from, in the shapes that the model and wmkp say, and the updates.
+Compilation takes nearly all of the time. So a model compiles only three programs: backprop's gradient, the engaged gradient
+(the same for KP and WM), and mirror mode. NumPy does everything else: the initial W and B, and the updates.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Whole vision networks as Equimo ships them: transformers, a convolutional network, a state space model."""
+"""Whole vision networks of Equimo: transformers, a convolutional network, a state space model."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Equinox: modules are pytrees, of which the floating-point arrays are the parameters."""
+"""Equinox: modules are pytrees, and their floating-point arrays are the parameters."""
 
 from collections.abc import Callable
 from typing import Any

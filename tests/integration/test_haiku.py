@@ -1,4 +1,4 @@
-"""Haiku: every module that holds a weight, and the whole models that Haiku ships."""
+"""Haiku: every module with a weight, and Haiku's whole models."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Spiking networks as spyx ships them: eight kinds of neuron, trained by surrogate gradients through time."""
+"""Spiking networks of spyx: eight kinds of neuron, trained by surrogate gradients through time."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""An engaged gradient under JAX's transformations, in every order that makes sense, and in every precision."""
+"""An engaged gradient under combinations of JAX's transformations, and in every precision."""
 
 from functools import partial
 

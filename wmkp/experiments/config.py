@@ -42,6 +42,11 @@ class InputError(ValueError):
     """The command cannot do what was asked. The message says why, in one line."""
 
 
+def _optional(kind: type, default: str) -> Any:
+    """How the help shows a value that has a default elsewhere."""
+    return tyro.conf.arg(constructor=kind, metavar=kind.__name__.upper(), help_behavior_hint=f"(default: {default})")
+
+
 DataDir = Annotated[
     Path | None, tyro.conf.arg(constructor=Path, metavar="PATH", help_behavior_hint="(default: TFDS's own)")
 ]
@@ -58,36 +63,31 @@ class Compare:
     out: Path = Path("comparison")
     """Directory for comparison.png, comparison.csv and comparison.md."""
     rules: tuple[str, ...] = ("bp", "fa", "ss", "kp", "mkp", "wm", "frozen")
-    """The rules to train: bp (backprop), fa (feedback alignment), ss (sign symmetry), kp (Kolen-Pollack), mkp (mirrored
-    Kolen-Pollack), wm (weight mirror), frozen (only the readout learns). Also kpm, frsf, brsf, kpt, pfa, dfa, dkp, ia,
-    sa, aa, am, amw (docs/rules.md says what they are), or all."""
+    """Rules to train: bp (backprop), fa (feedback alignment), ss (sign symmetry), kp (Kolen-Pollack),
+    mkp (mirrored Kolen-Pollack), wm (weight mirror), frozen (only the readout learns), or all.
+    Also kpm, frsf, brsf, kpt, pfa, dfa, dkp, ia, sa, aa, am, amw: see docs/rules.md."""
     seeds: int = 5
-    """Runs of each rule, with the seeds --seed, --seed + 1, ... With the same seed all rules start from the same weights
-    and see the data in the same order."""
+    """Runs of each rule, with the seeds --seed, --seed + 1, ... All rules share weights and data order seed by seed."""
     model: Literal["conv", "mlp"] = "conv"
     """The network: five 3x3 convolutions (conv), or a tanh perceptron (mlp)."""
     hidden: tuple[int, ...] = (128,) * 12
     """mlp only: the width of each hidden layer."""
-    epochs: Annotated[
-        int | None,
-        tyro.conf.arg(constructor=int, metavar="INT", help_behavior_hint="(default: by the size of the dataset)"),
-    ] = None
-    """Passes over the training set. By default enough for 444 steps (mlp: 6,000), and at least 10."""
+    epochs: Annotated[int | None, _optional(int, "enough for 444 steps (mlp: 6000), and at least 10")] = None
+    """Passes over the training set."""
     batch_size: int = 32
     """Examples per step."""
-    learning_rate: float | None = None
-    """Learning rate of SGD, the same for all rules. It falls to a tenth along half a cosine. By default 0.05 (mlp: 0.02)."""
+    learning_rate: Annotated[float | None, _optional(float, "0.05; mlp: 0.02")] = None
+    """Learning rate of SGD, the same for all rules. It falls to a tenth along half a cosine."""
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 5e-3
     """lambda: lambda W is added to W's gradient, and lambda B to B's. Without it, Kolen-Pollack does not align."""
-    mirror_steps: int | None = None
-    """Rules that mirror: mirror steps before training. By default the rule's own number."""
-    mirror_every: int | None = None
-    """Rules that mirror: training steps between mirror steps. By default 1 for wm, 16 for mkp."""
-    mirror_angle: float | None = None
-    """Rules that mirror: the angle between B and W^T, in degrees, for which a mirror step draws enough noise. By default it is
-    exact."""
+    mirror_steps: Annotated[int | None, _optional(int, "the rule's")] = None
+    """Rules that mirror: mirror steps before training."""
+    mirror_every: Annotated[int | None, _optional(int, "1 for wm, 16 for mkp")] = None
+    """Rules that mirror: training steps between mirror steps."""
+    mirror_angle: Annotated[float | None, _optional(float, "exact")] = None
+    """Rules that mirror: angle between B and W^T, in degrees, for which a mirror step draws enough noise."""
     seed: int = 0
     """Random seed of the initial weights, the data order, the feedback weights and the noise."""
 
@@ -114,11 +114,6 @@ class Compare:
         )
 
 
-def _optional(kind: type, default: str) -> Any:
-    """How the help shows a value that has a default elsewhere."""
-    return tyro.conf.arg(constructor=kind, metavar=kind.__name__.upper(), help_behavior_hint=f"(default: {default})")
-
-
 Coordinator = Annotated[str | None, _optional(str, "the cluster's")]
 Cluster = Annotated[int | None, _optional(int, "the cluster's")]
 # How Train and Reproduce use machines. None of these settings changes what is learned.
@@ -132,19 +127,17 @@ class Train:
     out: Path = Path("run")
     """Directory of the run: config.json, train.csv, test.csv, checkpoints, tensorboard."""
     resume: bool = False
-    """Continue the run in --out from its last checkpoint. The result is bit-for-bit that of an uninterrupted run. Without a
-    checkpoint the run starts from the beginning."""
+    """Continue the run in --out from its last checkpoint, bit-for-bit. Without one it starts from the beginning."""
 
     dataset: str = "digits"
-    """digits (from scikit-learn), characters (Python's help texts), or a TFDS dataset of labelled images: its name or its
-    directory."""
+    """digits (scikit-learn), characters (Python's help texts), or a TFDS dataset of images by name or directory."""
     data_dir: DataDir = None
     """Directory of the prepared TFDS datasets. Nothing is downloaded; see wmkp data."""
     image_size: Annotated[int | None, _optional(int, "unchanged; 224 if images are read during training")] = None
     """Height and width to which images are resized."""
     augment: bool = False
-    """Pad the training images by an eighth, then crop and flip them at random. Images that are read during training always get
-    ImageNet's random crops."""
+    """Pad the training images by an eighth, then crop and flip them at random.
+    Images that are read during training always get ImageNet's random crops."""
     workers: int = 0
     """Processes that decode images, for datasets that do not fit in memory. 0: threads of this process."""
     max_bad: float = 0.001
@@ -204,7 +197,7 @@ class Train:
     """Decay biases and normalizations too, not only matrices and kernels."""
     schedule: Literal["constant", "step", "cosine"] = "cosine"
     """Learning rate schedule after the warm-up."""
-    drop_epochs: tuple[float, ...] = ()
+    drop_epochs: Annotated[tuple[float, ...], tyro.conf.arg(help_behavior_hint="(default: none)")] = ()
     """Step schedule: epochs at which the learning rate falls to a tenth."""
     final_rate: float = 0.0
     """Cosine schedule: share of the learning rate that is left at the end."""
@@ -217,8 +210,7 @@ class Train:
     seed: int = 0
     """Random seed of the weights, the data order, its augmentation, the feedback weights and the noise."""
     seeds: int = 1
-    """Number of runs, one after another, with the seeds --seed, --seed + 1, ... Each has its own directory: OUT/seed0,
-    OUT/seed1, ..."""
+    """Number of runs, one after another, with the seeds --seed, --seed + 1, ..., in OUT/seed0, OUT/seed1, ..."""
 
     on_nan: Literal["stop", "skip"] = "stop"
     """If a loss or gradient is NaN or infinite: end the run (stop), or leave out the step and count it (skip)."""
@@ -236,8 +228,7 @@ class Train:
     fsdp: bool = False
     """Divide W, B and the optimizer's state among the devices."""
     distributed: bool = False
-    """Train together with other processes that run the same command. On a cluster that JAX detects, no other setting is
-    needed."""
+    """Train together with other processes of the same command. A cluster that JAX detects needs no more settings."""
     coordinator: Coordinator = None
     """HOST:PORT of process 0, without a cluster that JAX detects."""
     processes: Cluster = None
@@ -284,8 +275,7 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Reproduce:
-    """Reproduces a published figure. With fewer --epochs or --steps it stops early, and the numbers are not the published
-    ones."""
+    """Reproduces a published figure. With fewer --epochs or --steps, its numbers are not the published ones."""
 
     figure: tyro.conf.Positional[
         Annotated[
@@ -306,12 +296,16 @@ class Reproduce:
             tyro.conf.arg(metavar="FIGURE"),
         ]
     ]
-    """akrout-mnist, akrout-cifar10: the curves published with the paper's NumPy code. akrout-orders: how much their first
-    epochs depend on the data order. akrout-mended: what each quirk of that code changes. akrout-jpeg: what JPEG compression
-    changes on CIFAR-10. akrout-resnet20, akrout-tiny, akrout-imagenet: the paper's figures (test error and the angles of every
-    layer) with ResNet-20 on CIFAR-10, ResNet-18 on Tiny ImageNet-100, ResNet-18 and ResNet-50 on ImageNet. biotorch-lenet:
-    BioTorch's table for LeNet on MNIST. language: a character Transformer. residual: a pre-norm residual perceptron on
-    CIFAR-10. hundred-classes: a narrow ResNet on a hundred classes of photographs."""
+    """akrout-mnist, akrout-cifar10: the curves published with the paper's NumPy code.
+    akrout-orders: how much their first epochs depend on the data order.
+    akrout-mended: what each quirk of that code changes.
+    akrout-jpeg: what JPEG compression changes on CIFAR-10.
+    akrout-resnet20, akrout-tiny, akrout-imagenet: the paper's figures of test error and every layer's angles,
+    with ResNet-20 on CIFAR-10, ResNet-18 on Tiny ImageNet-100, ResNet-18 and ResNet-50 on ImageNet.
+    biotorch-lenet: BioTorch's table for LeNet on MNIST.
+    language: a character Transformer.
+    residual: a pre-norm residual perceptron on CIFAR-10.
+    hundred-classes: a narrow ResNet on a hundred classes of photographs."""
     data_dir: DataDir = None
     """Directory of the prepared TFDS datasets. Nothing is downloaded; see wmkp data."""
     reference: Annotated[
@@ -322,7 +316,7 @@ class Reproduce:
         Path | None, tyro.conf.arg(constructor=Path, metavar="PATH", help_behavior_hint="(default: runs/FIGURE)")
     ] = None
     """Directory for run.json, summary.csv, the CSV file of each run and the pictures."""
-    only: tuple[str, ...] = ()
+    only: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: all)")] = ()
     """Only these runs of the figure, by the names in its table."""
     epochs: Annotated[float | None, _optional(float, "the published number")] = None
     """Passes over the training set. The learning rate's schedule is shortened in proportion."""
@@ -342,13 +336,11 @@ class Reproduce:
     """Runs of each rule, with the seeds --seed, --seed + 1, ... Not for the NumPy code's curves."""
 
     workers: int = 0
-    """Processes that decode images. 0: threads of this process. This setting and those below are not for the NumPy code's
-    curves."""
+    """Processes that decode images. 0: threads of this process. Not for the NumPy code's curves, like those below."""
     fsdp: bool = False
     """Divide W, B and the optimizer's state among the devices."""
     distributed: bool = False
-    """Train together with other processes that run the same command. On a cluster that JAX detects, no other setting is
-    needed."""
+    """Train together with other processes of the same command. A cluster that JAX detects needs no more settings."""
     coordinator: Coordinator = None
     """HOST:PORT of process 0, without a cluster that JAX detects."""
     processes: Cluster = None

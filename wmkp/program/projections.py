@@ -51,7 +51,7 @@ class Projection:
         return self.analysis.matrix_axes(self.path, shape)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and copy: in place of the analysis, which holds functions, what it says of this projection."""
+        """For pickle and copy: replaces the analysis, which holds functions, by its answers about this projection."""
         return {**self.__dict__, "analysis": self.analysis.answers(self.path)}
 
     def direct_shape(self) -> tuple[int, ...]:
@@ -70,10 +70,10 @@ Axes = tuple[list[int], list[int], list[int]]
 
 
 class Answers(NamedTuple):
-    """What an analysis says of one parameter, each an answer or the error that the question raises.
+    """An analysis' answers about one parameter. Each is an answer, or the error that the question raises.
 
     Attributes:
-      shape: the parameter's.
+      shape: the parameter's shape.
       axes, direct: see ``Projection.matrix_axes`` and ``Projection.direct_shape``.
     """
 
@@ -84,7 +84,9 @@ class Answers(NamedTuple):
     def matrix_axes(self, path: str, shape: tuple[int, ...]) -> Axes:
         """See ``Projection.matrix_axes``."""
         if shape != self.shape:
-            raise ValueError(f"params[{path!r}] is {list(self.shape)}, not {list(shape)}")
+            raise ValueError(
+                f"params[{path!r}] has the shape {list(self.shape)}, not {list(shape)}; pass its own shape"
+            )
         if isinstance(self.axes, ValueError):
             raise self.axes
         return self.axes
@@ -131,7 +133,9 @@ class Analysis(NamedTuple):
         """The last product to be evaluated: the network's output."""
         products = [product for product in self.plan.products() if not product.obstacle]
         if not products:
-            raise ValueError("no projection makes the output, so it has no error for direct feedback to send")
+            raise ValueError(
+                "no projection makes the output, so direct feedback has no error to send; use backprop(), or add a projection"
+            )
         return products[-1]
 
     def direct_shape(self, path: str) -> tuple[int, ...]:

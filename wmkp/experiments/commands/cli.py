@@ -167,7 +167,7 @@ def _run(words: list[str]) -> None:
     help.check(words, COMMANDS)
     app.cli(
         prog="wmkp",
-        description="Trains neural networks without weight transport. wmkp COMMAND --help shows the options of a command, wmkp --version the version.",
+        description="Trains neural networks without weight transport. Options: wmkp COMMAND --help. Version: wmkp --version.",
         sort_subcommands=False,
     )
 
