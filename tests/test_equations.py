@@ -394,7 +394,7 @@ def spiking_loss(spike, params, x, target):
 
 @pytest.mark.parametrize("spike", [spike, jax.jit(spike)], ids=["plain", "jitted"])
 def test_spiking_network_by_surrogate_gradients_equals_numpy(float64, spike):
-    """The derivative of a spike is nowhere in its value; the error passes it all the same, and meets B behind it."""
+    """A spike's value does not show its surrogate derivative. The error still passes it, and then B."""
     loss = functools.partial(spiking_loss, spike)
     rng = np.random.default_rng(3)
     shapes = {"in": (6, 9), "recurrent": (9, 9), "out": (9, 4)}

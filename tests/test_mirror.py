@@ -373,7 +373,7 @@ def test_the_memory_of_noise_does_not_grow_with_the_samples(monkeypatch):
 
 @pytest.mark.slow
 def test_projections_take_turns_where_together_they_would_take_too_much_memory(monkeypatch):
-    """The signals are the same as all at once; and besides them no more is in memory than is let."""
+    """The signals equal those computed all at once, within the memory limit."""
     layers, width = 24, 96
     params = {f"{i:02}": normal(i, width, width, fan_in=width) for i in range(layers)}
     each = 3 * width**2  # noise, responses and signals, of as many samples
@@ -427,7 +427,7 @@ def test_default_number_of_samples_reaches_the_target():
 
 @pytest.mark.parametrize("fan_in", [1, 7, 36])
 def test_orthogonal_noise_is_orthogonal(fan_in):
-    """X^T X = N sigma^2 I for whole blocks, at any size, with signs that are drawn anew; rows orthogonal below that."""
+    """X^T X = N sigma^2 I for whole blocks, at any size, with new signs each time; orthogonal rows below that."""
     blocks, rule = 3, one_estimate(noise="orthogonal", noise_std=0.7)
 
     @functools.partial(jax.jit, static_argnames="samples")
@@ -778,7 +778,7 @@ def test_mirror_gain(std):
 
 
 def test_gain_inside_jit():
-    """Factories are called in traced code too; the gain is a Python number all the same."""
+    """Factories are called in traced code too; the gain is still a Python number."""
     rule = one_estimate(activation=jax.nn.relu)
     assert float(jax.jit(lambda x: x * wmkp.mirror_gain(rule))(2.0)) == pytest.approx(1.0)
 

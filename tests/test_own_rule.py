@@ -135,7 +135,7 @@ def rank_two(key, projection, w):
 
 @in_float64
 def test_a_b_of_several_arrays_learns_in_its_own_structure():
-    """Kolen-Pollack's signal goes through ``backward``; one of one's own may be in B's structure. Fixed parts stay."""
+    """Kolen-Pollack's signal goes through ``backward``. A user's signal may have B's structure. Fixed parts stay."""
     carry = lambda w, b: b["Q"] @ b["P"].array
     mine = lambda s: {"Q": s.x.T @ (s.error @ s.b["P"].array.T), "P": None}
     h, k, e = forward()

@@ -384,7 +384,7 @@ def test_examples_may_be_shapes():
 
 @pytest.mark.slow
 def test_key_and_model_state_are_threaded():
-    """Dropout draws anew at each step; a running mean goes from step to step; metrics come out."""
+    """Dropout draws at each step, a running mean passes from step to step, and metrics come out."""
 
     def loss(params, model_state, batch, key):
         x, target = batch

@@ -304,7 +304,7 @@ def test_refuses_what_cannot_be_tried(tx):
 
 @pytest.mark.parametrize("bad", ["W", "B", "both"])
 def test_skips_for_both_or_neither_around_an_optimizer_of_both(bad):
-    """The way out that the refusal of apply_if_finite names: W - B^T decays at the steps taken, and stands still else."""
+    """optax.apply_if_finite around both optimizers: W - B^T decays in the steps taken, and stays equal otherwise."""
     tx = l2(optax.sgd(ETA))
     pair = optax.partition({"W": tx, "B": updates.kolen_pollack(tx)}, ("W", "B"))
     together = optax.apply_if_finite(pair, 5)

@@ -256,7 +256,8 @@ def _compare_alone(together: jax.Array, alone: jax.Array) -> None:
             "optimizer cannot train Kolen-Pollack's B: the arrays of a tree influence each other's updates (as when it "
             "clips by the global norm, skips a step in which one array is not finite or too large, or draws noise over the "
             "tree). W's tree is not B's, so the same signal would change W and B differently. Take that part out of the "
-            "optimizer. To clip both alike, use make_steps(..., clip_norm=...) or wmkp.updates.clip_together."
+            "optimizer. To clip both alike, use make_steps(..., clip_norm=...) or wmkp.updates.clip_together. To "
+            "skip steps, wrap the optimizers of both: see wmkp.updates.kolen_pollack."
         )
 
 
