@@ -7,6 +7,7 @@ step is then trained. The angle is that of W and B in an engaged step. The large
 reported too.
 """
 
+import itertools
 import math
 import statistics
 import time
@@ -70,9 +71,10 @@ RUNS = {
 
 
 def parts(settings: Settings) -> dict[str, Part]:
-    """Mirror steps against their products, then the schedules."""
+    """A default mirror step against a Kolen-Pollack step; mirror steps against their products; then the schedules."""
     runs = {name: run._replace(batch_size=2, steps=4) if settings.quick else run for name, run in RUNS.items()}
-    every: dict[str, Part] = {f"{name}: products": partial(against_products, name, settings) for name in runs}
+    every: dict[str, Part] = {"MLP: Kolen-Pollack": partial(against_kolen_pollack, settings)}
+    every |= {f"{name}: products": partial(against_products, name, settings) for name in runs}
     return every | {f"{name}: schedule": partial(schedules, name, run, settings) for name, run in runs.items()}
 
 
@@ -92,6 +94,43 @@ def projections(case: models.Case) -> dict[str, tuple[int, int]]:
     """(fan_in, fan_out) of each projection that mirrors."""
     found = wmkp.projections(case.loss_fn, case.params, case.model_state, case.batch, jax.random.key(0))
     return {path: (p.fan_in, p.fan_out) for path, p in found.items() if p.feedback}
+
+
+# --- a default mirror step against a Kolen-Pollack step ---------------------------------------------------------------
+
+
+def against_kolen_pollack(settings: Settings) -> Iterator[Row]:
+    """What a mirror step of the default weight mirror costs where batches are small beside it: in a wide MLP.
+
+    Its signals take two products of N = fan_in samples with W, 4 N |W| operations (transforms take fewer). The lag that it
+    reports adds a third, smaller product: ``2 * 64 * 64 * fan_in`` operations for each weight, and two passes over B.
+    """
+    case, batch_size = wide_mlp(settings.quick)
+    steps, state = mirror_steps(case, wmkp.weight_mirror())
+    kp = wmkp.make_steps(case.loss_fn, wmkp.kolen_pollack(), case.optimizer, case.params, case.batch)
+    calls = {
+        "mirror": models.chained(steps.mirror_step, state),
+        "KP": models.chained(kp.engaged_step, kp.init(jax.random.key(0), case.params), case.batch),
+    }
+    taken = benchmarks.in_turns(calls, 0 if settings.quick else 10, least=3)
+    name = "MLP 2048-1024-1024-1024-10: default mirror step over a Kolen-Pollack step"
+    yield benchmarks.ratio(name, taken, "mirror", "KP", f"batch {batch_size}")
+
+
+def wide_mlp(quick: bool) -> tuple[models.Case, int]:
+    """The MLP (with ``quick`` an eighth as wide), and the size of its batch."""
+    sizes, batch_size = ([256, 128, 128, 128, 10], 16) if quick else ([2048, 1024, 1024, 1024, 10], 256)
+    keys = jax.random.split(jax.random.key(0), len(sizes))
+    pairs = zip(keys, itertools.pairwise(sizes), strict=False)
+    params = [jax.random.normal(key, shape) / shape[0] ** 0.5 for key, shape in pairs]
+    x = jax.random.normal(keys[-1], (batch_size, sizes[0]))
+
+    def loss_fn(params: Any, model_state: Any, x: jax.Array, key: Any) -> Any:
+        for w in params[:-1]:
+            x = jax.nn.relu(x @ w)
+        return jnp.mean((x @ params[-1]) ** 2), (model_state, {})
+
+    return models.Case(loss_fn, params, None, models.SGD, x), batch_size
 
 
 # --- a mirror step against its products -------------------------------------------------------------------------------

@@ -30,14 +30,14 @@ class Case(NamedTuple):
 
     Attributes:
       loss_fn, params, model_state, optimizer: as ``wmkp.make_steps`` takes them.
-      batch: images and labels.
+      batch: images and labels, or what else the loss takes.
     """
 
     loss_fn: Callable[..., Any]
     params: Any
     model_state: Any
     optimizer: optax.GradientTransformation
-    batch: dict[str, jax.Array]
+    batch: Any
 
 
 def sgd(rate: Any = 0.1) -> optax.GradientTransformation:

@@ -16,7 +16,7 @@ import tyro
 
 import benchmarks
 from wmkp.noise import draw_noise
-from wmkp.rules import Mirror
+from wmkp.rule import Mirror
 
 
 @dataclasses.dataclass(frozen=True)

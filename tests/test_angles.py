@@ -340,7 +340,7 @@ def test_delta_norms_are_the_norms_by_hand():
 
 
 def test_delta_norms_flag_an_error_of_rounding_alone():
-    """A target that is met up to rounding: backprop's error is noise, or exactly zero."""
+    """A target that is met but for rounding: backprop's error is noise, and zero where it is met to the bit."""
     w = jax.random.normal(jax.random.key(0), (64, 64))
     x = jax.random.normal(jax.random.key(1), (8, 64))
     met = np.asarray(x, np.float64) @ np.asarray(w, np.float64)

@@ -161,7 +161,7 @@ def test_batches_are_a_function_of_seed_and_position(stream):
     assert (other["label"] != batches[0]["label"]).any()
     far = take(1, stream, 6, seed=5, start=10**12)[0]  # at once: nothing is read on the way
     assert (far["label"] >= 0).all()
-    # The next epoch crops a record differently.
+    # A record is cropped anew in the next epoch.
     everything = joined(batches)
     pixels = [image.tobytes() for image in everything["image"]]
     assert len(set(pixels)) == len(pixels) > len(stream.train)

@@ -145,7 +145,7 @@ def test_docstrings_name_every_argument_and_error(name, x):
     parameters = inspect.signature(x).parameters
     if parameters:
         described = (
-            re.findall(r"^  (\*?\w+(?:, \w+)*): ", doc.split("Args:")[1], re.MULTILINE) if "Args:" in doc else []
+            re.findall(r"^  (\*?\w+(?:, \*?\w+)*): ", doc.split("Args:")[1], re.MULTILINE) if "Args:" in doc else []
         )
         described = {p.lstrip("*") for group in described for p in group.split(", ")}
         single = len(parameters) == 1 and "Args:" not in doc  # one argument, which the first line names

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from marks import some_slow
 
 import wmkp
 from wmkp.program import pathways
@@ -121,7 +122,7 @@ def train(rule, loss, tx, params, data, feedback):
     return jax.jit(run)(params, feedback, data)
 
 
-@pytest.mark.parametrize(("rule", "phi"), [("fa", "tanh"), ("kp", "tanh"), ("kp", "sigmoid"), ("ss", "sigmoid")])
+@pytest.mark.parametrize(("rule", "phi"), [("kp", "tanh"), ("ss", "sigmoid")])
 def test_thirty_steps_equal_numpy(float64, rule, phi):
     params, data = network()
     activation, *numpy_phi = PHI[phi]
@@ -139,29 +140,6 @@ def test_thirty_steps_equal_numpy(float64, rule, phi):
             np.testing.assert_allclose(feedback_history[k]["w"][-1], B[k], rtol=0, atol=1e-10)
             moved = np.max(np.abs(B[k] - np.asarray(feedback[k]["w"])))
             assert moved > 0.01 if rule == "kp" else moved == 0
-
-
-def test_compiled_steps_equal_numpy(float64):
-    """The same through make_steps: its engaged step is eq. 1-4 and 15-18, and nothing besides."""
-    params, data = network(3)
-    loss = functools.partial(mlp_loss, jnp.tanh)
-
-    def loss_fn(params, model_state, batch, key):
-        return loss(params, *batch), (model_state, {})
-
-    batches = [(data[0][i], data[1][i]) for i in range(STEPS)]
-    steps = wmkp.make_steps(loss_fn, wmkp.kolen_pollack(), optimizer(), params, batches[0])
-    state = steps.init(jax.random.key(2), jax.tree.map(jnp.asarray, params))
-    start = jax.tree.map(np.asarray, state.feedback)
-    for batch in batches:
-        state, _ = steps.engaged_step(state, batch)
-    W, b, B = paper("kp", *PHI["tanh"][1:], params, start, data, RATE, DECAY, MOMENTUM)
-    assert int(state.step) == STEPS
-    for k in range(len(params)):
-        np.testing.assert_allclose(state.params[k]["w"], W[k].T, rtol=0, atol=1e-10)
-        np.testing.assert_allclose(state.params[k]["b"], b[k][:, 0], rtol=0, atol=1e-10)
-        if k:
-            np.testing.assert_allclose(state.feedback[k]["w"], B[k], rtol=0, atol=1e-10)
 
 
 # --- eq. 14 -----------------------------------------------------------------------------------------------------------
@@ -189,7 +167,7 @@ EQ14 = {
 }
 
 
-@pytest.mark.parametrize("name", EQ14)
+@pytest.mark.parametrize("name", some_slow(EQ14, {"sgd", "momentum, no decay", "adam"}))
 def test_difference_shrinks_as_equation_14_says(float64, name):
     tx, law = EQ14[name]
     params, data = network(1)
@@ -233,7 +211,7 @@ def test_momentum_clock():
     assert law[-1] / law[-2] == pytest.approx(1 - RATE * 5e-4 / (1 - 0.9), abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["momentum, no decay", "momentum", "adamw"])
+@pytest.mark.parametrize("name", some_slow(["momentum, no decay", "momentum", "adamw"], {"momentum", "adamw"}))
 def test_mirrored_start_stays_mirrored(name):
     """In float32 too: from B = W, Kolen-Pollack adds no difference, and its losses are backprop's."""
     params, data = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), network(2))
@@ -270,7 +248,7 @@ def holds(pull_back, w):
     return any(np.array_equal(np.sort(leaf, axis=None), flat) for leaf in kept if leaf.size == flat.size)
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("name", some_slow(PRODUCTS, {"dense", "strided conv"}))
 def test_product_backward_does_not_depend_on_w(name):
     multiply, x_shape, w_shape = PRODUCTS[name]
     rng = np.random.default_rng(0)
@@ -358,14 +336,13 @@ def test_sign_symmetry_depends_on_signs_alone():
     assert not np.array_equal(input_delta(params), input_delta(flipped))
 
 
-@pytest.mark.parametrize("rule", ["fa", "kp"])
-def test_engaged_residuals_hold_no_w(rule):
+def test_engaged_residuals_hold_no_w():
     """What a whole model's backward pass keeps has every B in it, and no W: nonlinear, and its first layer included."""
     params, data = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), network())
     loss = functools.partial(mlp_loss, jnp.tanh)
     x, target = data[0][0], data[1][0]
-    feedback = wmkp.init_feedback(KEY, RULES[rule], loss, params, x, target)
-    _, pull_back = jax.vjp(lambda p, b: wmkp.engage(loss, RULES[rule])(p, b, x, target), params, feedback)
+    feedback = wmkp.init_feedback(KEY, RULES["kp"], loss, params, x, target)
+    _, pull_back = jax.vjp(lambda p, b: wmkp.engage(loss, RULES["kp"])(p, b, x, target), params, feedback)
     _, backprop = jax.vjp(lambda p: loss(p, x, target), params)
     for k, layer in enumerate(params):
         assert not holds(pull_back, layer["w"])
@@ -392,9 +369,11 @@ def spiking_loss(spike, params, x, target):
     return jnp.sum((s.sum(0) @ params["out"] - target) ** 2) / 2
 
 
-@pytest.mark.parametrize("spike", [spike, jax.jit(spike)], ids=["plain", "jitted"])
+@pytest.mark.parametrize(
+    "spike", [pytest.param(spike, marks=pytest.mark.slow, id="plain"), pytest.param(jax.jit(spike), id="jitted")]
+)
 def test_spiking_network_by_surrogate_gradients_equals_numpy(float64, spike):
-    """A spike's value does not show its surrogate derivative. The error still passes it, and then B."""
+    """The derivative of a spike is nowhere in its value; the error passes it all the same, and meets B behind it."""
     loss = functools.partial(spiking_loss, spike)
     rng = np.random.default_rng(3)
     shapes = {"in": (6, 9), "recurrent": (9, 9), "out": (9, 4)}

@@ -74,7 +74,7 @@ def backprop():
 def test_an_engaged_step_has_backprops_products_copies_and_bytes(rule, backprop):
     """Beside B and its optimizer's state, a thousand bytes are allowed: addresses of results, and alignment.
 
-    Sign symmetry computes W's signs at each step, at most one matrix at a time.
+    Sign symmetry makes W's signs anew at each step: the largest matrix's at a time.
     """
     plain, plain_state = backprop
     steps, state = steps_and_state(case(), RULES[rule])

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marks import some_slow
 
 import wmkp
 from wmkp import mirror
 from wmkp.program.projections import analyse
-from wmkp.rules import resolve
+from wmkp.rule import resolve
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -80,7 +81,7 @@ class MLP(nn.Module):
         return nn.Dense(10)(x)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", some_slow(OPTIMIZERS, {"sgd"}))
 def test_mlp_follows_backprop_for_200_steps(name):
     """Four layers on clusters with noise in their labels: losses equal to 1e-4, angles under 0.05 degrees throughout."""
     rng = np.random.default_rng(0)
@@ -245,7 +246,7 @@ def test_mirrored_kolen_pollack_is_backprop_from_the_first_step():
     assert int(state.mirrored) == 0
 
 
-@pytest.mark.parametrize("noise", ["gaussian", "rademacher", "antithetic"])
+@pytest.mark.parametrize("noise", some_slow(["gaussian", "rademacher", "antithetic"], {"rademacher"}))
 def test_mirrored_kolen_pollack_averages_over_all_mirror_steps(noise):
     """Whatever W did meanwhile, t mirror steps of N samples are one of t N: tan(angle) = sqrt(fan_in / (t N))."""
     rule = wmkp.mirrored_kolen_pollack(noise, num_samples=400, start=3)
@@ -296,15 +297,20 @@ def test_mirrored_kolen_pollack_defaults():
 # --- by hand ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "rule",
-    [wmkp.kolen_pollack(start="mirror"), wmkp.mirrored_kolen_pollack(), wmkp.weight_mirror()],
-    ids=lambda r: r.name,
-)
-def test_init_feedback_mirrors(rule):
-    feedback = wmkp.init_feedback(KEY, rule, wide_loss, wide(), None, np.ones((3, 6), np.float32), KEY)
-    np.testing.assert_allclose(feedback["w"], wide()["w"], atol=1e-6)
-    assert feedback["first"] is None
+def test_init_feedback_mirrors_as_steps_do():
+    """An exact start is W itself; a noisy one is the mean of its estimates: by hand as by ``make_steps``."""
+    x = np.ones((3, 6), np.float32)
+    noisy = wmkp.weight_mirror("gaussian", num_samples=64, start=3)
+    exact = wmkp.kolen_pollack(start="mirror"), wmkp.mirrored_kolen_pollack(), wmkp.weight_mirror()
+    signal = jax.jit(lambda key: wmkp.mirror_signals(key, noisy, wide_loss, wide(), None, x, KEY)["w"])
+    mean = lambda key: sum(signal(jax.random.fold_in(key, i)) for i in range(3)) / 3
+    for rule in (*exact, noisy):
+        by_hand = wmkp.init_feedback(KEY, rule, wide_loss, wide(), None, x, KEY)
+        by_steps = wmkp.make_steps(wide_loss, rule, OPTIMIZERS["sgd"], wide(), x).init(KEY, wide()).feedback
+        assert by_hand["first"] is by_steps["first"] is None
+        keys = jax.random.fold_in(KEY, 2**32 - 1), jax.random.split(KEY, 3)[2]  # those that each makes of its own
+        for b, key in zip((by_hand["w"], by_steps["w"]), keys, strict=True):
+            np.testing.assert_allclose(b, mean(key) if rule is noisy else wide()["w"], atol=1e-5)
 
 
 def test_a_loop_by_hand_is_make_steps():
@@ -385,11 +391,10 @@ MIRRORS = {
 }
 
 
-@pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("name", MIRRORS)
-def test_noise_is_no_lag(name, groups):
+@pytest.mark.parametrize("name", some_slow(MIRRORS, {"gaussian", "gaussian, few"}))
+def test_noise_is_no_lag(name):
     """W stands still, or B moves with it: no lag, but for what noise does now and then."""
-    found, true = reported(MIRRORS[name], groups, 0.0 if MIRRORS[name].mirror.rate else 0.01)
+    found, true = reported(MIRRORS[name], 3, 0.0 if MIRRORS[name].mirror.rate else 0.01)
     assert true.max() < 1e-6
     assert found.mean() < 1 and np.mean(found > 1) < 0.1
 
@@ -425,8 +430,8 @@ def test_lag_of_a_slow_mirror_shows_and_of_kolen_pollacks_changes_does_not():
 # --- learning rates that are traced -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", [wmkp.kolen_pollack(), wmkp.mirrored_kolen_pollack(), wmkp.weight_mirror()])
-def test_learning_rates_can_be_vmapped(rule):
+def test_learning_rates_can_be_vmapped():
+    rule = wmkp.mirrored_kolen_pollack("gaussian", num_samples=64, start=2)
     x = np.random.default_rng(9).normal(size=(8, 6)).astype(np.float32)
 
     def train(rate):
@@ -440,10 +445,10 @@ def test_learning_rates_can_be_vmapped(rule):
 
     rates = jnp.array([0.1, 0.3])
     together = jax.jit(jax.vmap(train))(rates)
-    for i, rate in enumerate(rates):
-        alone = train(float(rate))
-        np.testing.assert_allclose(together[0][i], alone[0], rtol=1e-5)
-        np.testing.assert_allclose(together[1][i], alone[1], atol=1e-5)
+    alone = train(float(rates[1]))
+    np.testing.assert_allclose(together[0][1], alone[0], rtol=1e-5)
+    np.testing.assert_allclose(together[1][1], alone[1], atol=1e-5)
+    assert abs(together[0][0] / together[0][1] - 1) > 1e-3
 
 
 def test_a_traced_optimizer_of_b_is_taken_as_it_is():

@@ -815,7 +815,7 @@ def test_any_change_of_a_valid_call_is_right_or_an_error_that_names_the_argument
 
 
 def test_weights_drawn_from_the_key_of_feedback():
-    """split(key)[i] is fold_in(key, i), so a B from the same key would equal W. That is an error."""
+    """split(key)[i] is fold_in(key, i): a B of the same key would be W over again, which no array may be in silence."""
     first, w = (jax.random.normal(k, s) for k, s in zip(jax.random.split(KEY), ((3, 16), (16, 4)), strict=True))
     params = {"a": first, "w": w}
     loss = lambda p, x: jnp.sum(jnp.tanh(x @ p["a"]) @ p["w"])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from marks import some_slow
 
 import wmkp
 
@@ -126,46 +127,211 @@ def test_a_signal_is_a_mean_over_all_uses_in_a_scan():
 
 
 def rank_two(key, projection, w):
+    """Two arrays of floats, of which one is fixed; and constants, which are no floats."""
     q, p = jax.random.split(key)
     return {
         "Q": jax.random.normal(q, (projection.fan_in, 2)),
         "P": wmkp.Fixed(jax.random.normal(p, (2, projection.fan_out))),
+        "sign": jnp.sign(jax.random.normal(p, (projection.fan_in, 1))).astype(jnp.int8),
+        "on": jnp.array([True, False]),
+        "key": key,
     }
+
+
+def carry(w, b):
+    drawn = jax.random.normal(b["key"], w.shape)
+    return (b["sign"] * b["Q"] * (1 + b["on"])) @ b["P"].array + 0.01 * drawn
+
+
+def of_q(b, signal):
+    """A signal in W's layout as Q's, by NumPy."""
+    sign, on, p = (np.asarray(x) for x in (b["sign"], b["on"], b["P"].array))
+    return sign * (signal @ p.T) * (1 + on)
+
+
+MINE = lambda s: {
+    "Q": s.b["sign"] * (s.x.T @ s.error @ s.b["P"].array.T) * (1 + s.b["on"]),
+    **dict.fromkeys(("P", "sign", "on", "key")),
+}
+STEP = lambda p, m, batch, key: (loss(p, *batch), (m, {}))
+
+
+def alike(a, b, atol=0.0):
+    """Two pytrees are equal, random keys too."""
+    data = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_allclose(data(x), data(y), rtol=0, atol=atol)
 
 
 @in_float64
 def test_a_b_of_several_arrays_learns_in_its_own_structure():
-    """Kolen-Pollack's signal goes through ``backward``. A user's signal may have B's structure. Fixed parts stay."""
-    carry = lambda w, b: b["Q"] @ b["P"].array
-    mine = lambda s: {"Q": s.x.T @ (s.error @ s.b["P"].array.T), "P": None}
+    """Kolen-Pollack's signal goes through ``backward``; one of one's own may be in B's structure. By hand as by steps.
+
+    Fixed parts and constants stay to the bit: decay does not reach them, either way.
+    """
     h, k, e = forward()
-    found = []
     decayed = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9))
-    step_loss = lambda p, m, batch, key: (loss(p, *batch), (m, {}))
-    for signal in (wmkp.hebbian, mine):
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    for signal in (wmkp.hebbian, MINE):
         rule = wmkp.Rule("rank two", rank_two, carry, signal)
-        feedback = wmkp.init_feedback(KEY, rule, loss, PARAMS, X, T)
-        _, (_, s) = jax.jit(wmkp.value_and_grad(loss, rule))(PARAMS, feedback, X, T)
-        np.testing.assert_allclose(s["c"]["Q"], k.T @ e @ np.asarray(feedback["c"]["P"].array).T, atol=1e-12)
-        steps = wmkp.make_steps(step_loss, rule, decayed, PARAMS, (X, T))
-        state = steps.init(KEY, jax.tree.map(jnp.asarray, PARAMS))
-        before = jax.tree.map(np.array, state.feedback)
+        steps = wmkp.make_steps(STEP, rule, decayed, params, (X, T))
+        state = steps.init(KEY, params)
+        b = jax.tree.map(jnp.copy, state.feedback)
+        _, (_, s) = jax.jit(wmkp.value_and_grad(loss, rule))(params, b, X, T)
+        np.testing.assert_allclose(s["c"]["Q"], of_q(b["c"], k.T @ e), atol=1e-12)
+        assert s["c"]["sign"] is s["c"]["on"] is s["c"]["key"] is None
+        tx = wmkp.updates.kolen_pollack(decayed)
+        change, _ = tx.update(s, tx.init(b), b)
+        by_hand = jax.tree.map(lambda b, c: b if c is None else b + c, b, change)
         state, _ = steps.engaged_step(state, (X, T))
-        np.testing.assert_array_equal(state.feedback["c"]["P"].array, before["c"]["P"].array)
-        q, p = before["c"]["Q"], before["c"]["P"].array
-        np.testing.assert_allclose(state.feedback["c"]["Q"], q - 0.1 * (k.T @ e @ p.T + 0.1 * q), atol=1e-12)
-        found.append(state.feedback)
-    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-12)
+        alike(state.feedback, by_hand, 1e-12)
+        np.testing.assert_allclose(by_hand["c"]["Q"], b["c"]["Q"] - 0.1 * (s["c"]["Q"] + 0.1 * b["c"]["Q"]), atol=1e-12)
+        alike({**by_hand["c"], "Q": None}, {**b["c"], "Q": None})
+    rules = {"b": rule._replace(optimizer=optax.adamw(0.1, weight_decay=0.1)), ".*": wmkp.weight_mirror("gaussian")}
+    steps = wmkp.make_steps(STEP, rules, decayed, params, (X, T))
+    state = steps.init(KEY, params)
+    b = jax.tree.map(jnp.copy, state.feedback)
+    state, _ = steps.mirror_step(steps.engaged_step(state, (X, T))[0])
+    alike({**state.feedback["b"], "Q": None}, {**b["b"], "Q": None})
+    assert np.abs(state.feedback["b"]["Q"] - b["b"]["Q"]).min() > 0.05
+    with pytest.raises(ValueError, match="mirror mode needs a B that is one array"):
+        wmkp.init_feedback(KEY, rule._replace(mirror=wmkp.Mirror()), loss, PARAMS, X, T)
 
 
-def test_delta_angles_ask_for_no_signal():
-    """Of a B in its own structure, under a rule with noise: at the weights as they are."""
-    mine = lambda s: {"Q": s.x.T @ (s.error @ s.b["P"].array.T), "P": None}
-    rule = wmkp.Rule("rank two", rank_two, lambda w, b: b["Q"] @ b["P"].array, mine, noise=0.1)
+def test_what_is_watched_of_a_b_of_several_arrays():
+    """Angles ask for no signal, and no noise: they are at the weights as they are."""
+    rule = wmkp.Rule("rank two", rank_two, carry, MINE, noise=0.1)
     feedback = wmkp.init_feedback(KEY, rule, loss, PARAMS, X, T)
-    found = wmkp.delta_angles(loss, rule, PARAMS, feedback, X, T)
+    found = jax.jit(lambda p, b: wmkp.delta_angles(loss, rule, p, b, X, T))(PARAMS, feedback)
     assert found["c"] == 0 and 0 < found["b"] < 180
+    expected = wmkp.matrix_angles(PARAMS, {n: b if b is None else carry(PARAMS[n], b) for n, b in feedback.items()})
+    alike(wmkp.matrix_angles(PARAMS, feedback, rule), expected)
+
+
+# --- the same on many devices, in parts of a batch, and after a checkpoint ---------------------------------------------
+
+WIDE = {"a": normal(0, 4, 8) / 2, "b": normal(1, 8, 8) / 2, "c": normal(2, 8, 4) / 2}
+WIDE = {name: w.astype(np.float32) for name, w in WIDE.items()}
+DATA = tuple(normal(i, 8, 4).astype(np.float32) for i in (3, 4))
+TX = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9))
+
+
+def mean_loss(p, m, batch, key):
+    return jnp.mean((net(p, batch[0]) - batch[1]) ** 2), (m, {})
+
+
+def everything(random):
+    """All of a rule that is one's own, on a B of several arrays; ``random``: with noise, and a random error."""
+    error = lambda d, key: d * jax.random.rademacher(key, d.shape, d.dtype) if random else jnp.abs(d)
+    seen = lambda s: (
+        s.outer(s.x + s.noise, s.error) if random else s.outer(s.x, s.error) - s.outer(s.x, s.u) / s.samples / 8
+    )
+    signal = lambda s: {"Q": s.b["sign"] * seen(s), "sign": None, "key": None}
+
+    def init(key, projection, w):
+        return {
+            "Q": jax.random.normal(key, w.shape),
+            "sign": jnp.sign(jax.random.normal(key, w.shape)).astype(jnp.int8),
+            "key": key,
+        }
+
+    return wmkp.Rule(
+        "all mine",
+        init,
+        lambda w, b: b["sign"] * b["Q"] + 0.01 * jax.random.normal(b["key"], w.shape),
+        signal,
+        optax.sgd(0.05, momentum=0.5),
+        error,
+        0.1 * random,
+    )
+
+
+def two_steps(rule, place=lambda x: x, wrap=lambda step: jax.jit(step), tx=TX, **options):
+    """Two engaged steps -> the state. Each step goes on from a checkpoint if ``wrap`` makes it so."""
+    params, data = place(WIDE), place(DATA)
+    steps = wmkp.make_steps(mean_loss, rule, tx, params, data, **options)
+    state, step = steps.init(KEY, params), wrap(lambda s, b: steps.engaged_step(s, b)[0])
+    return step(step(state, data), data)
+
+
+@functools.cache
+def on_one_device(random):
+    return two_steps(everything(random))
+
+
+@pytest.mark.parametrize("how", some_slow(["mesh", "fsdp", "shard_map", "explicit"], {"mesh"}))
+def test_a_rule_of_ones_own_over_devices(how):
+    """Four devices do what one does; under a mesh of JAX's even with noise, which is drawn as on one."""
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
+    if how == "shard_map":
+        one = lambda step: jax.jit(
+            jax.shard_map(step, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("d")), out_specs=PartitionSpec())
+        )
+        found, random = two_steps(everything(False), wrap=one, axis_name="d"), False
+    elif how == "explicit":
+        explicit = jax.make_mesh((4,), ("d",), devices=jax.devices()[:4])
+        place = lambda tree: jax.tree.map(
+            lambda x: jax.device_put(x, NamedSharding(explicit, PartitionSpec(None, "d"))), tree
+        )
+        random = True
+        with jax.set_mesh(explicit):
+            found = two_steps(everything(True), place)
+    else:
+        found, random = two_steps(everything(True), mesh=mesh, fsdp=how == "fsdp"), True
+        divided = found.feedback["b"]["sign"].sharding.spec != PartitionSpec()
+        assert divided == (how == "fsdp")
+    alike(jax.device_get(found), jax.device_get(on_one_device(random)), 1e-5)
+
+
+def test_devices_of_a_map_draw_noise_of_their_own():
+    """The mean over four devices of two samples' noise^T noise has rank eight, and B is alike on all."""
+    from jax.sharding import Mesh, PartitionSpec
+
+    covariance = lambda s: s.outer(s.noise, s.noise)
+    rule = wmkp.Rule("noisy", wmkp.feedback_alignment().init, lambda w, b: b, covariance, optax.sgd(1.0), noise=1.0)
+    rule = {"b": rule, ".*": wmkp.feedback_alignment()}
+    steps = wmkp.make_steps(mean_loss, rule, TX, WIDE, DATA, axis_name="d")
+    state, mesh = steps.init(KEY, WIDE), Mesh(np.array(jax.devices()[:4]), ("d",))
+    step = jax.shard_map(
+        lambda s, b: steps.engaged_step(s, b)[0].feedback["b"],
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec("d")),
+        out_specs=PartitionSpec(),  # checked to be alike
+    )
+    assert np.linalg.matrix_rank(state.feedback["b"] - jax.jit(step)(state, DATA), tol=1e-4) == 8
+
+
+def test_a_rule_of_ones_own_in_parts_of_a_batch():
+    """Gradients and signals of two halves, which ``optax.MultiSteps`` collects, are those of the whole."""
+    rule, every = everything(False), lambda tx: optax.MultiSteps(tx, 2).gradient_transformation()
+    steps = wmkp.make_steps(mean_loss, rule._replace(optimizer=every(rule.optimizer)), every(TX), WIDE, DATA)
+    state = steps.init(KEY, WIDE)
+    for half in (slice(4), slice(4, 8)):
+        state, _ = steps.engaged_step(state, tuple(x[half] for x in DATA))
+    whole = wmkp.make_steps(mean_loss, rule, TX, WIDE, DATA)
+    expected, _ = whole.engaged_step(whole.init(KEY, WIDE), DATA)
+    alike((state.params, state.feedback), (expected.params, expected.feedback), 1e-6)
+
+
+def test_a_rule_of_ones_own_after_a_checkpoint(tmp_path):
+    """A restored state goes on as the one that was saved, to the bit."""
+    import orbax.checkpoint as ocp
+
+    def restored(step):
+        def save_and_go_on(state, batch):
+            with ocp.StandardCheckpointer() as checkpointer:
+                path = tmp_path / str(state.step)
+                checkpointer.save(path, state)
+                checkpointer.wait_until_finished()
+                return jax.jit(step)(checkpointer.restore(path, state), batch)
+
+        return save_and_go_on
+
+    alike(two_steps(everything(True), wrap=restored), on_one_device(True))
 
 
 @in_float64

@@ -225,10 +225,10 @@ class WM(Equations):
         return self.rate * (x @ y.T / x.shape[1] / self.gain - B)
 
 
-def paper(equations, params, starts, data, noises, redrawn=None):
+def paper(equations, params, starts, data, noises, redrawn):
     """Training in the paper's notation: heavy-ball momentum and decay for W and for a B that descends on a signal.
 
-    ``noises[step][i]`` is mirror mode's x at projection i after that step, or None; ``redrawn[step]`` is every B anew.
+    ``noises[step][i]`` is mirror mode's x at projection i after that step, or None; ``redrawn[step][i]`` is B anew, or None.
     """
     layers = len(params)
     W = [layer["w"].T.copy() for layer in params]
@@ -241,8 +241,7 @@ def paper(equations, params, starts, data, noises, redrawn=None):
         return value - RATE * speed[name]
 
     for step, (x, target) in enumerate(zip(*data, strict=True)):
-        if redrawn is not None:
-            B = [None] + [np.array(v) for v in redrawn[step][1:]]
+        B = [b if anew is None else np.array(anew) for b, anew in zip(B, redrawn[step], strict=True)]
         y = [x.T]
         for i in range(layers):
             a = W[i] @ y[i] + b[i]
@@ -350,6 +349,19 @@ CASES = {
     ),
     "DFA under KP": ({"0|1": wmkp.direct_feedback_alignment(), "2": wmkp.kolen_pollack()}, [BP(), DFA(), KP()]),
 }  # fmt: skip
+# Two of them in one network, one below the other: as much is tested, by half as many programs.
+PAIRS = [
+    ("backprop", "FA"),
+    ("PFA", "brSF"),
+    ("all five on activity", "all five on noise"),
+    ("AA", "MKP"),
+    ("WM", "WM, orthogonal"),
+    ("WM, a kept bias", "WM, tanh and a kept bias"),
+    ("KP, mirrored start", "WM, relu"),
+]
+for below, above in PAIRS:
+    (first, ours), (second, theirs) = CASES[below], CASES[above]
+    CASES[f"{below} under {above}"] = {"0|1": first, "2": second}, [BP(), ours, theirs]
 
 
 def rule_of(rule, i):
@@ -363,26 +375,7 @@ def unpacked(b):
     return b.b[0] if isinstance(b, ProductFeedback) else b.array if isinstance(b, Direct) else b
 
 
-@pytest.mark.parametrize(
-    "name",
-    some_slow(
-        CASES,
-        {
-            "frSF",
-            "uSF",
-            "DKP",
-            "KP, transported",
-            "WM, other noise",
-            "activity mirror",
-            "all five, over the mean square",
-            "amplitude + decay on orthogonal noise",
-            "all five, whitened",
-            "SA",
-            "KP under PFA",
-            "WM under AA",
-        },
-    ),
-)
+@pytest.mark.parametrize("name", some_slow(CASES, set(CASES) - {f"{a} under {b}" for a, b in PAIRS} - {"DFA under KP"}))
 def test_training_equals_numpy(float64, name):
     """Engaged step, mirror step, and again: W, biases and B are those of the equations, to 1e-9."""
     rule, equations = CASES[name]
@@ -402,13 +395,12 @@ def test_training_equals_numpy(float64, name):
     noises, redrawn = [], []
     for batch in batches:
         state, metrics = steps.engaged_step(state, batch)
-        redrawn.append(copied(entries(state.feedback)))
+        redrawn.append([b if r.redrawn else None for b, r in zip(copied(entries(state.feedback)), rules, strict=True)])
         noises.append(noise_of(jax.random.split(state.key)[1], rules, SAMPLES))
         before = copied(state.feedback)
         state, _ = steps.mirror_step(state)
         moved = any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (before, state.feedback)), strict=True))
         assert moved == any(x is not None for x in noises[-1]), "mirror mode moves what has one, and nothing else"
-    redrawn = redrawn if name == "brSF" else None
     W, b, B = paper(equations, params, starts, data, noises, redrawn)
     final = entries(state.feedback)
     for i in range(len(params)):
@@ -440,7 +432,7 @@ def test_every_factory_has_a_case():
         "direct_kolen_pollack", "alignment", "symmetric_alignment", "activation_alignment", "activity_mirror",
         "weight_mirror", "mirrored_kolen_pollack",
     }  # fmt: skip
-    homes = {"wmkp.rules", "wmkp.alignment"}
+    homes = {"wmkp.rules", "wmkp.direct", "wmkp.alignment"}
     factories = [f for f in vars(wmkp).values() if callable(f) and getattr(f, "__module__", "") in homes]
     names = {f().name for f in factories if not isinstance(f, type) and f is not wmkp.alignment}
     own = {"information_alignment", "local", "forward_direct_feedback_alignment"}
@@ -466,10 +458,9 @@ def test_information_alignment_equals_numpy(float64):
             np.testing.assert_allclose(state.feedback[i]["w"], B[i], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("count", [1, 4])
-def test_mirror_period_is_the_mean_of_its_estimates(float64, count):
+def test_mirror_period_is_the_mean_of_its_estimates(float64):
     """B after k steps before training is the plain mean of k estimates over the gain, whatever B was drawn first."""
-    rule = wmkp.weight_mirror("gaussian", 1.5, SAMPLES, jax.nn.relu, rate=0.1)
+    rule, count = wmkp.weight_mirror("gaussian", 1.5, SAMPLES, jax.nn.relu, rate=0.1), 4
     params, data = network(5)
     steps = wmkp.make_steps(as_step(mlp_loss), rule, optimizer(), params, (data[0][0], data[1][0]))
     state = steps.init(KEY, jax.tree.map(jnp.asarray, params), mirror_steps=count)
@@ -516,7 +507,7 @@ WIDE_DATA = jnp.ones((4, 20)), jnp.ones((4, 50))
                                   wmkp.direct_feedback_alignment, wmkp.product_feedback_alignment])  # fmt: skip
 def test_start_is_gaussian_of_the_scale_asked_for(rule):
     """Standard deviation scale / sqrt(fan_in), or of the error's size for direct feedback; nothing of W in it."""
-    feedback = wmkp.init_feedback(KEY, rule(scale=1.6), mlp_loss, WIDE, *WIDE_DATA)
+    feedback = jitted.init_feedback(KEY, rule(scale=1.6), mlp_loss, WIDE, *WIDE_DATA)
     for i in (1, 2):
         b = feedback[i]["w"]
         fan_in = 50 if isinstance(b, Direct) else WIDE[i]["w"].shape[0]
@@ -530,7 +521,7 @@ def test_start_is_gaussian_of_the_scale_asked_for(rule):
         if b.shape == WIDE[i]["w"].shape:
             cosine = np.vdot(b, WIDE[i]["w"]) / np.linalg.norm(b) / np.linalg.norm(WIDE[i]["w"])
             assert abs(cosine) < 5 / math.sqrt(b.size)
-    other = wmkp.init_feedback(jax.random.key(9), rule(scale=1.6), mlp_loss, WIDE, *WIDE_DATA)
+    other = jitted.init_feedback(jax.random.key(9), rule(scale=1.6), mlp_loss, WIDE, *WIDE_DATA)
     assert not np.allclose(jax.tree.leaves(other)[0], jax.tree.leaves(feedback)[0])
 
 
@@ -627,22 +618,21 @@ def test_sign_symmetry_starts_with_the_signs_of_w(magnitude):
             assert np.sqrt(np.mean(size**2)) == pytest.approx(1, rel=0.03)
 
 
-def test_random_magnitudes_are_fixed_or_drawn_for_each_batch():
-    """frSF: one B for all of training. brSF: another at each step, of no relation to the last, from the state's key."""
+def test_random_magnitudes_are_drawn_for_each_batch():
+    """brSF: another B at each step, of no relation to the last, from the state's key."""
     params, data = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), network(1))
-    seen = {}
-    for magnitude in ("fixed", "batch"):
-        rule = wmkp.sign_symmetry(magnitude)
-        steps = wmkp.make_steps(as_step(mlp_loss), rule, optimizer(), params, (data[0][0], data[1][0]))
-        for run in range(2):
-            state = steps.init(KEY, params)
-            seen[magnitude, run] = [np.abs(state.feedback[1]["w"])]
-            for batch in zip(*data, strict=True):
-                state, _ = steps.engaged_step(state, batch)
-                seen[magnitude, run].append(np.abs(state.feedback[1]["w"]))
-        np.testing.assert_array_equal(seen[magnitude, 0], seen[magnitude, 1], "the same key gives the same B")
-    assert all(np.array_equal(b, seen["fixed", 0][0]) for b in seen["fixed", 0])
-    drawn = np.array(seen["batch", 0]).reshape(STEPS + 1, -1)
+    steps = wmkp.make_steps(
+        as_step(mlp_loss), wmkp.sign_symmetry("batch"), optimizer(), params, (data[0][0], data[1][0])
+    )
+    seen = []
+    for _ in range(2):
+        state = steps.init(KEY, params)
+        seen.append([np.abs(state.feedback[1]["w"])])
+        for batch in zip(*data, strict=True):
+            state, _ = steps.engaged_step(state, batch)
+            seen[-1].append(np.abs(state.feedback[1]["w"]))
+    np.testing.assert_array_equal(*seen, "the same key gives the same B")
+    drawn = np.array(seen[0]).reshape(STEPS + 1, -1)
     correlation = np.corrcoef(drawn)[~np.eye(STEPS + 1, dtype=bool)]
     assert np.max(np.abs(correlation)) < 5 / math.sqrt(drawn.shape[1])
 
@@ -830,7 +820,11 @@ def test_product_feedback_on_a_conv_kernel_equals_numpy(float64):
         )
 
 
-@pytest.mark.parametrize("rule", [wmkp.direct_feedback_alignment(), wmkp.direct_kolen_pollack()])
+@pytest.mark.parametrize(
+    "rule",
+    [pytest.param(wmkp.direct_feedback_alignment(), marks=pytest.mark.slow), wmkp.direct_kolen_pollack()],
+    ids=lambda rule: rule.name,
+)
 def test_direct_feedback_in_a_convnet_equals_numpy(float64, rule):
     """dL/dx = B e for a whole image of activities x, B (height * width * channels, outputs); DKP learns x e^T."""
     params, x, target = convnet_params()
@@ -868,7 +862,7 @@ def grouped_patches(x, options):
     return np.moveaxis(p, 2, 0).reshape(groups, -1, 9 * x.shape[-1] // groups)
 
 
-@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("name", some_slow(CONVS, {"plain", "dilated"}))
 def test_input_covariances_of_a_conv_are_those_of_its_patches(float64, name):
     options = CONVS[name]
     params = {"gain": normal(1, 4) + 2, "w": normal(0, 3, 3, 4 // options.get("groups", 1), 6)}
@@ -931,7 +925,7 @@ def settle(rule, fun, params, batches, times=1):
     return state.feedback
 
 
-@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("name", some_slow(CONVS, {"plain", "dilated"}))
 def test_activity_mirror_on_a_conv(float64, name):
     """Whitened it recovers W, but for the ridge; plain it settles at the input's covariance times W^T."""
     options = CONVS[name]
@@ -964,7 +958,7 @@ LOCAL = {
 }
 
 
-@pytest.mark.parametrize("name", some_slow(LOCAL, {"symmetric_alignment", "whitened"}))
+@pytest.mark.parametrize("name", some_slow(LOCAL, set(LOCAL) - {"activity_mirror"}))
 @pytest.mark.parametrize("how", ["scan", "unrolled", "parts"])
 def test_a_local_loss_is_a_mean_over_uses(float64, name, how):
     """A weight used five times, or in parts: B's signal is the mean of those that a weight for each use would have."""
@@ -1021,17 +1015,23 @@ def test_parts_of_one_weight_learn_by_one_rule():
     assert np.all(signals["a"] != 0) and np.all(signals["b"] == 0), "one part is mirrored, the other is fixed"
 
 
-@pytest.mark.parametrize("rule", [wmkp.activation_alignment(), wmkp.activity_mirror(), wmkp.activity_mirror(whiten=True)],
-                         ids=lambda rule: rule.name)  # fmt: skip
-@pytest.mark.parametrize("size", [300])
-def test_activity_in_half_precision(rule, size):
+@pytest.mark.parametrize(
+    "rule",
+    [
+        pytest.param(wmkp.activation_alignment(), marks=pytest.mark.slow),
+        pytest.param(wmkp.activity_mirror(), marks=pytest.mark.slow),
+        wmkp.activity_mirror(whiten=True),
+    ],
+    ids=lambda rule: rule.name,
+)
+def test_activity_in_half_precision(rule):
     """Sums of squares that float16 cannot hold, and quotients by them: the signal is float32's, to rounding."""
 
     def signal(dtype):
         params = {"gain": jnp.ones(32, dtype), "w": jnp.asarray(normal(1, 32, 8) / 32, dtype)}
         loss = lambda p, x: jnp.sum(jnp.tanh((x * p["gain"]) @ p["w"]).astype(jnp.float32))
         feedback = {"gain": None, "w": jnp.asarray(normal(2, 32, 8) / 32, dtype)}
-        x = jnp.asarray(size * normal(0, 2048, 32), dtype)
+        x = jnp.asarray(300 * normal(0, 2048, 32), dtype)
         found = jitted.value_and_grad(loss, rule)(params, feedback, x)[1][1]
         chex.assert_trees_all_equal_shapes_and_dtypes(found, feedback)
         return np.asarray(found["w"], np.float32)
@@ -1172,7 +1172,11 @@ def test_error_reaches_layers_inside_loops_and_branches(float64, name):
         chex.assert_trees_all_close({k: signal[k].array for k in B}, learned, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", [wmkp.direct_feedback_alignment(), wmkp.direct_kolen_pollack()])
+@pytest.mark.parametrize(
+    "rule",
+    [pytest.param(wmkp.direct_feedback_alignment(), marks=pytest.mark.slow), wmkp.direct_kolen_pollack()],
+    ids=lambda rule: rule.name,
+)
 def test_nothing_passes_between_projections(rule):
     """The chain is cut: B_l reaches the layer below it and no other; under feedback alignment it reaches all below."""
     params, x, target = jax.tree.map(lambda v: v.astype(np.float32), chain_params())
@@ -1276,13 +1280,14 @@ def mirrored(params, feedback):
     return tree.unflatten([None if b is None else w for w, b in zip(leaves, entries, strict=True)])
 
 
-@pytest.mark.parametrize("rule", SETTLING.values(), ids=SETTLING)
-def test_b_equal_to_w_is_backprop(float64, rule):
+@pytest.mark.parametrize("name", some_slow(SETTLING, set(SETTLING) - {"KP", "AA", "frSF"}))
+def test_b_equal_to_w_is_backprop(float64, name):
     params, x, target = convnet_params()
-    feedback = wmkp.init_feedback(KEY, rule, convnet_loss, params, x, target)
+    rule = SETTLING[name]
+    feedback = jitted.init_feedback(KEY, rule, convnet_loss, params, x, target)
     gradient = jitted.value_and_grad(convnet_loss, rule)
     value, (grads, _) = gradient(params, mirrored(params, feedback), x, target)
-    expected = jax.value_and_grad(convnet_loss)(params, x, target)
+    expected = jax.jit(jax.value_and_grad(convnet_loss))(params, x, target)
     chex.assert_trees_all_close((value, grads), expected, rtol=0, atol=1e-13)
     other = gradient(params, feedback, x, target)[1][0]["conv1"]["w"]
     if rule.mirror is None or not rule.mirror.start:
@@ -1302,14 +1307,15 @@ def test_product_feedback_equal_to_w_is_backprop(float64):
     feedback = {k: {"w": None if v["w"] is None else solved(params[k]["w"], v["w"]), "b": None}
                 for k, v in feedback.items()}  # fmt: skip
     _, (grads, _) = jitted.value_and_grad(convnet_loss, rule)(params, feedback, x, target)
-    chex.assert_trees_all_close(grads, jax.grad(convnet_loss)(params, x, target), rtol=0, atol=1e-12)
+    chex.assert_trees_all_close(grads, jax.jit(jax.grad(convnet_loss))(params, x, target), rtol=0, atol=1e-12)
     assert all(angle < 1e-6 for angle in wmkp.matrix_angles(params, feedback).values())
 
 
 @pytest.mark.parametrize(("params_in", "compute_in"), [(jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32)])
-@pytest.mark.parametrize("rule", [wmkp.direct_feedback_alignment(), wmkp.direct_kolen_pollack()])
-def test_direct_feedback_in_mixed_precision(rule, params_in, compute_in):
+def test_direct_feedback_in_mixed_precision(params_in, compute_in):
     """B in its parameter's dtype, activity and error in theirs: gradients and signals are float32's, to rounding."""
+
+    rule = wmkp.direct_kolen_pollack()
 
     def gradients(params_in, compute_in):
         def loss(params, x):
@@ -1319,9 +1325,9 @@ def test_direct_feedback_in_mixed_precision(rule, params_in, compute_in):
 
         params = {"u": normal(0, 6, 8) / 3, "v": normal(1, 8, 8) / 3, "w": normal(2, 8, 4) / 3}
         params = {k: jnp.asarray(w, params_in if k == "v" else jnp.float32) for k, w in params.items()}
-        feedback = wmkp.init_feedback(KEY, rule, loss, params, jnp.ones((5, 6)))
+        feedback = jitted.init_feedback(KEY, rule, loss, params, jnp.ones((5, 6)))
         x = jnp.asarray(normal(3, 5, 6), jnp.float32)
-        grads, signal = wmkp.value_and_grad(loss, rule)(params, feedback, x)[1]
+        grads, signal = jitted.value_and_grad(loss, rule)(params, feedback, x)[1]
         chex.assert_trees_all_equal_shapes_and_dtypes((grads, signal), (params, feedback))
         return jax.tree.map(lambda g: np.asarray(g, np.float32), (grads, signal))
 
@@ -1339,7 +1345,7 @@ def test_direct_feedback_is_never_backprop(float64):
     last = params[2]["w"]
     feedback[2]["w"], feedback[1]["w"] = Direct(last), Direct(params[1]["w"] @ last)
     _, (grads, _) = jitted.value_and_grad(mlp_loss, rule)(params, feedback, x, target)
-    expected = jax.grad(mlp_loss)(params, x, target)
+    expected = jax.jit(jax.grad(mlp_loss))(params, x, target)
     np.testing.assert_allclose(grads[1]["w"], expected[1]["w"], rtol=0, atol=1e-12)  # one matrix from the output
     assert np.max(np.abs(grads[0]["w"] - expected[0]["w"])) > 1e-3
 
@@ -1349,7 +1355,7 @@ def test_direct_feedback_is_never_backprop(float64):
         return jnp.sum((x - target) ** 2) / (2 * x.shape[0])
 
     _, (grads, _) = jitted.value_and_grad(linear, rule)(params, feedback, x, target)
-    chex.assert_trees_all_close(grads, jax.grad(linear)(params, x, target), rtol=0, atol=1e-12)
+    chex.assert_trees_all_close(grads, jax.jit(jax.grad(linear))(params, x, target), rtol=0, atol=1e-12)
 
 
 # --- a rule for each layer --------------------------------------------------------------------------------------------
@@ -1383,10 +1389,11 @@ def test_mixed_rules_in_one_network_equal_numpy(float64):
     kernel = params["conv2"]["w"].reshape(36, 3)
     np.testing.assert_allclose(found["conv2"]["w"], (noise.T @ (noise @ kernel) / 50).reshape(3, 3, 4, 3), atol=1e-12)
     assert found["conv1"]["w"] is None and found["head"]["w"] is None and not np.any(jax.tree.leaves(found["dense"])[0])
-    angles = wmkp.delta_angles(convnet_loss, MIXED, params, feedback, x, target)
+    angles = jax.jit(lambda *args: wmkp.delta_angles(convnet_loss, MIXED, *args))(params, feedback, x, target)
     assert angles["head/w"] < 1e-6 and angles["dense/w"] < 1e-6 and angles["conv2/w"] > 1
 
 
+@pytest.mark.slow
 def test_mixed_rules_train():
     params, x, target = convnet_params(np.float32)
     steps = wmkp.make_steps(as_step(convnet_loss), MIXED, optimizer(), params, (x, target))
@@ -1420,7 +1427,7 @@ def test_first_pattern_wins():
 def test_one_rule_as_a_mapping_is_that_rule():
     params, data = jax.tree.map(lambda v: v.astype(np.float32), network())
     batch = data[0][0], data[1][0]
-    for rule in (wmkp.kolen_pollack(), wmkp.direct_kolen_pollack(), wmkp.backprop(), wmkp.activity_mirror()):
+    for rule in (wmkp.direct_kolen_pollack(), wmkp.backprop()):
         feedbacks = [jitted.init_feedback(KEY, r, mlp_loss, params, *batch) for r in (rule, {".*": rule})]
         chex.assert_trees_all_equal(*feedbacks)
         grads = [jitted.value_and_grad(mlp_loss, r)(params, feedbacks[0], *batch) for r in (rule, {".*": rule})]

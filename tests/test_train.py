@@ -1,4 +1,4 @@
-"""wmkp train: bit-for-bit resumption after any end, clear errors for bad numbers and input; eval, export and plot."""
+"""wmkp train: resumed to the bit after any end, nothing lost, bad numbers and bad input named; eval, export and plot."""
 
 import csv
 import dataclasses

@@ -25,7 +25,7 @@ X = jax.random.normal(KEY, (3, 6))
 
 
 def refuse(fun, params, *args, match):
-    """Every rule except backprop refuses, in every function. Backprop for the named parameters is the fix."""
+    """Every rule but backprop refuses, in every function; backprop for the named parameters is the way out."""
     for rule in RULES:
         with pytest.raises(wmkp.WeightTransportError, match=match) as error:
             wmkp.init_feedback(B_KEY, rule, fun, params, *args)
@@ -938,7 +938,7 @@ def test_a_frozen_weight_is_mirrored():
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_no_gradient_is_had_at_the_input_of_a_first_layer(rule):
-    """It has no B, and params need none. A gradient at its input would go through W."""
+    """It has no B, and none is needed for params: asked for all the same, it would be W's own."""
     fun = lambda p, x: jnp.sum(jnp.sin(tanh_first(p, x) @ p["w"]))
     params = weights("first", "w")
     engaged, feedback = wmkp.engage(fun, rule), wmkp.init_feedback(B_KEY, rule, fun, params, X)

@@ -3,21 +3,17 @@
 from wmkp import updates
 from wmkp.alignment import activation_alignment, activity_mirror, alignment, information_alignment, symmetric_alignment
 from wmkp.angles import delta_angles, delta_norms, input_covariances, matrix_angles, stream_growth
+from wmkp.direct import direct_feedback_alignment, direct_kolen_pollack, forward_direct_feedback_alignment
 from wmkp.engaged import engage, init_feedback, value_and_grad
 from wmkp.law import mirror_angle, mirror_gain, samples_for_angle
 from wmkp.mirror import mirror_signals
 from wmkp.program.pathways import Synapses, hebbian
 from wmkp.program.products import WeightTransportError
 from wmkp.program.projections import Projection, projections, roles
+from wmkp.rule import Fixed, Mirror, Rule
 from wmkp.rules import (
-    Fixed,
-    Mirror,
-    Rule,
     backprop,
-    direct_feedback_alignment,
-    direct_kolen_pollack,
     feedback_alignment,
-    forward_direct_feedback_alignment,
     kolen_pollack,
     kolen_pollack_transported,
     local,

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from wmkp import checks
 from wmkp.forward import descent
 from wmkp.program.pathways import Synapses
-from wmkp.rules import Mirror, RandomFeedback, Rule, check_mirror, check_scale, fixed, learned, named
+from wmkp.rule import Mirror, Rule, check_mirror, named
+from wmkp.rules import RandomFeedback, check_scale, fixed, learned
 
 
 class Alignment(NamedTuple):

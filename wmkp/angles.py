@@ -14,7 +14,8 @@ from wmkp.feedback import feedback_leaves
 from wmkp.program.interpreter import Direct
 from wmkp.program.products import Product
 from wmkp.program.projections import Analysis, analyse, is_array, named_leaves
-from wmkp.rules import ProductFeedback, Rule, RuleOrRules, check_rule, check_samples, resolve
+from wmkp.rule import Rule, RuleOrRules, check_rule, check_samples, resolve
+from wmkp.rules import ProductFeedback
 
 
 def angle(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -139,17 +140,11 @@ def delta_norms(
     ``delta_angles``.
 
     Args:
-      fun: a loss ``fun(params, *args) -> scalar``, or ``-> (scalar, aux)`` with ``has_aux``.
-      rule: a rule, or a mapping from path patterns to rules.
-      params: the parameters.
-      feedback: the feedback weights.
-      *args: fun's further arguments.
-      has_aux: whether ``fun`` returns auxiliary data beside the loss.
+      fun, rule, params, feedback, *args, has_aux: as in ``delta_angles``.
 
     Returns:
-      ``{path: DeltaNorms}``, one for each projection, first layers included. Each has ``angle`` (degrees), ``ratio``
-      (the carried error's norm over backprop's), ``reference`` (the norm of backprop's error) and ``rounding``
-      (degrees). If ``is_rounding`` is true, ``angle`` and ``ratio`` mean nothing.
+      ``{path: DeltaNorms}``, one for each projection, first layers included. If ``is_rounding`` is true, ``angle`` and
+      ``ratio`` mean nothing.
 
     Raises:
       ValueError, TypeError, WeightTransportError: as ``value_and_grad``.

@@ -16,7 +16,7 @@ from wmkp.program.interpreter import Direct, Handler, anchored, run
 from wmkp.program.pathways import hebbian
 from wmkp.program.products import Product
 from wmkp.program.projections import Analysis, Projection, analyse, explained, is_array, named_leaves
-from wmkp.rules import Rule, RuleOrRules, check_rule, resolve
+from wmkp.rule import Rule, RuleOrRules, check_rule, float_part, overlay, resolve
 
 
 def init_feedback(key: jax.Array, rule: RuleOrRules, fun: Callable[..., Any], params: Any, *args: Any) -> Any:
@@ -337,7 +337,8 @@ def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = F
       A function ``(params, feedback, *args, key=None) -> (value, (grads,
       feedback_signal))``. ``value`` is the loss, or ``(loss, aux)`` with ``has_aux``. ``grads`` are the gradients of W,
       in params' structure, shapes and dtypes. ``feedback_signal`` is for B what a gradient is for W, in feedback's
-      structure: under Kolen-Pollack ``x delta^T`` (eq. 15), and zeros if B does not learn in engaged mode.
+      structure: under Kolen-Pollack ``x delta^T`` (eq. 15), and zeros if B does not learn in engaged mode. Leaves of a B
+      that are not floats have None.
       ``rule.optimizer`` (None: W's own) descends on it. ``key`` is a random key for rules whose noise, error or signal
       needs one. The same key gives the same result.
 
@@ -365,11 +366,12 @@ def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = F
             _check_no_feedback(params, feedback)
             loss_fn = check_loss(explained(fun), has_aux)
             value, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(params, *args)
-            return value, (grads, jax.tree.map(jnp.zeros_like, feedback))
+            return value, (grads, jax.tree.map(jnp.zeros_like, float_part(feedback)))
         analysis = analyse(fun, params, *args)
         rules = resolve(rule, analysis)
         leaves, tree = jax.tree.leaves(params), jax.tree.structure(params)
         entries = feedback_leaves(params, feedback)
+        floats = float_part(entries)
         _check_key(rules, key)
         # If W does nothing but multiply activations, B's cotangent is W's own gradient. It is not computed (or stacked up
         # by a scan) twice.
@@ -382,16 +384,16 @@ def value_and_grad(fun: Callable[..., Any], rule: RuleOrRules, has_aux: bool = F
             # rule makes from W for the backward pass is no use of W. Under backprop the array is W itself.
             itself = [path in rules and rules[path].backward is None for path in analysis.paths]
             ws = [own if backprop else w for backprop, w, own in zip(itself, leaves, ours, strict=True)]
-            bs = [b if i in same else own for i, (b, own) in enumerate(zip(entries, theirs, strict=True))]
+            bs = [b if i in same else overlay(b, own) for i, (b, own) in enumerate(zip(entries, theirs, strict=True))]
             return evaluate(analysis, rules, ours, companions(analysis, rules, ws, bs), args, {}, entries=bs, key=key)
 
         value, (grads, signal) = jax.value_and_grad(check_loss(loss, has_aux), argnums=(0, 1), has_aux=has_aux)(
-            leaves, entries
+            leaves, floats
         )
         for i in same:
             backward, learns = rules[analysis.paths[i]].backward, rules[analysis.paths[i]].signal is not None
             if backward is not None and learns:
-                carrier, pull_back = jax.vjp(functools.partial(backward, leaves[i]), entries[i])
+                carrier, pull_back = jax.vjp(lambda b: backward(leaves[i], overlay(entries[i], b)), floats[i])  # noqa: B023
                 (signal[i],) = pull_back(compat.divided_as(grads[i], jax.typeof(carrier)))
         learn = [path for path, one in rules.items() if one.signal is forward_signal]
         for i, taught in jacobians(key, learn, analysis, leaves, args).items():

@@ -7,7 +7,7 @@ import jax
 from wmkp import checks
 from wmkp.program import compat
 from wmkp.program.projections import Analysis, Projection, is_array, named_leaves
-from wmkp.rules import Rule
+from wmkp.rule import Rule
 
 
 def initial_feedback(key: jax.Array, rules: dict[str, Rule], analysis: Analysis, params: Any) -> Any:
@@ -39,6 +39,11 @@ def made(rule: Rule, key: jax.Array, projection: Projection, w: Any) -> Any:
         raise ValueError(
             f"rule.init of {rule.name} made {checks.shapes(b)} for params[{projection.path!r}], which is "
             f"{checks.shape(w)}; return an array of W's shape and dtype, or a pytree of arrays that rule.backward turns into one"
+        )
+    if rule.mirror is not None and not is_array(b):
+        raise ValueError(
+            f"rule {rule.name} has a mirror mode, and B is {checks.shapes(b)} at params[{projection.path!r}]: mirror mode "
+            "needs a B that is one array in W's layout. Give mirror=None, or make B an array."
         )
     _check_transports(rule, w, b)
     return compat.divided_as(b, jax.typeof(w)) if is_array(b) else b

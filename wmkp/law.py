@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wmkp import checks
-from wmkp.rules import SAMPLES, Mirror, Rule, check_rule
+from wmkp.rule import SAMPLES, Mirror, Rule, check_rule
 
 Activation = Callable[[jax.Array], jax.Array] | None
 

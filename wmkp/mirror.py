@@ -17,7 +17,7 @@ from wmkp.program.interpreter import collect
 from wmkp.program.pathways import Signal, Synapses
 from wmkp.program.products import Product
 from wmkp.program.projections import Analysis, WeightTransportError, analyse, is_array
-from wmkp.rules import Mirror, Rule, RuleOrRules, check_rule, resolve
+from wmkp.rule import Mirror, Rule, RuleOrRules, check_rule, resolve
 
 # The most numbers of noise for a projection (16 GiB in float32): 32 bits number them, and more would repeat.
 MOST = 2**32

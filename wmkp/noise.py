@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wmkp.rules import Mirror
+from wmkp.rule import Mirror
 
 # With fewer rows than this, a matrix product is as fast as the fast transform.
 SMALL = 256

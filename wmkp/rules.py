@@ -1,145 +1,18 @@
-"""The learning rules (NamedTuples of pure functions), a factory for each, and the choice of a rule by path."""
+"""The learning rules whose errors go back layer by layer, a factory for each."""
 
 import dataclasses
-import functools
-import inspect
 import math
-import numbers
-import re
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, ParamSpec
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from wmkp import checks
-from wmkp.forward import descent, forward_signal
-from wmkp.program.interpreter import Direct
-from wmkp.program.pathways import Signal, hebbian
-from wmkp.program.products import Product, WeightTransportError
-from wmkp.program.projections import Analysis, Projection
-
-
-class Mirror(NamedTuple):
-    """How mirror mode trains a rule's B: the noise, the response to it, and how fast B follows.
-
-    Attributes:
-      noise: one of ``NOISES``.
-      noise_std: sigma, the standard deviation of each presynaptic value.
-      num_samples: samples that a mirror step draws for a projection. None: as many as ``target_angle`` needs.
-      target_angle: degrees between B and W^T at which mirroring settles while W stands still. None: what ``SAMPLES``
-        samples for each input leave.
-      rate: a, the share of B that one mirror step replaces by its estimate of W^T. None: 1/t at the t-th mirror step,
-        so that B is the mean of all estimates. An estimate that is exact by the law of angles replaces all of B.
-      activation: phi, or None for a linear response.
-      bias: "blocked" (no bias in mirror mode) or "kept" (the layer's own).
-      signal: a function of ``wmkp.Synapses`` on noise that B descends by ``rate``, in place of the average of x y^T; or
-        None.
-      each_step: whether ``mirror_step`` changes B, or only the mirror steps before training do.
-      start: mirror steps before training, by ``steps.init`` and ``init_feedback``.
-    """
-
-    noise: str = "gaussian"
-    noise_std: float = 1.0
-    num_samples: int | None = None
-    target_angle: float | None = None
-    rate: float | None = 0.1
-    activation: Callable[[jax.Array], jax.Array] | None = None
-    bias: str = "blocked"
-    signal: Signal | None = None
-    each_step: bool = True
-    start: int = 0
-
-
-class Rule(NamedTuple):
-    """A learning rule: which array carries the error back through a projection, and how that array learns.
-
-    Attributes:
-      name: the name that tables print.
-      init: ``(key, projection, W) -> B``, of W's shape and dtype, or a pytree that ``backward`` understands.
-      backward: ``(W, B) -> array`` in W's layout that carries the error back. None: W itself (backprop). If you
-        differentiate an engaged function by hand, ``backward`` must read W behind ``jax.lax.stop_gradient``.
-      signal: what B descends in engaged mode: a function of ``wmkp.Synapses`` that returns an array in W's layout,
-        which is differentiated through ``backward`` to B. If B is no array, it may also return a pytree of B's
-        structure. It is summed over uses, as W's gradient is. None: B does not learn in engaged mode. ``wmkp.hebbian``:
-        Kolen-Pollack's signal.
-      optimizer: the optax transformation that turns the signal into B's change. None: the optimizer that trains W.
-      error: ``(delta, key) -> array`` of delta's shape, which travels back through B. W's own gradient keeps delta.
-        None: delta itself. ``key`` is None if no key was given.
-      noise: standard deviation of Gaussian noise that engaged mode adds to the projection's input.
-      mirror: how B learns in mirror mode. None: it does not.
-      redrawn: whether each engaged step draws B again.
-      direct: whether B carries the output's error straight to this projection's input.
-      transports: what of W reaches the backward pass or B: "weights", "signs", "changes" (then B's signal is W's whole
-        gradient, not that of this use alone) or "nothing".
-    """
-
-    name: str
-    init: Callable[[jax.Array, Projection, jax.Array], Any] | None
-    backward: Callable[[jax.Array, Any], Any] | None
-    signal: Signal | None = None
-    optimizer: optax.GradientTransformation | None = None
-    error: Callable[[Any, Any], Any] | None = None
-    noise: float = 0.0
-    mirror: Mirror | None = None
-    redrawn: bool = False
-    direct: bool = False
-    transports: str = "nothing"
-
-
-RuleOrRules = Rule | Mapping[str, Rule]
-P = ParamSpec("P")
-
-
-def named(factory: Callable[P, Rule]) -> Callable[P, Rule]:
-    """Names a factory's rules by their arguments, such as ``weight_mirror(noise='gaussian')``."""
-    signature = inspect.signature(factory)
-
-    @functools.wraps(factory)
-    def make(*args: P.args, **kwargs: P.kwargs) -> Rule:
-        rule = factory(*args, **kwargs)
-        given = signature.bind(*args, **kwargs).arguments
-        if "name" in given:
-            return rule
-        changed = [f"{k}={_shown(v)}" for k, v in given.items() if v != signature.parameters[k].default]
-        return rule._replace(name=factory.__name__ + (f"({', '.join(changed)})" if changed else ""))
-
-    return make
-
-
-def _shown(value: Any) -> str:
-    return value.__name__ if callable(value) and hasattr(value, "__name__") else repr(value)
-
-
-@jax.tree_util.register_pytree_node_class
-class Fixed:
-    """A part of B that does not learn: no optimizer sees it, so it neither moves nor decays.
-
-    Use it in a B of several arrays: ``init`` returns ``{"Q": Q, "P": Fixed(P)}``, and ``backward`` reads
-    ``B["P"].array``.
-
-    Attributes:
-      array: the array (or a pytree of arrays).
-    """
-
-    def __init__(self, array: Any):
-        self.array = array
-
-    def tree_flatten(self) -> tuple[tuple[Any], None]:
-        """For JAX."""
-        return (self.array,), None
-
-    @classmethod
-    def tree_unflatten(cls, static: None, children: Any) -> "Fixed":
-        """For JAX."""
-        return cls(*children)
-
-
-def learning_part(b: Any) -> Any:
-    """A B with None in place of its fixed parts."""
-    return jax.tree.map(lambda x: None if isinstance(x, Fixed) else x, b, is_leaf=lambda x: isinstance(x, Fixed))
+from wmkp.program.pathways import hebbian
+from wmkp.program.projections import Projection
+from wmkp.rule import BACKPROP, LOCAL, NOISES, Fixed, Mirror, Rule, check_mirror, named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +22,7 @@ class RandomFeedback:
     scale: float
 
     def __call__(self, key: jax.Array, projection: Projection, w: jax.Array) -> jax.Array:
-        std = _std(self.scale, projection.fan_in, projection.path, w)
+        std = std_of(self.scale, projection.fan_in, projection.path, w)
         b = (jax.random.normal(key, w.shape) * std).astype(w.dtype)
         _check_unrelated(b, w, projection.path)
         return b
@@ -183,7 +56,7 @@ def check_scale(scale: float) -> None:
     checks.positive("scale", scale, ", the standard deviation of B times sqrt(fan_in)")
 
 
-def _std(scale: float, fan_in: int, path: str, w: jax.Array) -> float:
+def std_of(scale: float, fan_in: int, path: str, w: jax.Array) -> float:
     """B's standard deviation. ValueError if W's dtype cannot hold draws of it, so that B would be infinite or zero."""
     std, limits = scale / math.sqrt(fan_in), jnp.finfo(w.dtype)
     if not float(limits.smallest_subnormal) <= std <= float(limits.max) / 6:  # no draw exceeds six standard deviations
@@ -204,7 +77,7 @@ def backprop() -> Rule:
     Example:
       >>> rule = {"^head/": wmkp.backprop(), ".*": wmkp.kolen_pollack()}
     """
-    return Rule("backprop", None, None, transports="weights")
+    return BACKPROP
 
 
 @named
@@ -219,7 +92,7 @@ def local() -> Rule:
     Example:
       >>> rule = {"norm/scale": wmkp.local(), ".*": wmkp.kolen_pollack()}
     """
-    return Rule("local", None, None, transports="nothing")
+    return LOCAL
 
 
 @named
@@ -277,7 +150,7 @@ class _SignedMagnitudes:
 
     def __call__(self, key: jax.Array, projection: Projection, w: jax.Array) -> jax.Array:
         size = jnp.ones(w.shape) if self.magnitude == "uniform" else jnp.abs(jax.random.normal(key, w.shape))
-        std = _std(self.scale, projection.fan_in, projection.path, w)
+        std = std_of(self.scale, projection.fan_in, projection.path, w)
         return (jnp.where(w < 0, -1, 1) * size * std).astype(w.dtype)
 
 
@@ -424,7 +297,7 @@ class _RandomProduct:
         hidden = max(1, round(self.expansion * fan_in))
         r_key, b_key = jax.random.split(key)
         r = jax.random.normal(r_key, (groups, fan_in, hidden)) / math.sqrt(hidden)
-        b = jax.random.normal(b_key, (groups, hidden, fan_out)) * _std(self.scale, fan_in, projection.path, w)
+        b = jax.random.normal(b_key, (groups, hidden, fan_out)) * std_of(self.scale, fan_in, projection.path, w)
         return ProductFeedback(r.astype(w.dtype), b.astype(w.dtype), w.shape, (*axes[0], *axes[1], *axes[2]))
 
 
@@ -457,93 +330,6 @@ def product_feedback_alignment(expansion: float = 4.0, scale: float = 1.0) -> Ru
     checks.number("expansion", expansion, "be a positive number, at most 1000", lambda x: 0 < x <= 1000)
 
     return Rule("product_feedback_alignment", _RandomProduct(expansion, scale), _product, hebbian)
-
-
-@dataclasses.dataclass(frozen=True)
-class _RandomDirect:
-    """A Gaussian B from the network's outputs, of standard deviation ``scale / sqrt(outputs)``."""
-
-    scale: float
-
-    def __call__(self, key: jax.Array, projection: Projection, w: jax.Array) -> Direct:
-        shape = projection.direct_shape()
-        std = _std(self.scale, shape[-1], projection.path, w)
-        return Direct((jax.random.normal(key, shape) * std).astype(w.dtype))
-
-
-@named
-def direct_feedback_alignment(scale: float = 1.0) -> Rule:
-    """Direct feedback alignment (DFA; Nokland 2016): the output's error goes to each projection's input by its own B.
-
-    ``dL/dx := B_l e``, where e is the error at the network's output (the last projection). B_l is fixed and random, of
-    shape (size of x) by (outputs). No error passes between projections, except through what has no weights: activation
-    functions, normalizations, skip connections. Nothing is transported, and W's own gradient stays delta x^T (eq. 4).
-
-    If a scan makes the output, each step's error goes to that step's projections. wmkp computes the layers in sequence,
-    not in parallel.
-
-    Args:
-      scale: B is Gaussian with standard deviation ``scale / sqrt(outputs)``.
-
-    Raises:
-      ValueError: ``scale`` is not a positive number; from ``init_feedback``, an output without one error (in a
-        ``lax.cond``, or on its way to a projection in the next step of a scan), or inputs of different sizes.
-
-    Example:
-      >>> rule = wmkp.direct_feedback_alignment()
-    """
-    check_scale(scale)
-    return Rule("direct_feedback_alignment", _RandomDirect(scale), fixed, direct=True)
-
-
-@named
-def direct_kolen_pollack(scale: float = 1.0) -> Rule:
-    """Direct Kolen-Pollack (DKP; Webster et al. 2021): direct feedback alignment whose B_l learn.
-
-    ``dB_l = -eta x e^T - lambda B_l``, from the input x that B_l reaches and the output's error e that it carries.
-    Learning rate and decay are W's (``wmkp.updates.kolen_pollack``). Nothing is transported.
-
-    Args:
-      scale: B starts Gaussian with standard deviation ``scale / sqrt(outputs)``.
-
-    Raises:
-      ValueError: as ``direct_feedback_alignment``.
-
-    Example:
-      >>> rule = wmkp.direct_kolen_pollack()
-    """
-    check_scale(scale)
-    return Rule("direct_kolen_pollack", _RandomDirect(scale), learned, hebbian, direct=True)
-
-
-@named
-def forward_direct_feedback_alignment(rate: float = 0.1, scale: float = 1.0) -> Rule:
-    """Forward direct feedback alignment (FDFA; Bacho and Chu 2024): direct feedback that learns the output's derivatives.
-
-    The error goes back as under ``direct_feedback_alignment``: ``dL/dx := B_l e``. At each step noise xi on each input x
-    runs forward with the data, and forward-mode differentiation gives its effect on the output, ``J xi``. B_l follows the
-    mean of J^T over samples: ``B_l <- B_l + rate (xi (J xi)^T - B_l)``. Nothing is transported.
-
-    ``value_and_grad`` makes the signal, and needs a ``key`` for the noise; ``make_steps`` gives it one. A step costs a
-    second forward pass.
-
-    Args:
-      rate: the share of B_l that a step replaces.
-      scale: B starts Gaussian with standard deviation ``scale / sqrt(outputs)``.
-
-    Raises:
-      ValueError: an argument is out of its range; from ``init_feedback``, as ``direct_feedback_alignment``; from a step, an
-        output inside a ``lax.scan``.
-
-    Example:
-      >>> rule = wmkp.forward_direct_feedback_alignment()
-    """
-    check_scale(scale)
-    checks.number("rate", rate, "lie in (0, 1]", lambda x: 0 < x <= 1)
-    optimizer = descent(rate)
-    return Rule(
-        "forward_direct_feedback_alignment", _RandomDirect(scale), learned, forward_signal, optimizer, direct=True
-    )
 
 
 @named
@@ -617,184 +403,3 @@ def _mirror(noise: Any, noise_std: Any, num_samples: Any, activation: Any, bias:
 def _draws_all(mirror: Mirror) -> bool:
     """Whether a mirror step draws each of fan_in orthogonal directions once."""
     return "orthogonal" in mirror.noise and mirror.num_samples is None and mirror.target_angle is None
-
-
-NOISES = ("gaussian", "uniform", "rademacher", "orthogonal", "antithetic", "orthogonal+antithetic")
-# Samples a mirror step draws for each input where neither num_samples nor target_angle says (of pairs, so many pairs).
-SAMPLES = {noise: 1 if "orthogonal" in noise else 8 for noise in NOISES}
-
-
-def check_mirror(mirror: Mirror) -> None:
-    checks.one_of("noise", mirror.noise, NOISES)
-    checks.one_of("bias", mirror.bias, ("blocked", "kept"))
-    checks.positive("noise_std", mirror.noise_std)
-    if mirror.num_samples is not None:
-        must = "be an integer of at least 1, and below 2^31"
-        checks.number("num_samples", mirror.num_samples, must, lambda x: 1 <= x < 2**31, numbers.Integral)
-    between = "lie between 0 and 90 degrees (from 1e-6 on), or be None"
-    if mirror.target_angle is not None:
-        checks.number("target_angle", mirror.target_angle, between, lambda x: 1e-6 <= x < 90)
-    if mirror.rate is not None:
-        checks.number("rate", mirror.rate, "lie in (0, 1]", lambda x: 0 < x <= 1)
-    elif mirror.signal is not None:
-        raise ValueError(
-            "rule.mirror.rate is None, but a mirror with its own signal needs a rate: use Mirror(signal=..., rate=0.1)"
-        )
-    least = 0 if mirror.rate is not None else 1
-    must = f"be an integer of at least {least}, and below 2^31"
-    if least:
-        must += " (rate=None is the mean over all mirror steps, the first of them before training)"
-    checks.number("start", mirror.start, must, lambda x: least <= x < 2**31, numbers.Integral)
-    checks.flag("rule.mirror.each_step", mirror.each_step)
-    if not mirror.each_step and mirror.start == 0:
-        raise ValueError("rule.mirror never mirrors: set start=1 (a mirror step before training) or each_step=True")
-    if mirror.signal is not None:
-        checks.function("rule.mirror.signal", mirror.signal, "(synapses) -> array in W's layout, or None")
-    if mirror.activation is not None and not callable(mirror.activation):
-        raise ValueError(f"activation must be a function of an array, or None; got {checks.shown(mirror.activation)}")
-
-
-def _check_fields(rule: Rule) -> None:
-    """TypeError or ValueError if a rule (perhaps the user's own) is incomplete."""
-    if (rule.init is None) != (rule.backward is None):
-        lacking = "init" if rule.init is None else "backward"
-        raise ValueError(
-            f"rule {rule.name} has no {lacking}: give both, or neither for backprop. Without backward the error would go "
-            "back through W, and without init there is no B."
-        )
-    if rule.init is not None:
-        checks.function("rule.init", rule.init, "(key, projection, W) -> B")
-        checks.function("rule.backward", rule.backward, "(W, B) -> array in W's layout")
-    for name in ("redrawn", "direct"):
-        checks.flag(f"rule.{name}", getattr(rule, name))
-    checks.one_of("rule.transports", rule.transports, ("nothing", "signs", "changes", "weights"))
-    checks.number("rule.noise", rule.noise, "be a number of at least 0", lambda x: x >= 0)
-    if rule.signal is not None:
-        checks.function("rule.signal", rule.signal, "(synapses) -> array in W's layout, or None")
-    if rule.error is not None:
-        checks.function("rule.error", rule.error, "(delta, key) -> array of delta's shape, or None")
-    if rule.signal is not None and rule.backward is None:
-        raise ValueError(f"rule {rule.name}: a signal trains B; give init and backward too")
-    if rule.optimizer is not None:
-        checks.transformation("rule.optimizer", rule.optimizer)
-    if not isinstance(rule.mirror, Mirror | None):
-        raise TypeError(f"rule.mirror must be a Mirror, or None; got {checks.shown(rule.mirror)}")
-    if rule.mirror is not None:
-        check_mirror(rule.mirror)
-
-
-def check_rule(rule: Any, *, mapping: bool = True) -> None:
-    """TypeError unless ``rule`` is a rule, or (with ``mapping``) a mapping of patterns to rules."""
-    if isinstance(rule, Rule):
-        _check_fields(rule)
-        return
-    if mapping and isinstance(rule, Mapping):
-        for pattern, one in rule.items():
-            if not isinstance(pattern, str):
-                raise TypeError(f"rule's patterns must be strings, searched for in the paths; got {pattern!r}")
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"rule's pattern {pattern!r} is no regular expression ({error}); use re.escape(path) for a literal path"
-                ) from None
-            if not isinstance(one, Rule):
-                raise TypeError(f"rule[{pattern!r}] must be a wmkp rule such as kolen_pollack(); got {_no_rule(one)}")
-            check_rule(one)
-        return
-    what = ", or a mapping of path patterns to rules" if mapping else ""
-    raise TypeError(f"rule must be a wmkp rule such as kolen_pollack(){what}; got {_no_rule(rule)}")
-
-
-def _no_rule(value: Any) -> str:
-    called = f" (call it: {value.__name__}())" if callable(value) and hasattr(value, "__name__") else ""
-    return f"{checks.shown(value)}{called}"
-
-
-def _check_allowed(path: str, product: Product, rule: Rule) -> None:
-    """WeightTransportError unless the rule allows this use of the parameter, which B cannot follow."""
-    if rule == backprop() or (rule == local() and product.gain):
-        return
-    declare = {name: f'rule={{"{re.escape(path)}": wmkp.{name}(), ".*": ...}}' for name in ("local", "backprop")}
-    what = f"params[{path!r}] meets an activation in {product.obstacle!r}"
-    if product.gain:
-        raise WeightTransportError(
-            f"{what}: it scales activations, and wmkp cannot tell gains of single neurons from a product written by hand. If each "
-            f"of its values belongs to one neuron, declare it: {declare['local']}. If it connects neurons, write the "
-            "product as x @ w, jnp.einsum or a convolution, so that it gets a B. Or let the error go back through it: "
-            f"{declare['backprop']}."
-        )
-    if "complex" in str(product.obstacle):
-        raise WeightTransportError(
-            f"{what}: feedback weights are real. Keep the parameter as two real arrays, each with its own B, and write the product "
-            "in real numbers: real, imag = x @ a, x @ b. Or let the error go back through it: "
-            f"{declare['backprop']}."
-        )
-    raise WeightTransportError(
-        f"{what}, where B cannot follow it, so the error could only go back through W. Multiply the activation by the parameter "
-        "itself, or by a linear map of it (a reshape, a slice, a cast, a constant multiple), as x @ w, jnp.einsum or a "
-        f"convolution. Or let the error go back through it: {declare['backprop']}."
-    )
-
-
-def check_samples(analysis: Analysis) -> None:
-    """ValueError if no sample reaches any projection."""
-    outputs = [p.output_aval.shape for products in analysis.sites().values() for p in products]
-    if outputs and all(0 in shape for shape in outputs):
-        raise ValueError(
-            "args hold no samples: every projection's output is empty. Pass a batch of at least one sample."
-        )
-
-
-def resolve(rule: RuleOrRules, analysis: Analysis) -> dict[str, Rule]:
-    """The rule of each projection: ``rule`` itself, or the first whose pattern is found in the path (``re.search``).
-
-    Raises:
-      TypeError: ``rule`` is no rule and no mapping of patterns to rules.
-      ValueError: no projection at all; a pattern that matches none, or a projection that matches no pattern; a
-        projection of no neurons, or that no sample reaches; parts of one weight whose B would learn differently.
-      WeightTransportError: feedback weights cannot follow a parameter whose rule is not backprop.
-    """
-    check_rule(rule)
-    sites = analysis.sites()
-    paths = list(sites)
-    if not paths and not (isinstance(rule, Rule) and rule.backward is None):
-        raise ValueError(
-            "fun has no projection: no parameter multiplies an activation. Call fun(params, *args): params first, and "
-            "data as arrays in args (not closed over, and not Python numbers or lists)."
-        )
-    if isinstance(rule, Rule):
-        rules = dict.fromkeys(paths, rule)
-    else:
-        rules = {}
-        for pattern, one in rule.items():
-            among = analysis.paths if one == local() else paths
-            if not any(re.search(pattern, path) for path in among):
-                raise ValueError(
-                    f"rule's pattern {pattern!r} matches no projection; the projections are {', '.join(paths)}"
-                )
-        for path in paths:
-            found = next((r for pattern, r in rule.items() if re.search(pattern, path)), None)
-            if found is None:
-                raise ValueError(f'no pattern of rule matches projection {path!r}; end with ".*" to match all others')
-            rules[path] = found
-    check_samples(analysis)
-    for path, products in sites.items():
-        for product in products:
-            if rules[path].backward is not None and 0 in product.weight_aval.shape:
-                raise ValueError(
-                    f"params[{path!r}] is {list(product.weight_aval.shape)} where it multiplies an activation: a "
-                    "projection of no neurons (fan_in or fan_out is zero) has no feedback weights. Leave it out of "
-                    "the model, or give it backprop()."
-                )
-            joined = [rules[analysis.paths[leaf]] for leaf in product.params]
-            circuits = {(r.signal, r.error, r.noise) for r in joined if r.backward is not None}
-            plain = all(signal in (None, hebbian) and not (error or noise) for signal, error, noise in circuits)
-            if (len(circuits) > 1 and not plain) or len({r.mirror for r in joined if r.mirror}) > 1:
-                raise ValueError(
-                    f"rule gives params[{path!r}] and a parameter that is joined to it, as one weight, different mirrors, "
-                    "signals, errors or noises; give all parts of one weight the same rule"
-                )
-            if product.needs_feedback and product.obstacle:
-                _check_allowed(path, product, rules[path])
-    return rules

@@ -21,6 +21,19 @@ def check_mesh(mesh: Any) -> None:
         )
 
 
+def check_devices(axis_name: Any, mesh: Any, fsdp: Any) -> None:
+    """The options of ``make_steps`` that say how devices share its steps."""
+    if axis_name is not None and not isinstance(axis_name, str | tuple):
+        raise TypeError(f"axis_name must be the name of an axis of pmap or shard_map; got {checks.shown(axis_name)}")
+    if mesh is not None:
+        check_mesh(mesh)
+    checks.flag("fsdp", fsdp)
+    if mesh is not None and axis_name is not None:
+        raise ValueError("give axis_name (inside a pmap or shard_map of your own) or mesh, not both")
+    if fsdp and mesh is None:
+        raise ValueError("fsdp divides the state over a mesh: pass mesh=mesh too")
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Where a batch belongs on ``mesh``: its first axis, of examples, divided among all devices."""
     check_mesh(mesh)

@@ -17,9 +17,9 @@ from wmkp.engaged import check_loss, value_and_grad
 from wmkp.feedback import feedback_leaves, initial_feedback
 from wmkp.program import compat
 from wmkp.program.projections import Analysis, analyse, check_traceable, named_leaves
-from wmkp.rules import Mirror, Rule, RuleOrRules, learning_part, resolve
+from wmkp.rule import Mirror, Rule, RuleOrRules, learning_part, overlay, resolve
 from wmkp.sharding import batch_sharding as batch_sharding
-from wmkp.sharding import check_mesh, state_sharding
+from wmkp.sharding import check_devices, state_sharding
 
 
 class TrainState(NamedTuple):
@@ -153,7 +153,10 @@ def make_steps(
     checks.transformation("optimizer", optimizer)
     if mirror_optimizer is not None:
         updates.check_mirror_optimizer(mirror_optimizer)
-    _check_options(axis_name, mesh, fsdp, clip_norm, check_finite)
+    check_devices(axis_name, mesh, fsdp)
+    checks.flag("check_finite", check_finite)
+    if clip_norm is not None:
+        checks.positive("clip_norm", clip_norm)
     analysis = analyse(loss_fn, params, model_state, batch, jax.eval_shape(lambda: jax.random.key(0)))
     _check_output(analysis, model_state, check_finite)
     rules = resolve(rule, analysis)
@@ -253,7 +256,7 @@ class _Training:
     def redrawn(self, key: jax.Array, params: Any, feedback: Any) -> Any:
         """Feedback with a new B for those rules that draw one for each batch."""
         again = {path: rule for path, rule in self.rules.items() if rule.redrawn}
-        return _overlay(feedback, initial_feedback(key, again, self.analysis, params)) if again else feedback
+        return overlay(feedback, initial_feedback(key, again, self.analysis, params)) if again else feedback
 
     def mean(self, x: Any) -> Any:
         """The mean over the devices of a map around the steps."""
@@ -317,7 +320,7 @@ class _Training:
             if by_ours:
                 feedback_opt_state[i] = updates.same_hyperparams(state.opt_state, feedback_opt_state[i])
             moved, feedback_opt_state[i] = trainer.update(towards, feedback_opt_state[i], mine)
-            feedback = _overlay(feedback, optax.apply_updates(mine, moved))
+            feedback = overlay(feedback, optax.apply_updates(mine, moved))
         return state._replace(
             step=state.step + 1,
             params=optax.apply_updates(state.params, change),
@@ -447,21 +450,6 @@ class _Training:
             ) from error
 
 
-def _check_options(axis_name: Any, mesh: Any, fsdp: Any, clip_norm: Any, check_finite: Any) -> None:
-    if axis_name is not None and not isinstance(axis_name, str | tuple):
-        raise TypeError(f"axis_name must be the name of an axis of pmap or shard_map; got {checks.shown(axis_name)}")
-    if mesh is not None:
-        check_mesh(mesh)
-    checks.flag("fsdp", fsdp)
-    checks.flag("check_finite", check_finite)
-    if clip_norm is not None:
-        checks.positive("clip_norm", clip_norm)
-    if mesh is not None and axis_name is not None:
-        raise ValueError("give axis_name (inside a pmap or shard_map of your own) or mesh, not both")
-    if fsdp and mesh is None:
-        raise ValueError("fsdp divides the state over a mesh: pass mesh=mesh too")
-
-
 def _check_form(loss_fn: Any) -> None:
     """TypeError unless ``loss_fn`` takes the four arguments."""
     checks.function("loss_fn", loss_fn, "loss_fn(params, model_state, batch, key)")
@@ -509,8 +497,3 @@ def _floats(f: Callable[[Any], Any], tree: Any) -> Any:
 
 def _all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
-
-
-def _overlay(below: Any, above: Any) -> Any:
-    """``above`` where it has an entry, ``below`` elsewhere."""
-    return jax.tree.map(lambda a, b: b if a is None else a, above, below, is_leaf=lambda x: x is None)

@@ -24,7 +24,7 @@ import numpy as np
 from wmkp import checks
 from wmkp.engaged import engage, feedback_leaves
 from wmkp.program import compat
-from wmkp.rules import RuleOrRules
+from wmkp.rule import RuleOrRules
 
 # These multiply and sum: a weight and data give an activity.
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"})

@@ -11,7 +11,7 @@ import optax
 from wmkp import checks
 from wmkp.law import mirror_gain
 from wmkp.program.projections import is_array
-from wmkp.rules import Rule
+from wmkp.rule import Rule, is_float, learning_part, overlay
 
 __all__ = ["calibrated_mirror", "clip_together", "kolen_pollack", "same_hyperparams", "weight_mirror"]
 
@@ -35,7 +35,8 @@ def kolen_pollack(optimizer: optax.GradientTransformation) -> optax.GradientTran
       optimizer: the transformation that updates W, with the same learning rate, decay and momentum.
 
     Returns:
-      A GradientTransformation for the tree of B. Give it ``feedback_signal``.
+      A GradientTransformation for the tree of B. Give it ``feedback_signal``. ``Fixed`` parts and constants do not
+      change; a random key has None for its change.
 
     Raises:
       TypeError: ``optimizer`` is no optax transformation; from ``init`` and ``update``, a leaf that is no array.
@@ -56,23 +57,26 @@ def kolen_pollack(optimizer: optax.GradientTransformation) -> optax.GradientTran
 
     def init(feedback: Any) -> Any:
         _check_arrays("feedback", feedback)
+        learning = learning_part(feedback)
         with jax.ensure_compile_time_eval():
-            _check_holds(optimizer, feedback)
-        return optimizer.init(feedback)
+            _check_holds(optimizer, learning)
+        return optimizer.init(learning)
 
     def update(signal: Any, state: Any, feedback: Any = None, **extra: Any) -> tuple[Any, Any]:
+        _check_arrays("signal", signal, floats=True)
+        towards, mine = learning_part(signal), None
         if feedback is not None:
-            checks.alike("signal", signal, feedback, "feedback", dtypes=False)
-            _check_arrays("signal", signal)
+            mine = learning_part(feedback)
+            checks.alike("signal", towards, mine, "feedback", dtypes=False)
         what, cause = "nothing, but made another structure of its state", None
         try:
-            change, after = inner.update(signal, state, feedback, **extra)
+            change, after = inner.update(towards, state, mine, **extra)
         except Exception as error:
             what, cause = checks.first_line(error), error
         else:
             given: Any = jax.tree.structure(state)
             if given == jax.tree.structure(after):  # optax 0.2.5 accepts the moments of another tree
-                return change, after
+                return overlay(_still(signal if feedback is None else feedback), change), after
         raise ValueError(
             f"optimizer raised {what}; call update(signal, state, feedback) with the state that init(feedback) returned"
         ) from cause
@@ -104,12 +108,19 @@ def same_hyperparams(opt_state: Any, feedback_opt_state: Any) -> Any:
     return feedback_opt_state
 
 
-def _check_arrays(name: str, tree: Any) -> None:
-    """TypeError unless all leaves are floating-point arrays."""
+def _still(tree: Any) -> Any:
+    """Changes of nothing. A random key has none: nothing can be added to it."""
+    no_key = lambda x: not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.tree.map(lambda x: jnp.zeros_like(x) if no_key(x) else None, tree)
+
+
+def _check_arrays(name: str, tree: Any, floats: bool = False) -> None:
+    """TypeError unless all leaves are arrays (of floating-point numbers)."""
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.floating):
+        if not is_array(x) or (floats and not is_float(x)):
             where = f"{name}[{checks.path_name(path)!r}]" if path else name
-            raise TypeError(f"{where} is {checks.shape(x)}; it must hold only floating-point arrays (or None)")
+            kind = "floating-point arrays" if floats else "arrays"
+            raise TypeError(f"{where} is {checks.shape(x)}; it must hold only {kind} (or None)")
 
 
 _TRIALS = 1024  # most steps tried: a warm-up may start at a rate of zero, and MultiSteps waits
@@ -256,8 +267,7 @@ def _compare_alone(together: jax.Array, alone: jax.Array) -> None:
             "optimizer cannot train Kolen-Pollack's B: the arrays of a tree influence each other's updates (as when it "
             "clips by the global norm, skips a step in which one array is not finite or too large, or draws noise over the "
             "tree). W's tree is not B's, so the same signal would change W and B differently. Take that part out of the "
-            "optimizer. To clip both alike, use make_steps(..., clip_norm=...) or wmkp.updates.clip_together. To "
-            "skip steps, wrap the optimizers of both: see wmkp.updates.kolen_pollack."
+            "optimizer. To clip both alike, use make_steps(..., clip_norm=...) or wmkp.updates.clip_together."
         )
 
 
@@ -286,7 +296,7 @@ def clip_together(max_norm: float) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if not (isinstance(updates, tuple) and len(updates) == 2):
             raise TypeError(f"updates must be the pair (grads, feedback_signal); got {type(updates).__name__}")
-        _check_arrays("updates", updates)
+        _check_arrays("updates", updates, floats=True)
         checks.values("updates", updates)
         norm = optax.tree.norm(updates[0])
         scale = jnp.minimum(1.0, max_norm / norm)  # 1 for zero gradients

@@ -39,12 +39,12 @@ class Case(NamedTuple):
       local: a pattern of the parameters that are no projection though they have two axes and more (biases of heads).
       first: a pattern of the projections that no error must pass, so that they have no B.
       declared: a pattern of gains of more than one axis, which need the word ``wmkp.local()``.
-      refused: {path: primitive} of the parameters that B cannot follow: they raise an error, and ``backprop()`` is the fix.
-      unmirrored: a pattern of the projections that noise alone cannot reach: they raise an error in mirror mode, and KP is the fix.
+      refused: {path: primitive} of the parameters that B cannot follow: an error, and ``backprop()`` the way out.
+      unmirrored: a pattern of the projections that noise alone cannot reach: an error in mirror mode, KP the way out.
       in_part: a pattern of the parameters whose gradient B's signal is not: tied ones, of which it is a part, and those under a
         weight norm, where B has its own.
       kept: a pattern of the weights that the backward pass has another use for: the gradient of their own norm, or what a
-        checkpoint recomputes.
+        checkpoint computes anew.
       bound: of a gradient's difference from jax.grad's, over its largest entry (or a tenth of the largest of all).
     """
 
@@ -135,9 +135,9 @@ def differences(params: Any, feedback: Any) -> dict[str, np.ndarray]:
 
 
 def kept_weights(fun: Callable[..., Any], rule: Any, params: Any, feedback: Any, args: Any) -> set[str]:
-    """The parameters that the backward pass keeps, unchanged or rearranged, by path. It only traces.
+    """The parameters that the backward pass keeps, as they are or laid out anew, by path; only traced, and never run.
 
-    Backprop keeps all through which an error passes. A rule with B keeps none.
+    By what it keeps an error goes back: all of them under backprop, and none under a rule of B's.
     """
     leaves, tree = jax.tree.flatten(params)
     engaged = wmkp.engage(fun, rule)

@@ -40,7 +40,7 @@ def model(build: Callable[[Any], Any], *shape: int, training: bool = True, **opt
 
 
 def chain(*build: Any) -> Callable[[Any], Any]:
-    """A chain of layers, made for each model."""
+    """Layers one after another, made anew for each model."""
 
     def call(x: Any) -> Any:
         for layer in build:

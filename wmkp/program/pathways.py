@@ -182,10 +182,11 @@ def _own_signal(
     entry: Any, noise: Any,
 ) -> tuple[Any, Any]:  # fmt: skip
     """The cotangents of ``b`` and ``entry``, of which a rule's own signal makes one."""
+    outer, multiply = _of_whole_arrays(product, jax.typeof(x), jax.typeof(u))
     x, u, delta, error, w, noise = (a if a is None else compat.gathered(a) for a in (x, u, delta, error, w, noise))
     seen = Synapses(
         x, u, delta, error, compat.gathered(b) if entry is None else entry, w, noise, _draw(key, 2),
-        product.weight_gradient, product.multiply, product.samples(), circuit.uses, product.fans()[0], product,
+        outer, multiply, product.samples(), circuit.uses, product.fans()[0], product,
     )  # fmt: skip
     assert circuit.signal is not None
     signal = circuit.signal(seen)
@@ -195,11 +196,26 @@ def _own_signal(
     return compat.after(compat.divided_as(signal.astype(b.dtype), jax.typeof(b)), dx), None
 
 
+def _of_whole_arrays(product: Product, x_type: Any, u_type: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The product's ``weight_gradient`` and ``multiply``, of arrays that every device of an explicit mesh has whole."""
+
+    def outer(x: Any, delta: Any) -> jax.Array:
+        return compat.gathered(product.weight_gradient(compat.divided_as(x, x_type), compat.divided_as(delta, u_type)))
+
+    def multiply(x: Any, w: Any) -> jax.Array:
+        return compat.gathered(
+            product.multiply(compat.divided_as(x, x_type), compat.divided_as(w, product.weight_aval))
+        )
+
+    return outer, multiply
+
+
 def _in_structure(signal: Any, entry: Any) -> Any:
-    """A signal in the structure of the whole B, with zeros instead of None."""
+    """A signal in the structure of the whole B: zeros instead of None, and None for leaves that are not floats."""
 
     def part(s: Any, e: Any) -> Any:
-        return jax.tree.map(jnp.zeros_like, e) if s is None else s.astype(e.dtype)
+        parts = jax.tree.map(lambda x: jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else None, e)
+        return parts if s is None or parts is None else s.astype(e.dtype)
 
     try:
         return jax.tree.map(part, signal, entry, is_leaf=lambda s: s is None)
@@ -253,11 +269,12 @@ def directly(
         e = circuit.carried(compat.gathered(output), key)
         back = (e.reshape(-1, errors).astype(b.dtype) @ b.T).reshape(x.shape).astype(x.dtype)
         if circuit.own:
-            u, w, noise = kept[3:]
+            _, respond = _of_whole_arrays(product, jax.typeof(x), jax.typeof(kept[3]))
+            whole: list[Any] = [a if a is None else compat.gathered(a) for a in (x, kept[3], delta, *kept[4:])]
             samples = e.size // errors
             seen = Synapses(
-                x, u, delta, e, b, w, noise, _draw(key, 2),
-                outer, product.multiply, samples, circuit.uses, inputs, product,
+                whole[0], whole[1], whole[2], e, b, whole[3], whole[4], _draw(key, 2),
+                outer, respond, samples, circuit.uses, inputs, product,
             )  # fmt: skip
             assert circuit.signal is not None
             db = circuit.signal(seen)
