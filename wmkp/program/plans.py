@@ -89,7 +89,7 @@ class Site(NamedTuple):
         return max(self.weights, key=lambda i: self.kinds[i].breadth)
 
     def gains_of_data(self) -> list[int]:
-        """Which operands are parameters that multiply what another makes of data, element by element (rows looked up, say)."""
+        """The parameters that elementwise multiply what another parameter and data make (such as looked-up rows)."""
         mixed = any(k.data and (k.obstacle or k.per_example == 1) for k in self.kinds)
         return [i for i in self.weights if not self.kinds[i].data and mixed and self.name in compat.MULTIPLIED]
 
