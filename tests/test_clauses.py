@@ -31,14 +31,6 @@ def test_a_gain_of_each_example_keeps_noise_out():
         wmkp.mirror_signals(KEY, wmkp.weight_mirror(), fun, weights("first", "w"), X)
 
 
-def test_gains_of_one_row_each_transposed_and_joined():
-    def fun(p, x):
-        w = jnp.concatenate([(p["w"] * p["other"][:, k : k + 1]).T[:1] for k in range(6)], 0)
-        return jnp.sum((tanh_first(p, x) @ w) ** 2)
-
-    refuse(fun, weights("first", "other", "w"), X, match="'concatenate of a weight with gains'")
-
-
 def test_gains_stay_gains_where_their_weight_is_laid_out_anew():
     def loss(p, x):
         h = jnp.tanh(x @ p["first"])
@@ -67,14 +59,6 @@ def test_activities_with_biases_of_some_are_activities(name):
     feedback = wmkp.init_feedback(B_KEY, wmkp.kolen_pollack(), fun, params, X)
     _, (grads, _) = wmkp.value_and_grad(fun, wmkp.kolen_pollack())(params, {**feedback, "w": params["w"]}, X)
     chex.assert_trees_all_close(grads, jax.grad(fun)(params, X), rtol=1e-4, atol=1e-5)
-
-
-def test_a_matrix_laid_out_as_gains_by_lookup():
-    def fun(p, x):
-        w = (jnp.stack([p["w"]] * 2, -1).reshape(36, 2) * p["other"].reshape(36, 1))[np.arange(36).reshape(6, 6)]
-        return jnp.sum((tanh_first(p, x) @ w[..., 0]) ** 2)
-
-    refuse(fun, weights("first", "other", "w"), X, match="gather")
 
 
 def test_copies_beside_synapses_that_data_looks_up():

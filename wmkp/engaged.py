@@ -147,9 +147,10 @@ def evaluate(
     def on_product(handler: Handler, product: Product, x: Any, w: Any, b: Any, tap: Any) -> Any:
         leaf = min(product.params)
         rule = rules.get(analysis.paths[leaf])
-        if b is w and (rule is None or _leaves_alone(rule) or not product.needs_feedback):
+        bare = any(carriers[i] is None for i in product.params)
+        if b is w and not bare and (rule is None or _leaves_alone(rule) or not product.needs_feedback):
             y = product.multiply(x, w)
-        elif b is None or not product.followed or (isinstance(b, Direct) and not product.needs_feedback):
+        elif bare or not product.followed or (isinstance(b, Direct) and not product.needs_feedback):
             y = pathways.without_feedback(product, x, w, analysis.paths[leaf])
         else:
             circuit = circuits[analysis.paths[leaf]]
@@ -167,7 +168,7 @@ def evaluate(
         return y if tap is None else tapped(product, x, y, tap)
 
     data = [leaf for leaf in jax.tree.leaves(args) if is_array(leaf)]
-    inputs = [*zip(leaves, carriers, strict=True), *((x, x) for x in data)]
+    inputs = [(w, w if b is None else b) for w, b in zip(leaves, carriers, strict=True)] + [(x, x) for x in data]
     error = None
     if last is not None:
         error = compat.divided_as(jnp.zeros(last.output_aval.shape, last.output_aval.dtype), last.output_aval)

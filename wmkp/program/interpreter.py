@@ -15,8 +15,8 @@ from wmkp.program.products import Bind, Product, WeightTransportError
 
 # --- running the plan -------------------------------------------------------------------------------------------------
 
-# A value and its companion. A weight's companion is the feedback array that has followed it (None if there is none, the
-# weight itself under backprop). Any other value is its own companion.
+# A value and its companion. A weight's companion is the feedback array that has followed it. Any other value, and a
+# weight of parameters without one, is its own companion.
 Pair = tuple[Any, Any]
 Read = Callable[[Any], Any]  # a variable's value
 
@@ -95,21 +95,15 @@ def _bind(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
         beside = step.bind(*(b if o else a for o, (a, b) in zip(own, operands, strict=True))) if any(own) else outs
         results = zip(own, operands, outs, beside, strict=True)
         return [(y, other if o else y if b is a else b) for o, (a, b), y, other in results]
-    if (
-        step.action == "own" or step.gain is not None
-    ):  # B has the same gain as W, unless the gain is a norm of W: then B has its own norm
+    if step.action == "own" or step.gain is not None:
         main = None if step.gain is None else 1 - step.gain
-        other = main is not None and not step.norm
-        operands = [
-            (a, a) if i != main and (other or b is None or isinstance(b, Direct)) else (a, b)
-            for i, (a, b) in enumerate(operands)
-        ]
         if main is not None and operands[main][1] is values[main]:  # under backprop
             return [(y, y) for y in outs]
+        # B has the same gain as W, unless the gain is a norm of W: then B has its own norm.
+        same = lambda i, b: i != main and (isinstance(b, Direct) or (main is not None and not step.norm))
+        operands = [(a, a if same(i, b) else b) for i, (a, b) in enumerate(operands)]
     if step.action == "bind" or all(b is a for a, b in operands):
         return [(y, y) for y in outs]
-    if any(b is None for _, b in operands):
-        return [(y, None) for y in outs]
     direct = [b for _, b in operands if isinstance(b, Direct)]
     if direct:
         if any(b is not direct[0] for b in direct):
@@ -142,7 +136,7 @@ _guarded.defvjp(_guarded_forward, lambda _, error: (None,), symbolic_zeros=True)
 
 def is_own(b: Any, a: Any) -> bool:
     """Whether a companion is a separate array."""
-    return b is not a and b is not None and not isinstance(b, Direct)
+    return b is not a and not isinstance(b, Direct)
 
 
 def _companion(pair: Pair, handler: Handler) -> Any:
@@ -189,19 +183,15 @@ class _Packed:
     """Pairs as a flat list of arrays that can cross a tracing boundary, with no array twice."""
 
     def __init__(self, pairs: Sequence[Pair]):
-        self.modes = ["same" if b is a else "none" if b is None else "own" for a, b in pairs]
+        self.own = [b is not a for a, b in pairs]
 
     @staticmethod
     def flatten(pairs: Sequence[Pair]) -> list[Any]:
-        return [x for a, b in pairs for x in ((a,) if b is a or b is None else (a, b))]
+        return [x for a, b in pairs for x in ((a,) if b is a else (a, b))]
 
     def unflatten(self, arrays: Sequence[Any]) -> list[Pair]:
         it = iter(arrays)
-        pairs = []
-        for mode in self.modes:
-            a = next(it)
-            pairs.append((a, a if mode == "same" else None if mode == "none" else next(it)))
-        return pairs
+        return [(a := next(it), next(it) if own else a) for own in self.own]
 
 
 def _remat(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
@@ -228,8 +218,9 @@ def _shard_map(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]
         )
     plan, sharding = step.plans[0], compat.sharding(step.eqn.params)
     packed = _Packed(operands)
-    modes = zip(sharding.in_specs, packed.modes, strict=True)
-    specs = [spec for spec, mode in modes for _ in range(1 + (mode == "own"))]  # a companion is divided like its value
+    specs = [
+        spec for spec, own in zip(sharding.in_specs, packed.own, strict=True) for _ in range(1 + own)
+    ]  # a companion is divided like its value
     mine = [p for p in plan.products() if p in handler.taps]
 
     def body(arrays: list[Any], taps: list[Any]) -> list[Any]:
@@ -247,7 +238,7 @@ def _as_kind(pair: Pair, kind: Kind) -> Pair:
     A weight that B cannot follow may still be a gain, such as a norm. Then its companion is the gain that B has.
     """
     a, b = pair
-    if kind.obstacle and (not kind.static or b is None or isinstance(b, Direct)):
+    if kind.obstacle and (not kind.static or isinstance(b, Direct)):
         return a, a
     return pair if kind.weight else (a, a)
 
@@ -256,20 +247,17 @@ def _cond(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
     (index, _), rest = operands[0], operands[1:]
     kinds = either(step.plans)
     followed = [i for i, k in enumerate(kinds) if k.static or (k.weight and not k.obstacle)]
-    lost: set[int] = set()
 
     def branch(plan: Plan) -> tuple[list[Any], list[Any], Any]:
         inner = handler.within(handler.taps, handler.channel)
         pairs = [_as_kind(pair, kind) for pair, kind in zip(run(plan, rest, inner), kinds, strict=True)]
-        lost.update(i for i in followed if pairs[i][1] is None)
-        companions = [pairs[i][0] if i in lost else _companion(pairs[i], handler) for i in followed]
-        return [a for a, _ in pairs], companions, inner.channel
+        return [a for a, _ in pairs], [_companion(pairs[i], handler) for i in followed], inner.channel
 
     branches = [functools.partial(branch, plan) for plan in step.plans]
     values, companions, handler.channel = jax.lax.switch(index, branches)
     outs = [(a, a) for a in values]
     for i, b in zip(followed, companions, strict=True):
-        outs[i] = (values[i], None if i in lost else b)
+        outs[i] = (values[i], b)
     return outs
 
 
@@ -285,34 +273,18 @@ def _scan(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
             init[i] = (init[i][0], _held(jnp.copy(init[i][0]), handler.anchor))  # another array, even without jit
     mine = [p for p in plan.products() if p in handler.taps]
     taps = [handler.taps[p] for p in mine]
-    lost: set[int] = set()
-    carry_pack = xs_pack = ys_pack = _Packed([])
+    carry_pack, xs_pack, ys_pack = _Packed(init), _Packed(xs), _Packed([])
 
     def body(carry: tuple[list[Any], Any], slices: tuple[list[Any], list[Any]]) -> tuple[Any, list[Any]]:
         nonlocal ys_pack
         inner = handler.within(dict(zip(mine, slices[1], strict=True)), carry[1])
         pairs = run(plan, [*fixed, *carry_pack.unflatten(carry[0]), *xs_pack.unflatten(slices[0])], inner)
-        out = []
-        for i, (pair, mode) in enumerate(zip(pairs[:carries], carry_pack.modes, strict=True)):
-            out.append(pair[0])
-            if mode == "own":
-                if pair[1] is None:
-                    lost.add(i)
-                out.append(pair[0] if pair[1] is None else _companion(pair, handler))
+        carried = zip(pairs[:carries], carry_pack.own, strict=True)
+        out = [x for pair, own in carried for x in ((pair[0], _companion(pair, handler)) if own else pair[:1])]
         ys_pack = _Packed(pairs[carries:])
         return (out, inner.channel), _Packed.flatten(pairs[carries:])
 
-    while True:
-        carry_pack, xs_pack, ys_pack = _Packed(init), _Packed(xs), _Packed([])
-        inputs = (_Packed.flatten(init), handler.channel), (_Packed.flatten(xs), taps)
-        if "own" not in carry_pack.modes:
-            break
-        # Find out before the loop is built whether the body loses a companion.
-        jax.eval_shape(lambda c, x: body(c, jax.tree.map(lambda leaf: leaf[0], x)), *inputs)
-        if not lost:
-            break
-        init = [(a, None) if i in lost else (a, b) for i, (a, b) in enumerate(init)]
-        lost.clear()
+    inputs = (_Packed.flatten(init), handler.channel), (_Packed.flatten(xs), taps)
     options = {k: params[k] for k in ("length", "reverse", "unroll")}
     (final, handler.channel), ys = jax.lax.scan(body, *inputs, **options)
     return [*carry_pack.unflatten(final), *ys_pack.unflatten(ys)]

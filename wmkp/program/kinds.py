@@ -52,10 +52,11 @@ class Kind(NamedTuple):
     per_example: int = 0  # data made one for each example (by lookup or scaling): the axes of each
     plain: bool = True  # each of its elements is one element of a parameter, unscaled
     stack: tuple[int, ...] = ()  # the lengths of the scans along which it changes
-    gained: Axes | None = None  # the axes along which gains have scaled it
+    gained: bool = False  # gains have scaled it
     # Only for an activation:
     joined: frozenset[int] = frozenset()  # the matrices (parameters) joined to it
     part: frozenset[int] = frozenset()  # the same, after a part of it was taken
+    rows: frozenset[int] = frozenset()  # the parameters whose rows it is made of, and of nothing else
     product: Any = None  # the product whose unchanged output it is
     scaled: Scaled | None = None  # also for a weight that an activation has scaled
 
@@ -78,8 +79,14 @@ CONSTANT = Kind()
 CAST = "a comparison or cast"
 
 
+def rows_of(kinds: Sequence[Kind]) -> frozenset[int]:
+    """The parameters whose rows data looked up, if operands are made of such rows alone; else none."""
+    rows = [k.params if k.per_example == 1 else k.rows for k in kinds if k.active]
+    return frozenset().union(*rows) if all(rows) else frozenset()
+
+
 def activation(kinds: Sequence[Kind]) -> Kind:
-    return Kind(data=True, active=any(k.active for k in kinds))
+    return Kind(data=True, active=any(k.active for k in kinds), rows=rows_of(kinds))
 
 
 def union_of(kinds: Sequence[Kind]) -> Kind:
@@ -98,6 +105,7 @@ def union_of(kinds: Sequence[Kind]) -> Kind:
         per_example=max((k.per_example for k in weights), default=0),
         plain=all(k.plain for k in weights),
         stack=max((k.stack for k in weights), key=len, default=()),
+        gained=any(k.gained for k in weights),
     )
 
 
@@ -295,7 +303,7 @@ def gain_operand(eqn: Any, kinds: Sequence[Kind]) -> int | None:
 
     Such a factor scales a neuron's error as it scales its activity, and says nothing about single synapses. Examples are
     the gain over the norm in a weight norm, and a spectral norm's largest singular value. If the gain is a norm of W, B
-    has its own norm. Any other gain is the same for both.
+    has its own norm. Any other gain is the same for both; its parameter has at most one axis, unless it is one number.
     """
     for gain in {"mul": (0, 1), "div": (1,)}.get(eqn.primitive.name, ()):
         weight, factor, aval = kinds[1 - gain], kinds[gain], eqn.invars[1 - gain].aval
@@ -304,7 +312,8 @@ def gain_operand(eqn: Any, kinds: Sequence[Kind]) -> int | None:
         axes = sum(varies(factor, eqn.invars[gain].aval))
         if factor.weight and not factor.per_example and (weight.static or factor.data):
             # For a neuron with one synapse the gain would be that synapse.
-            if not (factor.cast or factor.joint) and axes < min(2, sum(varies(weight, aval))):
+            wide = axes and factor.breadth > 1 and not factor.params & weight.params
+            if not (factor.cast or factor.joint or wide) and axes < min(2, sum(varies(weight, aval))):
                 return gain
         elif factor.data and not factor.weight and axes < 2 and weight.breadth > 1:
             return gain
@@ -342,11 +351,10 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], result: int = 0) -> Kind:
     name, out, union = compat.primitive_name(eqn), eqn.outvars[result].aval, union_of(kinds)
     factor = gain_operand(eqn, kinds)
     if factor is not None:
-        main, none = kinds[1 - factor], (False,) * out.ndim
-        axes = zip(main.gained or none, varies(kinds[factor], eqn.invars[factor].aval) or none, strict=True)
+        main = kinds[1 - factor]
         repeated = eqn.invars[1 - factor].aval.shape != out.shape
         return main._replace(
-            gained=tuple(a or b for a, b in axes),
+            gained=True,
             data=main.data or kinds[factor].data,
             varying=result_varying(eqn, kinds),
             per_example=main.per_example or (main.breadth if repeated else 0),
@@ -358,19 +366,15 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], result: int = 0) -> Kind:
         return union._replace(varying=varying, obstacle=CAST, cast=True)
     if jnp.issubdtype(out.dtype, jnp.complexfloating):
         return union._replace(varying=varying, obstacle=union.obstacle or name)
-    gained = _gained(eqn, kinds, result)
-    kind = union._replace(varying=varying, gained=gained)
+    kind = union._replace(varying=varying)
     others = [varies(k, v.aval) for k, v in zip(kinds, eqn.invars, strict=True) if not k.weight]
     if name in compat.BILINEAR and len(others) == 1 and not any(others[0]):
         kind = kind._replace(breadth=sum(varying))  # a layer's response to a uniform constant is a bias of its outputs
     if name == "stop_gradient":
         kind = kind._replace(joint=False)
     cast = any(k.cast for k in kinds)
-    split = gained is not None and sum(gained) > max(
-        sum(k.gained or ()) for k in kinds
-    )  # it no longer belongs to single neurons
-    if not _follows(eqn, kinds) or split:
-        reason = CAST if cast else f"{name} of a weight with gains" if split else name
+    if not _follows(eqn, kinds):
+        reason = CAST if cast else name
         kind = kind._replace(obstacle=union.obstacle or reason, cast=name in compat.LAYOUT and kinds[0].cast)
     elif cast:  # masked or selected by its own values
         kind = kind._replace(obstacle=None, unmirrored=kind.unmirrored or CAST)
@@ -380,18 +384,6 @@ def weight_kind(eqn: Any, kinds: Sequence[Kind], result: int = 0) -> Kind:
     if name in {"broadcast_in_dim", "tile"}:
         plain = plain and math.prod(out.shape) == math.prod(eqn.invars[0].aval.shape)
     return kind._replace(plain=plain, unmirrored=kind.unmirrored or (name if name in MIXING else None))
-
-
-def _gained(eqn: Any, kinds: Sequence[Kind], result: int) -> Axes | None:
-    """The axes of the result along which gains have scaled the operands."""
-    if all(k.gained is None for k in kinds):
-        return None
-    own = [k.gained or (False,) * v.aval.ndim for k, v in zip(kinds, eqn.invars, strict=True)]
-    name, axes = eqn.primitive.name, moved(eqn, own, result)
-    if name in compat.GROWN | compat.INDEXED | compat.EXCHANGED and len(axes) == len(own[0]):
-        along = eqn.params["dimension"] if name == "concatenate" else None
-        axes = tuple(m and (a == along or any(v[a] for v in own if len(v) > a)) for a, m in enumerate(axes))
-    return axes
 
 
 def _touched(eqn: Any, kinds: Sequence[Kind], kind: Kind) -> Kind:

@@ -20,6 +20,7 @@ from wmkp.program.kinds import (
     join,
     outside,
     result_varying,
+    rows_of,
     settle,
     still_scaled,
     summed,
@@ -45,16 +46,21 @@ class Step(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A jaxpr with what to do at each of its equations, and the kinds of its values."""
+    """A jaxpr with what to do at each of its equations, and the kinds of its values.
+
+    ``refused``: what B cannot follow in a scan's first turn, where a carry is a weight still.
+    """
 
     jaxpr: Any
     consts: Sequence[Any]
     steps: list[Step]
     kinds: dict[Any, Kind]
     outputs: list[Kind]
+    refused: list[Product]
 
     def products(self) -> Iterator[Product]:
         """Every product, also of inner plans, in the order of evaluation."""
+        yield from self.refused
         for step in self.steps:
             if step.product is not None and not step.product.pending:
                 yield step.product
@@ -131,7 +137,7 @@ def _sliced(kind: Kind, length: int) -> Kind:
     if not kind.weight:
         return outside(kind)._replace(joined=frozenset(), part=kind.joined | kind.part)
     breadth = max(kind.breadth - (length > 1), 0)
-    return outside(kind)._replace(breadth=breadth, stack=(*kind.stack, length), gained=kind.gained and kind.gained[1:])
+    return outside(kind)._replace(breadth=breadth, stack=(*kind.stack, length))
 
 
 def either(plans: Sequence[Plan]) -> list[Kind]:
@@ -157,16 +163,6 @@ def _shifts(site: Site) -> bool:
     return ours != theirs and all(w or not a for w, a in zip(ours, theirs, strict=True))
 
 
-def _keep_obstacles(first: Plan, last: Plan) -> None:
-    """Copies obstacles from an earlier plan of the same jaxpr to this one."""
-    for i, (before, after) in enumerate(zip(first.steps, last.steps, strict=True)):
-        if after.product is None and before.product is not None and before.product.obstacle:
-            last.steps[i] = after._replace(product=before.product)
-        # The first plan has no inner plans where no error passed.
-        for inner_before, inner_after in zip(before.plans, after.plans, strict=False):
-            _keep_obstacles(inner_before, inner_after)
-
-
 def _note_bias(site: Site) -> None:
     """Notes a layer's bias: a weight added to a product's output that varies only along the outputs."""
     for i in (0, 1):
@@ -175,7 +171,7 @@ def _note_bias(site: Site) -> None:
             continue
         if all(not v or a in y.product.output_axes() for a, v in enumerate(varies(b, var.aval))):
             y.product.bias = (site.plan, var)
-            y.product.scaled |= b.gained is not None
+            y.product.scaled |= b.gained
 
 
 class Analyser:
@@ -195,7 +191,7 @@ class Analyser:
         env: dict[Any, Kind] = dict(zip(jaxpr.constvars, map(_constant, consts), strict=True))
         env.update(zip(jaxpr.invars, kinds, strict=True))
         read = lambda v: env[v] if isinstance(v, compat.Var) else CONSTANT
-        plan = Plan(jaxpr, consts, [], env, [])
+        plan = Plan(jaxpr, consts, [], env, [], [])
         for eqn in jaxpr.eqns:
             operands = [read(v) for v in eqn.invars]
             step, outs = self.step(Site(eqn, compat.binder(eqn, jaxpr), operands, lengths, plan))
@@ -221,6 +217,11 @@ class Analyser:
         if name in compat.APART and len(eqn.outvars) == len(kinds) > 1:
             outs = [k if name == "optimization_barrier" else self.one(eqn, [k], i) for i, k in enumerate(kinds)]
             return Step(eqn, "follow", bind), outs
+        if any(k.activity for k in kinds) and any(k.weight for k in kinds) and len(rows_of(kinds)) == 1:
+            # Rows looked up, and what is made of them (their norm): the errors are theirs alone.
+            self.note(kinds, "added")
+            kinds = [activation([k]) if k.weight else k for k in kinds]
+            site = site._replace(kinds=kinds)
         scaled = next(filter(None, [still_scaled(eqn, kinds, i) for i, k in enumerate(kinds) if k.scaled]), None)
         if not site.weights:
             step, outs = self.activity(site)
@@ -295,7 +296,7 @@ class Analyser:
         for i, v in enumerate(eqn.outvars):
             smooth = name != "stop_gradient" and jnp.issubdtype(v.aval.dtype, jnp.inexact)
             varying = result_varying(eqn, kinds, i)
-            outs.append(Kind(data=True, active=smooth, varying=varying, joined=joined, part=part))
+            outs.append(Kind(data=True, active=smooth, varying=varying, joined=joined, part=part, rows=rows_of(kinds)))
         same = name in compat.LAYOUT and eqn.outvars[0].aval.shape == eqn.invars[0].aval.shape
         if same and name not in {"transpose", "rev"}:
             outs[0] = outs[0]._replace(product=kinds[0].product)
@@ -333,7 +334,8 @@ class Analyser:
         copies = tuple(w and not a for w, a in zip(ours, theirs, strict=True))
         varying = tuple(a or b for a, b in zip(ours, theirs, strict=True))
         scaled = Scaled(product, ours, copies if any(copies) else None)
-        out = activation(kinds)._replace(varying=varying, scaled=scaled)
+        rows = rows_of([k for k in kinds if not k.weight])  # (the gain's own error goes no further)
+        out = activation(kinds)._replace(varying=varying, scaled=scaled, rows=rows)
         return Step(eqn, "bind", site.bind, product=product), [out]
 
     def bilinear(self, site: Site) -> Found:
@@ -459,14 +461,14 @@ class Analyser:
                 break
         if any(a.static and not b.static for a, b in zip(site.kinds[carried], inner[carried], strict=True)):
             # The first turn uses the weight itself, whatever the carry becomes later.
-            _keep_obstacles(first, plan)
+            plan.refused.extend(p for p in first.products() if p.obstacle)
         self.note_joined(site.kinds[carried], inner[carried])
         results = inner[carried]
         for kind, within in zip(outs[carries:], plan.outputs[carries:], strict=True):
             gain = within.scaled  # its outputs may be summed after the loop
             scaled = Scaled(gain.product, (False, *gain.axes), None) if gain and gain.copies is None else None
             kind = kind._replace(stack=kind.stack[: len(site.lengths)], scaled=scaled)
-            if kind.weight and kind.gained:
-                kind = kind._replace(obstacle=kind.obstacle or "scan of a weight with gains", gained=None)
+            if kind.gained:  # a gain for each turn may be one for each synapse of what they make together
+                kind = kind._replace(obstacle=kind.obstacle or "scan of a weight with gains")
             results.append(kind)
         return Step(site.eqn, "scan", None, (plan,)), results

@@ -61,7 +61,7 @@ class Product:
         self.pending = False  # whether later equations may still show it to be a gain (``Kind.scaled``)
         self.bias: Any = None  # the weight that is added to its output, if any: (plan, variable)
         # Whether a gain scales the weight or the bias (any other effect of data on a weight is ``unmirrored``).
-        self.scaled = kind.gained is not None or kind.data
+        self.scaled = kind.gained or kind.data
 
     def multiply(self, x: jax.Array, w: jax.Array) -> jax.Array:
         """The product, as the equation computes it."""

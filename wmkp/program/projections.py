@@ -52,7 +52,8 @@ class Projection:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: replaces the analysis, which holds functions, by its answers about this projection."""
-        return {**self.__dict__, "analysis": self.analysis.answers(self.path)}
+        said = self.analysis
+        return {**self.__dict__, "analysis": said if isinstance(said, Answers) else said.answers(self.path)}
 
     def direct_shape(self) -> tuple[int, ...]:
         """The shape of feedback from the network's output straight to this projection's input.
@@ -87,19 +88,17 @@ class Answers(NamedTuple):
             raise ValueError(
                 f"params[{path!r}] has the shape {list(self.shape)}, not {list(shape)}; pass its own shape"
             )
-        if isinstance(self.axes, ValueError):
-            raise self.axes
-        return self.axes
+        return _answered(self.axes)
 
     def direct_shape(self, path: str) -> tuple[int, ...]:
         """See ``Projection.direct_shape``."""
-        if isinstance(self.direct, ValueError):
-            raise self.direct
-        return self.direct
+        return _answered(self.direct)
 
-    def answers(self, path: str) -> "Answers":
-        """Itself."""
-        return self
+
+def _answered(answer: Any) -> Any:
+    if isinstance(answer, ValueError):
+        raise answer
+    return answer
 
 
 class Analysis(NamedTuple):
