@@ -140,7 +140,7 @@ def delta_norms(
     ``delta_angles``.
 
     Args:
-      fun, rule, params, feedback, *args, has_aux: as in ``delta_angles``.
+      fun, rule, params, feedback, args, has_aux: as in ``delta_angles``.
 
     Returns:
       ``{path: DeltaNorms}``, one for each projection, first layers included. If ``is_rounding`` is true, ``angle`` and
