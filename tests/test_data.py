@@ -499,7 +499,7 @@ def test_prepare(monkeypatch, tmp_path, capsys):
     assert data.prepare("wmkp_prepared", tmp_path) == where  # again, nothing happens
     assert len(data.load("wmkp_prepared", tmp_path).train["label"]) == 9
     assert "tensorflow" not in sys.modules
-    with pytest.raises(InputError, match="unknown dataset 'nosuch': TFDS does not know it"):
+    with pytest.raises(InputError, match="unknown dataset 'nosuch': TFDS has no such dataset"):
         data.prepare("nosuch", tmp_path)
     with pytest.raises(InputError, match="digits needs no preparation"):
         data.prepare("digits", tmp_path)

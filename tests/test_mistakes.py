@@ -523,8 +523,8 @@ WRONG = {
         )
     },
     **{
-        f"updates.kolen_pollack of {bad!r}": (lambda bad=bad: updates.kolen_pollack(SGD).init({"w": bad}), "feedback['w'] is", "floating-point arrays")
-        for bad in ("x", 1.0, np.ones((3, 2), int))
+        f"updates.kolen_pollack of {bad!r}": (lambda bad=bad: updates.kolen_pollack(SGD).init({"w": bad}), "feedback['w'] is", "only arrays")
+        for bad in ("x", 1.0)
     },
     "signals that are no arrays": (
         lambda: updates.kolen_pollack(SGD).update({**made(KP), "w": "x"}, SGD.init(made(KP)), made(KP)), "signal['w'] is str"),

@@ -369,7 +369,7 @@ def test_noise_is_known_to_the_signal_and_another_at_each_use():
     keys = jax.random.split(KEY, 3)
     values = jax.vmap(lambda key: gradient(params, feedback, x, key=key)[0])(keys)
     assert len({float(v) for v in values}) == 3
-    with pytest.raises(ValueError, match="noisy has noise in engaged mode: give key="):
+    with pytest.raises(ValueError, match="noisy has noise in engaged mode: pass key="):
         wmkp.value_and_grad(recurrent, rule)(params, feedback, x)
 
 

@@ -1007,7 +1007,7 @@ def test_parts_of_one_weight_learn_by_one_rule():
         (mirror, wmkp.weight_mirror(noise_std=3.0)),
         (mirror, wmkp.information_alignment()),
     ):
-        with pytest.raises(ValueError, match=r"params\['a'\] and a parameter that is joined to it.*one rule"):
+        with pytest.raises(ValueError, match=r"params\['a'\] and a parameter that is joined to it.*the same rule"):
             wmkp.init_feedback(KEY, {"a": a, "b": b}, joined, params, x)
     for a, b in ((kp, wmkp.kolen_pollack(start="mirror")), (mirror, wmkp.feedback_alignment())):
         wmkp.init_feedback(KEY, {"a": a, "b": b}, joined, params, x)
