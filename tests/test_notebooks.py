@@ -1,6 +1,6 @@
-"""The notebooks in the repository are executed, small, with parameters, and in the README.
+"""Each notebook in the repository is executed, small, has a parameters cell, and stands in the README.
 
-Whether they run is tested by ``python notebooks/run.py --smoke``.
+``python notebooks/run.py --smoke`` tests that the notebooks run.
 """
 
 import ast
@@ -20,7 +20,7 @@ each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
 def cells(path, kind):
-    """The cells of a kind, and of each its source."""
+    """Return the cells of one kind, each with its source."""
     return [(c, "".join(c["source"])) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
 
 
@@ -36,7 +36,10 @@ def test_kept_with_its_outputs_and_small(path):
 
 @each
 def test_installs_wmkp_first_and_only_where_it_is_missing(path):
-    """Beside the NumPy that is there: a session that has loaded it cannot use another, whose modules it would mix in."""
+    """The first cell installs wmkp only if it is missing, and pins NumPy to the installed version.
+
+    A session that has loaded one NumPy would mix in the modules of another.
+    """
     first = cells(path, "code")[0][1]
     assert re.search(
         r'find_spec\("wmkp"\) is None:\n    kept = .*f"numpy=={d.version}".*\n    %pip install -q ".*" \{kept\}', first
@@ -49,7 +52,10 @@ def test_installs_wmkp_first_and_only_where_it_is_missing(path):
 
 @each
 def test_smoke_sets_parameters_that_there_are(path):
-    """papermill would pass by one that is misspelt, and run the notebook at its full size."""
+    """Each parameter that the smoke run sets exists in the notebook.
+
+    papermill would ignore a misspelt parameter and run the notebook at full size.
+    """
     spec = importlib.util.spec_from_file_location("run", ROOT / "notebooks" / "run.py")
     run = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(run)
@@ -73,7 +79,10 @@ def test_readme_has_each_in_order():
 
 
 def test_no_link_leads_to_an_address_that_does_not_exist():
-    """All that names the repository is what the one constant makes of it."""
+    """pyproject.toml and CITATION.cff take the repository's address from one constant.
+
+    If there is no address, no page has a link to the repository.
+    """
     for name, made in (("pyproject.toml", address.urls()), ("CITATION.cff", address.citation())):
         assert re.search(rf"# <!-- (\w+) -->\n{re.escape(made)}# <!-- end of \1 -->", (ROOT / name).read_text())
     if address.ADDRESS is None:

@@ -1,4 +1,7 @@
-"""Does the backward pass read W? ``wmkp.transport`` measures it without the analysis, and so can contradict it."""
+"""``wmkp.transport`` measures whether the backward pass reads W.
+
+It does not use the analysis of the program, so it can contradict the analysis.
+"""
 
 import functools
 import itertools
@@ -33,7 +36,7 @@ def draw(**shapes):
 
 
 def plain(fun, params, *args):
-    """``transport`` for a function whose backward pass is its own: whatever W it reads."""
+    """Return ``transport`` of a function with its own backward pass, which may read W."""
     return measure(lambda params, feedback, *args: fun(params, *args), paths_of(params), params, None, args)
 
 
@@ -52,7 +55,7 @@ def engaged(fun, params, *args, rule=FA):
     return wmkp.transport(fun, rule, params, feedback, *args)
 
 
-# --- it convicts ------------------------------------------------------------------------------------------------------
+# --- backward passes that read W --------------------------------------------------------------------------------------
 
 X = normal(0, 2, 5)
 
@@ -112,7 +115,7 @@ of_its_own.defvjp(lambda h, w: (jnp.sin(h @ w), (h, w)), lambda kept, e: (e @ ke
 
 @jax.custom_vjp
 def passing(h, w):
-    """Forward, it does not even look at W."""
+    """The forward pass does not use W."""
     return h
 
 
@@ -153,7 +156,7 @@ LEAKS = {
     lambda p, x: jnp.sum(passing(jnp.tanh(x @ p["V"]), p["W"]) ** 2): PARAMS,
     lambda p, x: jnp.sum(jax.jit(lambda h, w: h @ w)(jnp.tanh(x @ p["V"]), p["W"].astype(jnp.bfloat16))): PARAMS,
     lambda p, x: jnp.sum(jnp.sin(jnp.tanh(x @ p["V"]) @ (p["A"] @ p["B"]))): draw(V=(5, 6), A=(6, 2), B=(2, 4)),
-    lambda p, x: jnp.sum(jnp.tanh(x @ p["W"]) @ p["W"].T): draw(W=(5, 6)),  # W's own gradient, and no other's
+    lambda p, x: jnp.sum(jnp.tanh(x @ p["W"]) @ p["W"].T): draw(W=(5, 6)),  # W is read for its own gradient only
     lambda p, x: jnp.sum(jnp.tanh(x @ p["V"]) @ p["E"][x.argmax()]): draw(V=(5, 6), E=(12, 6, 4)),
 }
 
@@ -170,7 +173,7 @@ def test_a_backward_pass_that_reads_w_is_convicted(fun):
 
 
 def test_it_measures_the_gradient_itself():
-    """With W' = W the gradients are those of the function that is measured."""
+    """With W' = W, the measured gradients equal those of ``jax.grad``."""
     params = draw(V=(5, 6), g=(6,), b=(6,), W=(6, 6), U=(6, 6), out=(6, 3))
 
     def fun(p, x):
@@ -188,7 +191,7 @@ def test_it_measures_the_gradient_itself():
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-# --- it acquits -------------------------------------------------------------------------------------------------------
+# --- backward passes that do not read W -------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -374,7 +377,7 @@ COUNT = itertools.count(1)
 
 @st.composite
 def programs(draw):
-    """Layers, each a product of some sort, with a map of its weight before it and something around it."""
+    """Draw layers. Each has a product, a map of its weight before the product, and a transformation around both."""
     name = lambda choices, common=("nothing",): draw(st.sampled_from(sorted(choices)) | st.sampled_from(common))
     layers = [
         (name(AROUND), name(PRODUCTS, COMMON[0]), name(MAPS, COMMON[1]), draw(st.integers(0, i)))
@@ -398,7 +401,7 @@ def draw_all(shapes):
 
 
 def unreached(activities, params, i):
-    """``params`` with W moved where its inputs do not reach, so that no value moves; None if there is no such place."""
+    """Return ``params`` with W moved so that no value of ``activities`` changes, or None if that is impossible."""
     values = lambda w: jnp.concatenate([a.ravel() for a in activities(params | {"W": params["W"] | {i: w}}, X)])
     w = params["W"][i]
     jacobian = np.asarray(jax.jit(jax.jacobian(values))(w), np.float64).reshape(-1, w.size)
@@ -420,7 +423,10 @@ def unreached(activities, params, i):
 )
 @given(programs())
 def test_of_random_programs_none_reads_w(program):
-    """An error, or jax.grad's gradients with B = W, and no gradient that moves with W where no value does."""
+    """Each random program raises an error, or has no weight transport.
+
+    With B = W its gradients equal those of ``jax.grad``. They do not change if W moves and no value changes.
+    """
     layers, activities, params = program
     note(str(layers))
     if LARGE and next(COUNT) % 50 == 0:

@@ -1,4 +1,4 @@
-"""User-written rules: signals, errors, noise and optimizers of B, against NumPy in float64."""
+"""User-written rules: signals, errors, noise and optimizers of B, compared with NumPy in float64."""
 
 import functools
 
@@ -56,7 +56,7 @@ def forward():
 
 
 def backward(B, C, error):
-    """W's gradients of a net whose errors go back through B and C, as ``error`` makes them."""
+    """Return W's gradients and B's signals when ``error`` changes the errors that go back through B and C."""
     h, k, e = forward()
     dk = (1 - k**2) * (error(e) @ C.T)
     dh = (1 - h**2) * (error(dk) @ B.T)
@@ -65,7 +65,10 @@ def backward(B, C, error):
 
 @in_float64
 def test_an_error_is_made_coarse_on_its_way_back():
-    """Through B, and through W under backprop; W's own gradient keeps delta; Kolen-Pollack's B learns from what it carries."""
+    """``error`` rounds the delta that goes back through B, or through W under backprop.
+
+    W's own gradient uses the unrounded delta. Kolen-Pollack's signal for B uses the rounded one.
+    """
     rule = wmkp.kolen_pollack()._replace(error=coarse)
     feedback = wmkp.init_feedback(KEY, rule, loss, PARAMS, X, T)
     _, (grads, signal) = jax.jit(wmkp.value_and_grad(loss, rule))(PARAMS, feedback, X, T)
@@ -99,7 +102,10 @@ def test_a_direct_error_is_made_coarse_at_each_projection():
 
 @in_float64
 def test_a_signal_is_a_mean_over_all_uses_in_a_scan():
-    """x, u, delta, B and how often there are any, at each step of a recurrent net; and the gradients stay those of B."""
+    """The signal of B in a scan is a mean over its uses, and sees x, u, delta and B at each step.
+
+    The gradients of W still come from errors sent back through B.
+    """
 
     def recurrent(p, xs, t):
         h, _ = jax.lax.scan(lambda h, x: (jnp.tanh(x @ p["in"] + h @ p["w"]), None), jnp.zeros((7, 5)), xs)
@@ -127,7 +133,7 @@ def test_a_signal_is_a_mean_over_all_uses_in_a_scan():
 
 
 def rank_two(key, projection, w):
-    """Two arrays of floats, of which one is fixed; and constants, which are no floats."""
+    """Return a B with two arrays of floats, one of them fixed, and constants that are not floats."""
     q, p = jax.random.split(key)
     return {
         "Q": jax.random.normal(q, (projection.fan_in, 2)),
@@ -144,7 +150,7 @@ def carry(w, b):
 
 
 def of_q(b, signal):
-    """A signal in W's layout as Q's, by NumPy."""
+    """Convert a signal in W's layout into Q's layout with NumPy."""
     sign, on, p = (np.asarray(x) for x in (b["sign"], b["on"], b["P"].array))
     return sign * (signal @ p.T) * (1 + on)
 
@@ -157,7 +163,7 @@ STEP = lambda p, m, batch, key: (loss(p, *batch), (m, {}))
 
 
 def alike(a, b, atol=0.0):
-    """Two pytrees are equal, random keys too."""
+    """Check that two pytrees are equal, including random keys."""
     data = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
@@ -167,9 +173,11 @@ def alike(a, b, atol=0.0):
 
 @in_float64
 def test_a_b_of_several_arrays_learns_in_its_own_structure():
-    """Kolen-Pollack's signal goes through ``backward``; one of one's own may be in B's structure. By hand as by steps.
+    """A B of several arrays learns, and ``make_steps`` gives the same B as updates by hand.
 
-    Fixed parts and constants stay to the bit: decay does not reach them, either way.
+    Kolen-Pollack's signal goes through ``backward``. A user-written signal may have B's structure.
+
+    Fixed parts and constants stay bit-for-bit the same under weight decay.
     """
     h, k, e = forward()
     decayed = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9))
@@ -201,7 +209,7 @@ def test_a_b_of_several_arrays_learns_in_its_own_structure():
 
 
 def test_what_is_watched_of_a_b_of_several_arrays():
-    """Angles ask for no signal, and no noise: they are at the weights as they are."""
+    """Delta angles need no signal. Angles are computed without noise, from the weights as they are."""
     rule = wmkp.Rule("rank two", rank_two, carry, MINE, noise=0.1)
     feedback = wmkp.init_feedback(KEY, rule, loss, PARAMS, X, T)
     found = jax.jit(lambda p, b: wmkp.delta_angles(loss, rule, p, b, X, T))(PARAMS, feedback)
@@ -210,7 +218,7 @@ def test_what_is_watched_of_a_b_of_several_arrays():
     alike(wmkp.matrix_angles(PARAMS, feedback, rule), expected)
 
 
-# --- the same on many devices, in parts of a batch, and after a checkpoint ---------------------------------------------
+# --- many devices, parts of a batch, and checkpoints ------------------------------------------------------------------
 
 WIDE = {"a": normal(0, 4, 8) / 2, "b": normal(1, 8, 8) / 2, "c": normal(2, 8, 4) / 2}
 WIDE = {name: w.astype(np.float32) for name, w in WIDE.items()}
@@ -223,7 +231,7 @@ def mean_loss(p, m, batch, key):
 
 
 def everything(random):
-    """All of a rule that is one's own, on a B of several arrays; ``random``: with noise, and a random error."""
+    """Return a rule that sets every field, with a B of several arrays. ``random`` adds noise and a random error."""
     error = lambda d, key: d * jax.random.rademacher(key, d.shape, d.dtype) if random else jnp.abs(d)
     seen = lambda s: (
         s.outer(s.x + s.noise, s.error) if random else s.outer(s.x, s.error) - s.outer(s.x, s.u) / s.samples / 8
@@ -249,7 +257,7 @@ def everything(random):
 
 
 def two_steps(rule, place=lambda x: x, wrap=lambda step: jax.jit(step), tx=TX, **options):
-    """Two engaged steps -> the state. Each step goes on from a checkpoint if ``wrap`` makes it so."""
+    """Take two engaged steps and return the state. ``wrap`` may save and restore the state before each step."""
     params, data = place(WIDE), place(DATA)
     steps = wmkp.make_steps(mean_loss, rule, tx, params, data, **options)
     state, step = steps.init(KEY, params), wrap(lambda s, b: steps.engaged_step(s, b)[0])
@@ -263,7 +271,7 @@ def on_one_device(random):
 
 @pytest.mark.parametrize("how", some_slow(["mesh", "fsdp", "shard_map", "explicit"], {"mesh"}))
 def test_a_rule_of_ones_own_over_devices(how):
-    """Four devices do what one does; under a mesh of JAX's even with noise, which is drawn as on one."""
+    """Four devices give the same result as one. On a mesh this holds with noise too."""
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
@@ -288,7 +296,7 @@ def test_a_rule_of_ones_own_over_devices(how):
 
 
 def test_devices_of_a_map_draw_noise_of_their_own():
-    """The mean over four devices of two samples' noise^T noise has rank eight, and B is alike on all."""
+    """Each device draws its own noise, so the mean of noise^T noise has rank eight. B is equal on all devices."""
     from jax.sharding import Mesh, PartitionSpec
 
     covariance = lambda s: s.outer(s.noise, s.noise)
@@ -300,13 +308,13 @@ def test_devices_of_a_map_draw_noise_of_their_own():
         lambda s, b: steps.engaged_step(s, b)[0].feedback["b"],
         mesh=mesh,
         in_specs=(PartitionSpec(), PartitionSpec("d")),
-        out_specs=PartitionSpec(),  # checked to be alike
+        out_specs=PartitionSpec(),  # shard_map checks that B is equal on all devices
     )
     assert np.linalg.matrix_rank(state.feedback["b"] - jax.jit(step)(state, DATA), tol=1e-4) == 8
 
 
 def test_a_rule_of_ones_own_in_parts_of_a_batch():
-    """Gradients and signals of two halves, which ``optax.MultiSteps`` collects, are those of the whole."""
+    """Two half batches, collected by ``optax.MultiSteps``, give the same update as the whole batch."""
     rule, every = everything(False), lambda tx: optax.MultiSteps(tx, 2).gradient_transformation()
     steps = wmkp.make_steps(mean_loss, rule._replace(optimizer=every(rule.optimizer)), every(TX), WIDE, DATA)
     state = steps.init(KEY, WIDE)
@@ -318,7 +326,7 @@ def test_a_rule_of_ones_own_in_parts_of_a_batch():
 
 
 def test_a_rule_of_ones_own_after_a_checkpoint(tmp_path):
-    """A restored state goes on as the one that was saved, to the bit."""
+    """A restored state continues bit-for-bit as the saved one."""
     import orbax.checkpoint as ocp
 
     def restored(step):
@@ -336,7 +344,7 @@ def test_a_rule_of_ones_own_after_a_checkpoint(tmp_path):
 
 @in_float64
 def test_each_rule_has_an_optimizer_of_its_own():
-    """Adam for one B, W's own for the other; both states in the train state, and a step is what each makes of its signal."""
+    """One B is updated by Adam and the other by W's optimizer. The train state holds both optimizer states."""
     rule = {"b": wmkp.kolen_pollack()._replace(optimizer=optax.adam(0.01)), ".*": wmkp.kolen_pollack()}
     step_loss = lambda p, m, batch, key: (loss(p, *batch), (m, {}))
     steps = wmkp.make_steps(step_loss, rule, optax.sgd(0.1), PARAMS, (X, T), clip_norm=1e-3)
@@ -351,7 +359,7 @@ def test_each_rule_has_an_optimizer_of_its_own():
 
 
 def test_noise_is_known_to_the_signal_and_another_at_each_use():
-    """One step of a scan gets other noise than the next, one key always the same; without any a call is refused."""
+    """The signal sees the noise, which differs at each use and depends only on the key. A call without a key fails."""
 
     def recurrent(p, x):
         step = lambda h, _: (jnp.tanh(x @ p["in"] + 0 * (h @ p["w"])), None)
@@ -375,7 +383,7 @@ def test_noise_is_known_to_the_signal_and_another_at_each_use():
 
 @in_float64
 def test_derivatives_of_derivatives_pass_errors_and_signals():
-    """Against differences, of both the gradient and the signal."""
+    """Derivatives of the gradient and of the signal equal finite differences."""
     rule = wmkp.Rule(
         "mine",
         wmkp.feedback_alignment().init,
@@ -441,7 +449,10 @@ def test_a_signal_of_another_shape_is_refused():
 
 @in_float64
 def test_forward_direct_feedback_learns_the_jacobian():
-    """The mean of many estimates is that of the true Jacobian over the batch, in size too; the gradients are DFA's."""
+    """The mean of many estimates is the mean Jacobian over the batch, in direction and size.
+
+    The gradients are those of DFA.
+    """
     rule = wmkp.forward_direct_feedback_alignment(rate=0.1)
     feedback = wmkp.init_feedback(KEY, rule, loss, PARAMS, X, T)
     step = wmkp.value_and_grad(loss, rule)
@@ -460,7 +471,7 @@ def test_forward_direct_feedback_learns_the_jacobian():
 
 
 def test_forward_direct_feedback_in_steps():
-    """B goes by its own rate whatever W's optimizer does, and ends at the output's Jacobian, within its law's noise."""
+    """B learns at its own rate, independent of W's optimizer, and ends near the Jacobian of the output."""
     rule = wmkp.forward_direct_feedback_alignment(rate=0.02)
     step_loss = lambda p, m, batch, key: (loss(p, *batch), (m, {}))
     params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), PARAMS)

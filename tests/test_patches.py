@@ -1,4 +1,7 @@
-"""A convolution's weight gradient by patches equals XLA's, in every layout and over devices; and where it is used."""
+"""A convolution's weight gradient by patches equals XLA's, in every layout and over devices.
+
+Patches are used only for some convolutions.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +73,7 @@ def test_it_is_used_for_large_float32_convolutions_of_one_position_or_few_output
         x, w = jnp.ones(x_shape, dtype), jnp.ones(w_shape, dtype)
         loss = lambda p, x: jnp.sum(convolve(x, p).astype(jnp.float32))
         gradient = lambda p: wmkp.value_and_grad(loss, wmkp.kolen_pollack())(p, None, x)
-        return "scan[" in str(jax.make_jaxpr(gradient)(w))  # over the patches
+        return "scan[" in str(jax.make_jaxpr(gradient)(w))  # a scan over the patches
 
     assert used((32, 32, 32, 16), (3, 3, 16, 16))
     assert used((32, 16, 16, 64), (1, 1, 64, 64)), "one position"

@@ -20,7 +20,7 @@ from wmkp.experiments.runs import logs
 pytestmark = pytest.mark.slow
 
 OPTIONS = "mlp-digits-wm --hidden 16 16 --epochs 400 --log-every 10 --no-tensorboard --mirror-angle 20".split()
-SECONDS = 240  # after which a process hangs
+SECONDS = 240  # a process that takes longer hangs
 
 
 def start(environment, out, *options, command=("train", *OPTIONS)):
@@ -45,13 +45,13 @@ def until_rows(path, count, processes):
 
 
 def rows_before(path, step):
-    """Steps' losses, which two processes and one have alike to rounding."""
+    """Return each step's loss. One process and two have the same losses up to rounding."""
     return {int(row["step"]): row["train_loss"] for row in logs.read(path) if row["step"] <= step}
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory, child_environment):
-    """Two processes train, one is told to stop -> both have ended."""
+    """Train with two processes, stop one with SIGTERM, and wait until both have ended."""
     out = tmp_path_factory.mktemp("together") / "run"
     processes = start_two(child_environment, out)
     try:
@@ -96,7 +96,7 @@ def test_losing_a_process_ends_the_other(lost, tmp_path, child_environment):
         assert processes[1 - lost].returncode not in (0, None)
         if lost == 1:
             assert "wmkp: another process of the run was lost" in said
-        else:  # JAX ends a process that lost its coordinator, and says so
+        else:  # JAX ends a process that lost its coordinator, with its own message
             assert "another process of the run was lost" in said or "coordination service" in said.lower()
     finally:
         for p in processes:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 KEY = jax.random.key(0)
 BATCH, SIDE, CLASSES = 3, 4, 5
 
-# Those whose B has W's shape and is W's own mirror image when it is W: under them B = W is backprop.
+# Rules whose B has W's shape. With B = W they are backprop.
 MATRIX = {
     "FA": wmkp.feedback_alignment(),
     "frSF": wmkp.sign_symmetry("fixed"),
@@ -71,7 +71,7 @@ def block(model, h, layer):
 
 
 def apply(model, params, x):
-    """An input layer, ``depth`` layers of one width (in a loop or one by one), and a head."""
+    """Apply an input layer, ``depth`` layers of one width (in a loop or one by one), and a head."""
     x = x.astype(model["dtype"])
     h = jnp.tanh(product(model["conv"], x, params["embed"]["kernel"].astype(x.dtype)))
     if model["scan"]:
@@ -131,7 +131,7 @@ MODELS = st.fixed_dictionaries(
 
 
 def choices(rules):
-    """A rule, or a mapping with rules of their own for the head and for the hidden layers."""
+    """Draw one rule, or two rules: one for the head and one for the hidden layers."""
     one = st.sampled_from(sorted(rules))
     return one | st.tuples(one, one)
 
@@ -153,14 +153,14 @@ def flat(tree, is_leaf=None):
 
 
 def close(model, ours, theirs, tolerance=1e-4):
-    """Equal but for the order of summation (and, in bf16, for where the compiler leaves a rounding out)."""
+    """Check that two pytrees are equal up to the order of summation. In bf16 the compiler may also skip a rounding."""
     tolerance = tolerance if model["dtype"] == jnp.float32 else 0.1
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         size = float(jnp.max(jnp.abs(b))) + 1e-3
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * size)
 
 
-# Nothing is shrunk: an example compiles for a second or more.
+# Examples are not shrunk, because each takes a second or more to compile.
 SETTINGS = settings(deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 
 
@@ -194,7 +194,7 @@ def test_shapes_dtypes_finiteness_purity_and_jit(model, choice, seed):
     gradient = wmkp.value_and_grad(loss, rule, has_aux=True)
     compiled = jax.jit(gradient)
     result = compiled(params, feedback, *args)
-    chex.assert_trees_all_equal(result, compiled(params, feedback, *args))  # bit for bit
+    chex.assert_trees_all_equal(result, compiled(params, feedback, *args))  # bit-for-bit
     ((value, _), (grads, signal)) = result
     chex.assert_trees_all_equal_shapes_and_dtypes(grads, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(signal, feedback)
@@ -202,7 +202,7 @@ def test_shapes_dtypes_finiteness_purity_and_jit(model, choice, seed):
     assert any(np.any(g) for g in jax.tree.leaves(grads["embed"])), "an error must reach the first layer"
     (same_value, _), (same_grads, same_signal) = gradient(params, feedback, *args)
     close(model, grads, same_grads)
-    # Whitening solves a system whose condition is up to fan_in / 1e-4.
+    # Whitening solves a linear system whose condition number is up to fan_in / 1e-4.
     close(model, signal, same_signal, 2e-2 if "whitened" in repr(choice) else 1e-4)
     assert np.isclose(value, same_value, rtol=1e-5 if model["dtype"] == jnp.float32 else 0.05)
     for path, s in flat(signal, is_leaf=lambda b: isinstance(b, Direct | ProductFeedback)).items():
@@ -226,7 +226,7 @@ def test_shapes_dtypes_finiteness_purity_and_jit(model, choice, seed):
 @settings(SETTINGS, max_examples=5)
 @given(model=MODELS, choice=choices(MATRIX), seed=st.integers(0, 2**16))
 def test_b_equal_to_w_is_backprop(model, choice, seed):
-    """In value, gradients and deltas, whatever the model is and whichever rules it mixes."""
+    """With B = W, values and gradients equal those of backprop, for any model and any mix of rules."""
     params, batch = initial(model, seed)
     rule = chosen(choice)
     loss = functools.partial(loss_fn, model)
@@ -244,7 +244,10 @@ def test_b_equal_to_w_is_backprop(model, choice, seed):
 @settings(SETTINGS, max_examples=5)
 @given(model=MODELS, choice=choices({**MATRIX, **OTHERS}), seed=st.integers(0, 2**16))
 def test_error_goes_back_through_b_and_nothing_else(model, choice, seed):
-    """Minus B is minus the error of the layer below: the sign of what is sent back is B's, for any rule that has a B."""
+    """Negating the head's B negates the gradients of the layers that get its error.
+
+    Under sign symmetry and backprop the gradients stay the same.
+    """
     model = {**model, "depth": 1, "residual": False, "dtype": jnp.float32}
     params, batch = initial(model, seed)
     rule = chosen(choice)
@@ -259,9 +262,9 @@ def test_error_goes_back_through_b_and_nothing_else(model, choice, seed):
     chex.assert_trees_all_equal(grads["head"], turned["head"])
     signed = rule_at(choice, "head").name.startswith("sign_symmetry") or rule_at(choice, "head").init is None
     hidden = next(k for k in params if k.startswith("hidden"))
-    sign = 1 if signed else -1  # under sign symmetry B holds magnitudes alone; under backprop there is none
+    sign = 1 if signed else -1  # under sign symmetry B holds only magnitudes; under backprop there is no B
     close(model, turned[hidden], jax.tree.map(lambda g: sign * g, grads[hidden]))
     if not rule_at(choice, hidden).direct:
         close(model, turned["embed"], jax.tree.map(lambda g: sign * g, grads["embed"]))
-    else:  # the chain is cut: the head's B is not on the way to the first layer
+    else:  # under a direct rule the head's B does not affect the first layer
         chex.assert_trees_all_equal(turned["embed"], grads["embed"])

@@ -1,4 +1,6 @@
-"""wmkp reproduce: the published NumPy experiments against float64 equations, the command's files, and its errors."""
+"""wmkp reproduce: the published NumPy experiments equal float64 equations. Tests of the command's files and
+its errors.
+"""
 
 import contextlib
 import csv
@@ -33,7 +35,10 @@ SPREAD = [f"delta_angle_hidden_{what}_deg" for what in ("mean", "sd")]
 
 @pytest.fixture(scope="module")
 def dataset():
-    """Three batches of 2x3 pixels and a rest that must be dropped; one pixel is lit in tests only, one not in one batch."""
+    """Return three batches of 2x3 pixels, and a rest that must be dropped.
+
+    One pixel is lit only in tests, and another is not lit in one batch.
+    """
     random = np.random.default_rng(0)
 
     def examples(count, dark=False):
@@ -48,7 +53,7 @@ def dataset():
 
 
 def colour(dataset):
-    """The dataset with its images in three equal channels."""
+    """Return the dataset with its images in three equal channels."""
     splits = ({**split, "image": np.repeat(split["image"], 3, -1)} for split in (dataset.train, dataset.test))
     return data.Dataset(*splits, CLASSES)
 
@@ -58,7 +63,10 @@ def sigmoid(z):
 
 
 def by_numpy(variant, state, dataset, epochs):
-    """The published equations in float64, from the same start: W, b of both layers, B, and each epoch's mean loss."""
+    """Train by the published equations in float64 from the same start.
+
+    Return W and b of both layers, B, and the mean loss of each epoch.
+    """
     w1, b1, w2, b2 = (
         np.asarray(state.params[layer][name], np.float64)
         for layer in ("hidden", "output")
@@ -90,7 +98,7 @@ def by_numpy(variant, state, dataset, epochs):
 def test_a_published_experiment_is_its_equations(name, dataset):
     variant = published.PUBLISHED[name]
     trial = published.start(variant, dataset, HIDDEN, seed=3)
-    start = jax.tree.map(np.array, trial.state._replace(key=0))  # the state itself is donated
+    start = jax.tree.map(np.array, trial.state._replace(key=0))  # a copy, because the state is donated
     expected = by_numpy(variant, start, dataset, epochs=4)
     state, losses = trial.state, []
     for epoch in range(4):
@@ -101,7 +109,7 @@ def test_a_published_experiment_is_its_equations(name, dataset):
     before = [start.params[layer][part] for layer in ("hidden", "output") for part in ("kernel", "bias")]
     for w, first, theirs in zip(found, before, expected[:4], strict=True):
         moved = np.abs(theirs - first).max()
-        assert np.abs(np.asarray(w) - theirs).max() < 1e-3 * moved  # float32 beside a small step of the biases
+        assert np.abs(np.asarray(w) - theirs).max() < 1e-3 * moved  # the biases move little, so float32 rounding counts
     if name != "bp":
         np.testing.assert_allclose(state.feedback["output"]["kernel"], expected[4], rtol=1e-5, atol=1e-6)
     w1, b1, w2, b2 = expected[:4]
@@ -149,7 +157,10 @@ def test_the_start_is_gaussian_with_the_published_variance():
 
 
 def test_the_published_mirror_adds_the_sum_over_a_batch(dataset, monkeypatch):
-    """B += 0.01 x y^T, y = sigmoid(W x + b): three mirror batches before training, then one after each step."""
+    """A mirror batch adds 0.01 x y^T to B, where y = sigmoid(W x + b).
+
+    There are three mirror batches before training, then one after each step.
+    """
     random, drawn = np.random.default_rng(1), []
 
     def draw(key, shape, dtype):  # of unit variance
@@ -169,14 +180,17 @@ def test_the_published_mirror_adds_the_sum_over_a_batch(dataset, monkeypatch):
     expected = np.asarray(unmirrored) + 3 * published.MIRROR_RATE * x.T @ sigmoid(x @ w + bias)
     np.testing.assert_allclose(trial.state.feedback["output"]["kernel"], expected, atol=1e-6)
     before = np.asarray(trial.state.params["hidden"]["kernel"])
-    state, _ = trial.run_epoch(trial.state, trial.train, 0)  # among its steps too, which see but the lit pixels
+    state, _ = trial.run_epoch(trial.state, trial.train, 0)  # the steps also mirror, and see only the lit pixels
     assert np.abs(np.asarray(state.feedback["output"]["kernel"]) - expected).max() > 1e-4
     moved = np.abs(np.asarray(state.params["hidden"]["kernel"]) - before).max(1)
     assert (moved > 0).tolist() == [True, True, True, True, False, True]
 
 
 def test_mended_mirrors_reach_the_transpose(dataset):
-    """The Gaussian ones have had three mirror steps: by the law of angles 14.8 degrees, and 17.9 from 128 samples each."""
+    """The mended mirrors reach W^T. The Gaussian mirrors have taken three mirror steps.
+
+    The law of angles gives 14.8 degrees for them, and 17.9 with 128 samples a step.
+    """
     found = {}
     for name, bound in (("wm-exact", 1e-2), ("kpm", 1e-2), ("wm-default", 17.0), ("wm-linear", 21.0)):
         state = published.start(published.MENDED[name], dataset, 40, seed=0).state
@@ -186,14 +200,14 @@ def test_mended_mirrors_reach_the_transpose(dataset):
     assert found["wm-linear"] > 15.5 and found["wm-default"] > 12
     assert (
         wmkp.samples_for_angle(6, published.HIDDEN["mnist"], wmkp.weight_mirror("gaussian", rate=0.1)) == 2383
-    )  # as its title says
+    )  # as the run's title says
 
 
 def test_a_shuffled_epoch_takes_each_example_once_in_another_order(dataset):
     whole = dataset._replace(train={k: x[: 3 * published.BATCH] for k, x in dataset.train.items()})
     slow = published.PUBLISHED["bp"]._replace(
         learning_rate=1e-9
-    )  # the mean loss of an epoch is then that of its examples
+    )  # W hardly moves, so an epoch's mean loss is that of its examples
     losses = {}
     for shuffled in (False, True):
         for rate in (1e-9, 0.2):
@@ -251,11 +265,11 @@ def test_curves_are_held_against_the_published(dataset, tmp_path, monkeypatch, c
     assert "from the mean" not in printed, "MNIST's is of the same example"
     assert "52.00" in printed and f"{float(kp['matrix_angle']):.2f}, 18.00" in printed
     assert f"All trained in {written['seconds']} s." in printed
-    # A run that goes on from what is there has not taken the time of the whole.
+    # A resumed run does not record the time of the whole run.
     assert run_command(monkeypatch, *("4" if x == 3 else x for x in arguments)) == 0
     assert "seconds" not in json.loads((out / "run.json").read_text())
     assert len(read(out / "kp.csv")) == 4
-    # Nor is it all of the commit that it goes on at.
+    # A resumed run records its commit, and that of the part before.
     monkeypatch.setattr(reproduce, "provenance", lambda: {"commit": "later", "date": "today"})
     assert run_command(monkeypatch, *("5" if x == 3 else x for x in arguments)) == 0
     record = json.loads((out / "run.json").read_text())
@@ -316,7 +330,10 @@ def test_the_verdict_is_that_of_the_farthest_run_at_the_last_epoch(tmp_path):
 
 
 def test_differences_are_taken_by_quarters_where_both_were_evaluated():
-    """Of a long run the first epochs, evaluated one by one, count as later ones do."""
+    """Differences are averaged by quarters, at epochs where both curves were evaluated.
+
+    A long run evaluates its first epochs one by one. Of these, only every tenth counts, as of the later epochs.
+    """
     column = "test_accuracy_percent"
     curve = lambda values: [{"epoch": float(e), column: y} for e, y in values.items()]
     ours, theirs = curve({0: 1.0, 1: 3.0, 3: 5.0, 5: 7.0}), curve(dict.fromkeys(range(6), 1.0))
@@ -330,7 +347,7 @@ def test_differences_are_taken_by_quarters_where_both_were_evaluated():
 
 
 def test_steps_are_for_throughput(tmp_path):
-    """Each step's own rate is kept, and the mirror period is no longer than the run."""
+    """With ``steps`` every step is logged, and ``mirror_steps`` stays unset."""
     short, whole = (Reproduce("akrout-imagenet", steps=steps, out=tmp_path) for steps in (8, None))
     short, whole = (reproduce.settings(config, "resnet18-imagenet-wm") for config in (short, whole))
     assert (short.log_every, short.mirror_steps) == (1, None) and (whole.log_every, whole.mirror_steps) == (100, None)
@@ -361,7 +378,11 @@ def test_images_through_jpeg():
 
 
 def test_a_second_jpeg_moves_pixels_as_the_first_does():
-    """On the same blocks it would hardly: what JPEG does to a copy that has been through it could not be seen."""
+    """A second JPEG by ``through_jpeg`` moves pixels at least half as much as the first, because its blocks are
+    shifted.
+
+    On the same blocks it would hardly move them, so the effect of JPEG could not be measured.
+    """
     rows, columns = np.mgrid[:32, :32]
     smooth = [127 + 100 * np.sin((rows * f + columns * g) / 5) for f, g in ((1, 0.3), (0.4, 1.2), (0.7, 0.9))]
     noise = np.random.default_rng(0).normal(scale=8, size=(4, 32, 32, 3))
@@ -379,7 +400,7 @@ def test_a_second_jpeg_moves_pixels_as_the_first_does():
     again = published.through_jpeg(once, 75)
     assert moved(np.stack([plain(image) for image in once]), once) < moved(once, images) / 3
     assert moved(again, once) > moved(once, images) / 2
-    # Nothing is displaced but the blocks.
+    # Only the blocks are shifted, not the pixels.
     assert moved(again, once) < moved(np.roll(again, 1, axis=1), once) / 2
 
 
@@ -452,7 +473,7 @@ def test_orders_say_how_far_the_published_lies_from_the_own_order_and_outside_th
 
 
 def test_data_are_put_back_into_the_order_they_were_published_in():
-    """TFDS writes by the MD5 of the split and the example's number."""
+    """``unhashed`` restores the order. TFDS orders examples by the MD5 of the split and the example's number."""
     kept = sorted(range(300), key=lambda i: hashlib.md5(f"train{i}".encode()).digest())
     found = published.unhashed({"label": np.array(kept), "image": np.array(kept)[:, None]}, "train")
     assert found["label"].tolist() == found["image"][:, 0].tolist() == list(range(300)) != kept
@@ -464,7 +485,10 @@ def test_data_are_put_back_into_the_order_they_were_published_in():
     ids=["its own", "a copy's", "none"],
 )
 def test_cifar10_is_put_back_where_its_ids_are_tfds_own(ids, tmp_path):
-    """An image tells its number, and TFDS itself writes the dataset."""
+    """CIFAR-10 gets its published order only if its ids are TFDS's own.
+
+    Each image's shade encodes its number, and TFDS itself writes the dataset.
+    """
     shades = {split: [i % 256 for i in range(n)] for split, n in (("train", 300), ("test", 40))}
 
     def encoded(shade):
@@ -511,7 +535,7 @@ def test_a_second_run_in_a_directory_is_refused(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_refused_command_leaves_what_says_how_the_figure_was_made(dataset, tmp_path, monkeypatch, capsys):
-    """Nor does it shorten a curve that is there."""
+    """A refused command changes no file, and does not shorten an existing curve."""
     monkeypatch.setattr(published, "load", lambda name, directory: dataset)
     monkeypatch.setattr(published, "HIDDEN", {"mnist": 16, "cifar10": 16})
     curve = ["akrout-mnist", "--only", "bp", "--out", tmp_path / "curve"]
@@ -560,14 +584,14 @@ def test_memory_is_the_state_and_what_a_step_needs_besides(tmp_path):
     state, batch = run.init(), next(run.feed.batches(0))
     bytes_of = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
     found = reproduce.memory(config, config.batch_size)
-    # Rounded up by array, and the key's and the counters' few bytes.
+    # Each array is rounded up, and the key and the counters take a few bytes.
     assert (
         0
         <= found["state"] - bytes_of((state.params, state.feedback, state.opt_state, state.feedback_opt_state))
         < 20_000
     )
     assert bytes_of(batch) < found["state"] and found["step"] > 0
-    # Of a batch larger than was run: each of the devices has its part of it, and of the weights all.
+    # For a batch larger than the one that ran, each device holds its part of the batch and all weights.
     larger = reproduce.memory(config, 8 * config.batch_size)
     assert larger["state"] - found["state"] == 7 * bytes_of(batch) / jax.device_count()
     assert found["step"] < larger["step"] < 8 * found["step"]
@@ -653,7 +677,7 @@ def test_another_figures_directory_is_left_as_it_is(content, said, tmp_path, mon
 
 
 def test_backprop_alone_has_a_picture(dataset, tmp_path, monkeypatch):
-    """Of its own curve, though it has no angles to show."""
+    """A figure of backprop alone draws its curve, although it has no angles. A battery then has no layers.png."""
     monkeypatch.setattr(published, "load", lambda name, data_dir: dataset)
     monkeypatch.setattr(published, "HIDDEN", {"mnist": HIDDEN})
     assert run_command(monkeypatch, "akrout-mnist", "--epochs", 2, "--only", "bp", "--out", tmp_path / "mnist") == 0

@@ -1,4 +1,4 @@
-"""Every rule against its equations in NumPy, the choice of a rule for each layer, and gradients with B = W."""
+"""Each rule equals its equations in NumPy. Tests of a rule for each layer, and of gradients with B = W."""
 
 import copy
 import functools
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 SIZES = (7, 9, 8, 5)  # two hidden layers
 STEPS, BATCH = 6, 11
 RATE, DECAY, MOMENTUM = 0.1, 0.05, 0.9
-RIDGE = 1e-4  # of the mean variance: what whitening adds to the covariance
+RIDGE = 1e-4  # whitening adds this share of the mean variance to the covariance
 KEY = jax.random.key(0)
 
 
@@ -51,7 +51,7 @@ def optimizer():
 
 
 def network(seed=0):
-    """Weights in Flax's layout, kernels (in, out), and a batch of data for each step."""
+    """Return weights in Flax's layout, with kernels (in, out), and a batch of data for each step."""
     rng = np.random.default_rng(seed)
     params = [
         {"w": rng.normal(size=(m, n)) / np.sqrt(m), "b": 0.3 * rng.normal(size=n)} for m, n in itertools.pairwise(SIZES)
@@ -70,15 +70,15 @@ def mlp_loss(params, x, target):
 
 
 def as_step(loss):
-    """A plain loss as make_steps takes it."""
+    """Convert a plain loss to the form that make_steps takes."""
     return lambda params, model_state, batch, key: (loss(params, *batch), (model_state, {}))
 
 
 class Equations:
-    """A rule as rules.md has it: activities are columns, W is (out, in), B is (in, out) or what ``of`` makes of it.
+    """A rule as rules.md writes it: activities are columns, W is (out, in), and B is (in, out) or the result of ``of``.
 
-    Each method is one column of the table: the error at x, what B's optimizer descends on, what B gains by the way in
-    engaged mode, and what it gains in mirror mode.
+    Each method is one column of the table: the error at x, the signal of B's optimizer, the change of B that a local
+    loss adds in engaged mode, and the change of B in mirror mode.
     """
 
     def of(self, b):
@@ -110,7 +110,7 @@ class FA(Equations):
 
 
 class SignSymmetry(Equations):
-    """abs(B) * sign(W)^T, B being a constant under uSF; under brSF the training loop hands over each step's B."""
+    """abs(B) * sign(W)^T. Under uSF B is a constant. Under brSF the training loop passes each step's B."""
 
     def __init__(self, uniform=None):
         self.uniform = uniform
@@ -135,7 +135,7 @@ class TransportedKP(Equations):
 
 
 class PFA(Equations):
-    """dL/dx := R B delta; dB = -eta (R^T x) delta^T - lambda B. ``rs`` has the R of a B, by the shape of that B."""
+    """dL/dx := R B delta; dB = -eta (R^T x) delta^T - lambda B. ``rs`` maps the shape of B to its R."""
 
     def of(self, b):
         return np.array(b.b[0])
@@ -168,7 +168,7 @@ class DKP(DFA):
 
 
 class Kunin(Equations):
-    """Minus the gradient of R(B; W, x), term by term, means over samples."""
+    """Minus the gradient of R(B; W, x), term by term. Means are over samples."""
 
     def __init__(self, rate, amplitude=0.0, decay=0.0, null=0.0, sparse=0.0, self_alignment=0.0, *, on,
                  whiten=False, normalize="none"):  # fmt: skip
@@ -200,10 +200,10 @@ class Kunin(Equations):
 
 
 class MKP(Equations):
-    """KP's changes in engaged mode; the t-th mirror step moves B a share 1/t of the way to its estimate of W^T."""
+    """KP's changes in engaged mode. The t-th mirror step moves B a share 1/t of the way to its estimate of W^T."""
 
     def __init__(self, start):
-        self.count = {1: start, 2: start}  # by the projection's place
+        self.count = {1: start, 2: start}  # by the index of the projection
 
     def signal(self, B, x, delta, e):
         return x @ delta.T
@@ -215,7 +215,7 @@ class MKP(Equations):
 
 
 class WM(Equations):
-    """Eq. 6-8 with decay: B gains a share ``rate`` of x phi(W x + b)^T / gain - B, gain = sigma^2 E[phi']."""
+    """Eq. 6-8 with decay: B changes by ``rate`` times x phi(W x + b)^T / gain - B, where gain = sigma^2 E[phi']."""
 
     def __init__(self, rate, gain=1.0, phi=lambda z: z, bias=False):
         self.rate, self.gain, self.phi, self.bias = rate, gain, phi, bias
@@ -226,9 +226,10 @@ class WM(Equations):
 
 
 def paper(equations, params, starts, data, noises, redrawn):
-    """Training in the paper's notation: heavy-ball momentum and decay for W and for a B that descends on a signal.
+    """Train in the paper's notation, with heavy-ball momentum and decay for W and for each B that has a signal.
 
-    ``noises[step][i]`` is mirror mode's x at projection i after that step, or None; ``redrawn[step][i]`` is B anew, or None.
+    ``noises[step][i]`` is mirror mode's x at projection i after that step, or None. ``redrawn[step][i]`` is the redrawn
+    B, or None.
     """
     layers = len(params)
     W = [layer["w"].T.copy() for layer in params]
@@ -268,7 +269,9 @@ def paper(equations, params, starts, data, noises, redrawn):
 
 
 def noise_of(key, rules, samples):
-    """Mirror mode's noise at each projection for this key, columns: drawn by the library, in the order it draws."""
+    """Return mirror mode's noise at each projection for this key, as columns. The library draws it, in the
+    same order.
+    """
     noises, count = [None] * len(rules), 0
     for i in range(1, len(rules)):
         if rules[i].mirror is not None and rules[i].mirror.each_step:
@@ -349,7 +352,7 @@ CASES = {
     ),
     "DFA under KP": ({"0|1": wmkp.direct_feedback_alignment(), "2": wmkp.kolen_pollack()}, [BP(), DFA(), KP()]),
 }  # fmt: skip
-# Two of them in one network, one below the other: as much is tested, by half as many programs.
+# Each pair stands in one network, one rule below the other. This halves the number of programs.
 PAIRS = [
     ("backprop", "FA"),
     ("PFA", "brSF"),
@@ -365,7 +368,7 @@ for below, above in PAIRS:
 
 
 def rule_of(rule, i):
-    """The rule of projection i in these cases, whose patterns are its number."""
+    """Return the rule of projection i. The patterns of these cases are numbers of projections."""
     if not isinstance(rule, Mapping):
         return rule
     return next(r for pattern, r in rule.items() if pattern == ".*" or str(i) in pattern.split("|"))
@@ -377,7 +380,7 @@ def unpacked(b):
 
 @pytest.mark.parametrize("name", some_slow(CASES, set(CASES) - {f"{a} under {b}" for a, b in PAIRS} - {"DFA under KP"}))
 def test_training_equals_numpy(float64, name):
-    """Engaged step, mirror step, and again: W, biases and B are those of the equations, to 1e-9."""
+    """After engaged steps and mirror steps, W, biases and B equal those of the equations to 1e-9."""
     rule, equations = CASES[name]
     equations = equations if isinstance(equations, list) else [equations] * len(SIZES[1:])
     rules = [rule_of(rule, i) for i in range(len(SIZES) - 1)]
@@ -421,7 +424,7 @@ def test_training_equals_numpy(float64, name):
 
 
 def test_every_factory_has_a_case():
-    """A rule that is added is tested here, too: by name, from what the library exports."""
+    """Each rule that the library exports has a case here or tests of its own."""
     found = set()
     for rule, _ in CASES.values():
         for r in rule.values() if isinstance(rule, Mapping) else [rule]:
@@ -440,7 +443,7 @@ def test_every_factory_has_a_case():
 
 
 def test_information_alignment_equals_numpy(float64):
-    """It draws as many samples as its target angle takes, which differ between projections."""
+    """Each projection draws as many samples as its target angle needs, and B equals the equations in NumPy."""
     rule = wmkp.information_alignment(0.9, 0.4, 0.6, rate=0.2, noise_std=1.2)
     equation = Kunin(0.2, amplitude=0.9, null=0.4, decay=0.6, on="noise")
     params, data = network(4)
@@ -459,7 +462,9 @@ def test_information_alignment_equals_numpy(float64):
 
 
 def test_mirror_period_is_the_mean_of_its_estimates(float64):
-    """B after k steps before training is the plain mean of k estimates over the gain, whatever B was drawn first."""
+    """After k mirror steps before training, B is the mean of k estimates over the gain. The first random B has no
+    effect.
+    """
     rule, count = wmkp.weight_mirror("gaussian", 1.5, SAMPLES, jax.nn.relu, rate=0.1), 4
     params, data = network(5)
     steps = wmkp.make_steps(as_step(mlp_loss), rule, optimizer(), params, (data[0][0], data[1][0]))
@@ -506,14 +511,16 @@ WIDE_DATA = jnp.ones((4, 20)), jnp.ones((4, 50))
 @pytest.mark.parametrize("rule", [wmkp.feedback_alignment, functools.partial(wmkp.weight_mirror, start=0),
                                   wmkp.direct_feedback_alignment, wmkp.product_feedback_alignment])  # fmt: skip
 def test_start_is_gaussian_of_the_scale_asked_for(rule):
-    """Standard deviation scale / sqrt(fan_in), or of the error's size for direct feedback; nothing of W in it."""
+    """B has standard deviation scale / sqrt(fan_in) and does not correlate with W. Direct feedback uses the error's
+    size.
+    """
     feedback = jitted.init_feedback(KEY, rule(scale=1.6), mlp_loss, WIDE, *WIDE_DATA)
     for i in (1, 2):
         b = feedback[i]["w"]
         fan_in = 50 if isinstance(b, Direct) else WIDE[i]["w"].shape[0]
         b = b.effective() if isinstance(b, ProductFeedback) else unpacked(b)
         b = np.asarray(b, np.float64)
-        # PFA's product is no Gaussian entry by entry, but its variance is that of one; its entries are correlated.
+        # PFA's product is not Gaussian entry by entry, and its entries are correlated, but its variance is right.
         assert b.std() * math.sqrt(fan_in) / 1.6 == pytest.approx(1, abs=0.03)
         assert abs(b.mean()) < 5 * b.std() / math.sqrt(b.size)
         kurtosis = np.mean(b**4) / np.mean(b**2) ** 2
@@ -537,7 +544,7 @@ def test_a_matrix_in_two_places_starts_at_the_scale_of_the_larger_fan_in():
 
 @pytest.mark.slow
 def test_product_feedback_has_r_near_orthogonal():
-    """R R^T is the identity to about 1 / sqrt(hidden) an entry, and B starts so that R B has the scale asked for."""
+    """R R^T is the identity up to 1 / sqrt(hidden) for each entry, and ``effective`` returns R B."""
     feedback = wmkp.init_feedback(KEY, wmkp.product_feedback_alignment(8.0), mlp_loss, WIDE, *WIDE_DATA)
     b = feedback[1]["w"]
     assert b.r.shape == (1, 300, 2400) and b.b.shape == (1, 2400, 200)
@@ -546,13 +553,13 @@ def test_product_feedback_has_r_near_orthogonal():
     off = gram[~np.eye(300, dtype=bool)]
     assert off.std() == pytest.approx(1 / math.sqrt(2400), rel=0.05)
     np.testing.assert_allclose(b.effective(), np.asarray(b.r[0]) @ np.asarray(b.b[0]), rtol=0, atol=1e-5)
-    for expansion, hidden in ((0.0295, 9), (0.001, 1)):  # the nearest number of neurons, and one at least
+    for expansion, hidden in ((0.0295, 9), (0.001, 1)):  # the nearest number of neurons, and at least one
         rule = wmkp.product_feedback_alignment(expansion)
         assert wmkp.init_feedback(KEY, rule, mlp_loss, WIDE, *WIDE_DATA)[1]["w"].b.shape == (1, hidden, 200)
 
 
 def test_published_coefficients_are_the_defaults():
-    """Kunin et al.'s, and what the docstrings say of the rest."""
+    """The default coefficients are those of Kunin et al., or those in the docstrings."""
     information = wmkp.information_alignment(noise_std=2.0)
     assert information.mirror.signal == Alignment(amplitude=1.0, null=0.5, decay=0.5) and information.mirror.rate == 0.1
     assert information.mirror.noise_std == 2.0 and wmkp.information_alignment().mirror.noise_std == 1.0
@@ -613,13 +620,13 @@ def test_sign_symmetry_starts_with_the_signs_of_w(magnitude):
         size = np.abs(b) * math.sqrt(w.shape[0]) / 1.3
         if magnitude == "uniform":
             np.testing.assert_allclose(size, 1, rtol=1e-6)
-        else:  # half-normal
+        else:  # a half-normal distribution
             assert size.mean() == pytest.approx(math.sqrt(2 / math.pi), rel=0.03)
             assert np.sqrt(np.mean(size**2)) == pytest.approx(1, rel=0.03)
 
 
 def test_random_magnitudes_are_drawn_for_each_batch():
-    """brSF: another B at each step, of no relation to the last, from the state's key."""
+    """brSF draws a new B at each step from the state's key, uncorrelated with the last B."""
     params, data = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), network(1))
     steps = wmkp.make_steps(
         as_step(mlp_loss), wmkp.sign_symmetry("batch"), optimizer(), params, (data[0][0], data[1][0])
@@ -649,7 +656,7 @@ def test_the_signal_is_zero_where_b_learns_nothing_in_engaged_mode(rule):
 
 
 def test_product_feedback_is_laid_out_as_its_weight():
-    """Outputs, groups, inputs: an order of axes that is not its own inverse."""
+    """``effective`` returns W's layout for outputs, groups, inputs: an order of axes that is not its own inverse."""
     r, b = normal(0, 2, 3, 7), normal(1, 2, 7, 4)
     found = ProductFeedback(r, b, (4, 2, 3), (1, 2, 0)).effective()
     np.testing.assert_allclose(found, np.einsum("gih,gho->ogi", r, b), rtol=1e-5, atol=1e-5)
@@ -675,11 +682,11 @@ def test_redrawn_rule_leaves_other_layers_alone():
     np.testing.assert_array_equal(first[2], state.feedback[2]["w"])
 
 
-# --- a parameter with other uses: the circuit's signal and the transported change ------------------------------------
+# --- a parameter with other uses: the signal of one product, and the transported change -------------------------------
 
 
 def tied(params, tokens, target):
-    """An embedding that is looked up, and tied to the output."""
+    """The loss of a net whose embedding table is looked up and also tied to the output."""
     h = jnp.tanh(params["table"][tokens] @ params["w"])
     return jnp.sum((h @ params["table"].T - target) ** 2) / (2 * tokens.shape[0])
 
@@ -717,7 +724,7 @@ def conv(x, w, stride=1, groups=1, dilation=1, padding="SAME"):
 
 
 def patches(x, size, stride=1, dilation=1):
-    """(N, H, W, C) -> (N, H', W', size, size, C), SAME padding as TensorFlow and JAX have it."""
+    """(N, H, W, C) -> (N, H', W', size, size, C), with SAME padding as in TensorFlow and JAX."""
     n, height, width, c = x.shape
     reach = (size - 1) * dilation + 1
     rows, cols = -(-height // stride), -(-width // stride)
@@ -734,7 +741,7 @@ def patches(x, size, stride=1, dilation=1):
 
 
 def folded(delta_patches, shape, size, stride=1):
-    """The transpose of ``patches``, entry by entry."""
+    """Apply the transpose of ``patches``, entry by entry."""
     n, height, width, c = shape
     rows, cols = delta_patches.shape[1:3]
     pads = [max((out - 1) * stride + size - length, 0) for out, length in ((rows, height), (cols, width))]
@@ -768,7 +775,7 @@ def convnet_params(dtype=np.float64):
 
 
 def convnet_numpy(params, x, target, back):
-    """The gradients of ``convnet_loss``, the error going back by ``back[name](delta, e)``."""
+    """Return the gradients of ``convnet_loss`` when ``back[name](delta, e)`` sends the error back."""
     p1 = patches(x, 3)
     y1 = np.tanh(np.einsum("nijpqc,pqco->nijo", p1, params["conv1"]["w"]) + params["conv1"]["b"])
     p2 = patches(y1, 3, stride=2)
@@ -790,7 +797,7 @@ def convnet_numpy(params, x, target, back):
 
 
 def through_conv(matrix, shape):
-    """Back through a kernel given as (3 * 3 * 4, outputs): patches of errors, folded onto the input."""
+    """Send the error back through a kernel of shape (3 * 3 * 4, outputs), and fold its patches onto the input."""
     return lambda delta, e: folded((delta @ matrix.T).reshape(*delta.shape[:3], 3, 3, 4), shape, 3, stride=2)
 
 
@@ -826,7 +833,7 @@ def test_product_feedback_on_a_conv_kernel_equals_numpy(float64):
     ids=lambda rule: rule.name,
 )
 def test_direct_feedback_in_a_convnet_equals_numpy(float64, rule):
-    """dL/dx = B e for a whole image of activities x, B (height * width * channels, outputs); DKP learns x e^T."""
+    """dL/dx = B e for a whole image x, where B is (height * width * channels, outputs). DKP learns x e^T."""
     params, x, target = convnet_params()
     feedback = jitted.init_feedback(KEY, rule, convnet_loss, params, x, target)
     B = {name: np.asarray(layer["w"].array) for name, layer in feedback.items() if layer["w"] is not None}
@@ -855,7 +862,7 @@ def one_conv(options, params, x):
 
 
 def grouped_patches(x, options):
-    """(groups, samples, fan_in) of a 3 x 3 conv's input."""
+    """Return the patches of a 3 x 3 conv's input, of shape (groups, samples, fan_in)."""
     groups = options.get("groups", 1)
     p = patches(x, 3, options.get("stride", 1), options.get("dilation", 1))
     p = p.reshape(-1, 9, groups, x.shape[-1] // groups)
@@ -898,7 +905,10 @@ def test_input_covariances_leave_out_what_b_cannot_follow():
 
 
 def test_input_covariances_are_of_what_was_evaluated():
-    """A branch not taken does not count, nor does it dilute a scan's mean; what no gradient reaches is NaN, not zero."""
+    """Only evaluated uses count: a branch that is not taken does not change a scan's mean.
+
+    The covariance of a parameter that no gradient reaches is NaN, not zero.
+    """
     w, x = normal(0, 4, 4), normal(1, 5, 4)
 
     def scanned(params, x):
@@ -914,7 +924,7 @@ def test_input_covariances_are_of_what_was_evaluated():
 
 
 def settle(rule, fun, params, batches, times=1):
-    """B after engaged and mirror steps under a W that stands still."""
+    """Return B after engaged and mirror steps with a constant W."""
     steps = wmkp.make_steps(as_step(fun), rule, optax.sgd(0.0), params, batches[0])
     state = steps.init(KEY, params)
     for _ in range(times):
@@ -927,7 +937,10 @@ def settle(rule, fun, params, batches, times=1):
 
 @pytest.mark.parametrize("name", some_slow(CONVS, {"plain", "dilated"}))
 def test_activity_mirror_on_a_conv(float64, name):
-    """Whitened it recovers W, but for the ridge; plain it settles at the input's covariance times W^T."""
+    """Whitened, B converges to W up to the ridge.
+
+    Not whitened, it converges to the input's covariance times W^T, over the input's mean square.
+    """
     options = CONVS[name]
     groups = options.get("groups", 1)
     params = {"gain": normal(1, 4) + 2, "w": jnp.asarray(normal(0, 3, 3, 4 // groups, 6))}
@@ -943,7 +956,7 @@ def test_activity_mirror_on_a_conv(float64, name):
             expected = np.linalg.solve(c + ridge, c @ kernel)
             assert wmkp.matrix_angles(params, feedback)["w"] < 0.5
         else:
-            # The mean square of the input itself, not of its patches, whose padding holds zeros.
+            # This is the mean square of the input itself. Its patches also hold the zeros of the padding.
             expected = c @ kernel / np.mean(np.tanh(x * params["gain"]) ** 2)
             assert wmkp.matrix_angles(params, feedback)["w"] > 5
         expected = expected.swapaxes(0, 1).reshape(params["w"].shape)
@@ -961,7 +974,10 @@ LOCAL = {
 @pytest.mark.parametrize("name", some_slow(LOCAL, set(LOCAL) - {"activity_mirror"}))
 @pytest.mark.parametrize("how", ["scan", "unrolled", "parts"])
 def test_a_local_loss_is_a_mean_over_uses(float64, name, how):
-    """A weight used five times, or in parts: B's signal is the mean of those that a weight for each use would have."""
+    """If a weight is used five times, B's signal is the mean of those of five separate weights.
+
+    If a weight is used in parts, B's signal is that of the whole weight.
+    """
     turns, rule = 5, LOCAL[name]
     w, gain, x = normal(0, 6, 6, fan_in=6), normal(1, 6) + 2, normal(2, 8, 6)
 
@@ -974,7 +990,7 @@ def test_a_local_loss_is_a_mean_over_uses(float64, name, how):
         elif how == "unrolled":
             for i in range(turns):
                 h = jnp.tanh(h @ (own[i] if own.ndim == 3 else own))
-        else:  # its columns, each by itself
+        else:  # its columns, two at a time
             h = jnp.concatenate([jnp.tanh(h @ own[:, i : i + 2]) for i in range(0, 6, 2)], 1)
         return jnp.sum(h)
 
@@ -1025,7 +1041,7 @@ def test_parts_of_one_weight_learn_by_one_rule():
     ids=lambda rule: rule.name,
 )
 def test_activity_in_half_precision(rule):
-    """Sums of squares that float16 cannot hold, and quotients by them: the signal is float32's, to rounding."""
+    """In float16 the signal equals that of float32 up to rounding, even if sums of squares exceed float16's range."""
 
     def signal(dtype):
         params = {"gain": jnp.ones(32, dtype), "w": jnp.asarray(normal(1, 32, 8) / 32, dtype)}
@@ -1040,11 +1056,11 @@ def test_activity_in_half_precision(rule):
     assert np.max(np.abs(half - whole)) < 2e-3 * np.max(np.abs(whole))
 
 
-# --- where each B settles ---------------------------------------------------------------------------------------------
+# --- what each B converges to -----------------------------------------------------------------------------------------
 
 
 def test_rules_settle_where_their_docstrings_say(float64):
-    """W standing still: at W^T, at a multiple of it, or at what the equations leave of it."""
+    """With a constant W, B converges to W^T, to a multiple of it, or to the fixed point of the equations."""
     params, data = network(7)
     params = jax.tree.map(jnp.asarray, params)
     batch = data[0][0], data[1][0]
@@ -1053,7 +1069,7 @@ def test_rules_settle_where_their_docstrings_say(float64):
     feedback = settle(wmkp.symmetric_alignment(1.5, 0.5, rate=0.3), mlp_loss, params, [batch], **many)
     for i in (1, 2):
         np.testing.assert_allclose(feedback[i]["w"], 3 * W[i], rtol=0, atol=1e-9)
-    # As many samples as make their covariance the identity: no noise is left in the mean.
+    # With this many samples their covariance is the identity, so the mean has no noise.
     exact = {"noise": "orthogonal", "num_samples": 72}
     whole = wmkp.alignment(amplitude=0.9, decay=0.4, rate=0.3, noise_std=1.3, **exact)
     feedback = settle(whole, mlp_loss, params, [batch], **many)
@@ -1063,7 +1079,7 @@ def test_rules_settle_where_their_docstrings_say(float64):
         wmkp.alignment(amplitude=0.9, decay=0.4, null=0.3, rate=0.2, noise_std=1.3, **exact), mlp_loss, params, [batch],
         **many,
     )  # fmt: skip
-    for i in (1, 2):  # information alignment's fixed point
+    for i in (1, 2):  # the fixed point of information alignment
         inverse = np.linalg.inv(0.3 * W[i].T @ W[i] + 0.4 / 1.3**2 * np.eye(W[i].shape[1]))
         np.testing.assert_allclose(feedback[i]["w"], 0.9 * W[i] @ inverse, rtol=0, atol=1e-9)
     feedback = settle(wmkp.alignment(amplitude=0.8, sparse=0.4, rate=0.5, **exact), mlp_loss, params, [batch], **many)
@@ -1072,7 +1088,7 @@ def test_rules_settle_where_their_docstrings_say(float64):
 
 
 def test_activation_alignment_settles_wherever_the_activity_reaches():
-    """More directions than samples: exact along the activities, unmoved across them."""
+    """With more directions than samples, B converges along the activities and keeps its start in other directions."""
     w1, w2 = (jnp.asarray(normal(i, 12, 12, fan_in=12), jnp.float32) for i in range(2))
     params = {"first": w1, "w": w2}
     x = jnp.asarray(normal(3, 5, 12), jnp.float32)
@@ -1147,14 +1163,14 @@ def chain_numpy(params, B, x, target):
 
 @pytest.mark.parametrize("name", BODIES)
 def test_error_reaches_layers_inside_loops_and_branches(float64, name):
-    """Through lax.scan over stacked weights, jax.checkpoint and lax.cond: the gradients of the equations."""
+    """Through lax.scan over stacked weights, jax.checkpoint and lax.cond, gradients equal those of the equations."""
     params, x, target = chain_params()
     B = {"stack": normal(5, DEPTH, WIDTH, OUT), "out": normal(6, WIDTH, OUT)}
     loss = functools.partial(chain_loss, BODIES[name])
     rule = wmkp.direct_kolen_pollack()
     expected, learned = chain_numpy(params, B, x, target)
     if name not in ("scanned", "scanned_checkpointed"):
-        # The parts of one parameter would share one B, so each layer has its own parameter here.
+        # Parts of one parameter would share one B, so here each layer has its own parameter.
         loss = lambda params, x, target: chain_loss(
             BODIES[name], {**params, "stack": [params[f"w{i}"] for i in range(DEPTH)]}, x, target
         )
@@ -1178,7 +1194,9 @@ def test_error_reaches_layers_inside_loops_and_branches(float64, name):
     ids=lambda rule: rule.name,
 )
 def test_nothing_passes_between_projections(rule):
-    """The chain is cut: B_l reaches the layer below it and no other; under feedback alignment it reaches all below."""
+    """Under direct feedback B_l changes only the layer below it. Under feedback alignment it changes all
+    layers below.
+    """
     params, x, target = jax.tree.map(lambda v: v.astype(np.float32), chain_params())
     loss = lambda params, x, target: chain_loss(unrolled, {**params, "stack": params["stack"]}, x, target)
     params = {**params, "stack": list(params["stack"])}
@@ -1186,7 +1204,7 @@ def test_nothing_passes_between_projections(rule):
     leaf = lambda tree, where: tree[where[0]] if where[1] is None else tree[where[0]][where[1]]
 
     def gradients(rule, changes):
-        """The gradients at the start, and with the B of each of these layers changed."""
+        """Yield the gradients at the start, then those with the B of each of these layers changed."""
         start = jitted.init_feedback(KEY, rule, loss, params, x, target)
         gradient = jitted.value_and_grad(loss, rule)
         yield gradient(params, start, x, target)[1][0]
@@ -1205,7 +1223,7 @@ def test_nothing_passes_between_projections(rule):
 
 
 def test_skip_connections_carry_the_error_on(float64):
-    """What has no weights lets the error through: h + f(h) gets the error of the next projection and of f's own."""
+    """A skip connection passes the error: h + f(h) gets the error of the next projection and that of f's projection."""
     params = {"a": normal(0, 5, 6), "b": normal(1, 6, 6), "c": normal(2, 6, 4), "gain": normal(3, 6)}
     x, target = normal(4, 7, 5), normal(5, 7, 4)
 
@@ -1234,7 +1252,7 @@ def test_skip_connections_carry_the_error_on(float64):
 
 
 def test_direct_feedback_of_sequences_is_per_position(float64):
-    """Where the output has positions as the inputs do, B is one for all: (features, outputs), applied to each."""
+    """If the output has the positions of the inputs, one B of shape (features, outputs) applies to each position."""
     params = {"a": normal(0, 3, 6), "b": normal(1, 6, 6), "c": normal(2, 6, 4)}
     x, target = normal(3, 2, 5, 3), normal(4, 2, 5, 4)
 
@@ -1269,12 +1287,12 @@ SETTLING = {
     "activity mirror": wmkp.activity_mirror(),
     "activity mirror, whitened": wmkp.activity_mirror(whiten=True),
     "FA": wmkp.feedback_alignment(),
-    "frSF": wmkp.sign_symmetry("fixed"),  # whose magnitudes are W's own then
+    "frSF": wmkp.sign_symmetry("fixed"),  # with B = W its magnitudes are W's own
 }
 
 
 def mirrored(params, feedback):
-    """Feedback with W itself in place of every B."""
+    """Return feedback with W in place of every B."""
     leaves, tree = jax.tree.flatten(params)
     entries = tree.flatten_up_to(feedback)
     return tree.unflatten([None if b is None else w for w, b in zip(leaves, entries, strict=True)])
@@ -1295,7 +1313,7 @@ def test_b_equal_to_w_is_backprop(float64, name):
 
 
 def test_product_feedback_equal_to_w_is_backprop(float64):
-    """R B = W^T, whatever R: R is onto its input, so that there is such a B."""
+    """PFA with R B = W^T is backprop for any R. Such a B exists because R has full row rank."""
     params, x, target = convnet_params()
     rule = wmkp.product_feedback_alignment(2.0)
     feedback = jitted.init_feedback(KEY, rule, convnet_loss, params, x, target)
@@ -1313,7 +1331,7 @@ def test_product_feedback_equal_to_w_is_backprop(float64):
 
 @pytest.mark.parametrize(("params_in", "compute_in"), [(jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32)])
 def test_direct_feedback_in_mixed_precision(params_in, compute_in):
-    """B in its parameter's dtype, activity and error in theirs: gradients and signals are float32's, to rounding."""
+    """B has its parameter's dtype, and activity and error keep theirs. The result is float32's up to rounding."""
 
     rule = wmkp.direct_kolen_pollack()
 
@@ -1336,7 +1354,9 @@ def test_direct_feedback_in_mixed_precision(params_in, compute_in):
 
 
 def test_direct_feedback_is_never_backprop(float64):
-    """Even with each B_l the product of the weights above it (which W^T alone makes backprop for a linear network)."""
+    """With each B_l the product of the weights above it, all gradients are those of backprop only in a linear
+    network.
+    """
     params, data = network(8)
     x, target = data[0][0], data[1][0]
     rule = wmkp.direct_kolen_pollack()
@@ -1346,7 +1366,7 @@ def test_direct_feedback_is_never_backprop(float64):
     feedback[2]["w"], feedback[1]["w"] = Direct(last), Direct(params[1]["w"] @ last)
     _, (grads, _) = jitted.value_and_grad(mlp_loss, rule)(params, feedback, x, target)
     expected = jax.jit(jax.grad(mlp_loss))(params, x, target)
-    np.testing.assert_allclose(grads[1]["w"], expected[1]["w"], rtol=0, atol=1e-12)  # one matrix from the output
+    np.testing.assert_allclose(grads[1]["w"], expected[1]["w"], rtol=0, atol=1e-12)  # one matrix below the output
     assert np.max(np.abs(grads[0]["w"] - expected[0]["w"])) > 1e-3
 
     def linear(params, x, target):
@@ -1365,7 +1385,7 @@ MIXED = {"head": wmkp.backprop(), "conv": wmkp.weight_mirror(num_samples=50), ".
 
 @pytest.mark.slow
 def test_mixed_rules_in_one_network_equal_numpy(float64):
-    """Back through W at the head, directly to the dense layer's input, through a mirrored B at the conv."""
+    """The error goes back through W at the head, directly at the dense layer, and through a mirrored B at the conv."""
     params, x, target = convnet_params()
     feedback = wmkp.init_feedback(KEY, MIXED, convnet_loss, params, x, target)
     assert feedback["head"]["w"] is None and feedback["conv1"]["w"] is None
@@ -1383,7 +1403,7 @@ def test_mixed_rules_in_one_network_equal_numpy(float64):
     same, gradient = jax.jit(jax.value_and_grad(engaged))(params, feedback, x, target)
     chex.assert_trees_all_close(gradient, expected, rtol=0, atol=1e-12)
     assert value == same == jax.jit(convnet_loss)(params, x, target)
-    # Mirror mode reaches the conv alone: patches of noise.
+    # Mirror mode changes only the conv's B, from patches of noise.
     found = jitted.mirror_signals(KEY, MIXED, convnet_loss, params, x, target, feedback=feedback)
     noise = np.asarray(draw_noise(jax.random.fold_in(KEY, 0), MIXED["conv"].mirror, (1, 50, 36), jnp.float64)[0])
     kernel = params["conv2"]["w"].reshape(36, 3)
@@ -1446,7 +1466,7 @@ USES = {
 
 @pytest.mark.parametrize("use", USES)
 def test_errors_of_a_mapping(use):
-    """Everywhere a rule is taken: a pattern of no projection lists the paths, a projection of no pattern is named."""
+    """Each function that takes a rule names a pattern without a projection, and a projection without a pattern."""
     args = convnet_params(np.float32)
     with pytest.raises(
         ValueError, match=r"'hed' matches no projection; the projections are conv1/w, conv2/w, dense/w, head/w"
@@ -1491,7 +1511,7 @@ def test_arguments_out_of_range_are_errors(name):
 
 
 def test_direct_feedback_needs_one_output():
-    """An output that is the next step's input has no error of its own; inputs of several sizes have no one B."""
+    """Direct feedback needs an output with its own error, and inputs of one size. Otherwise it raises an error."""
     params = {"a": normal(0, 4, 4), "w": normal(1, 3, 4, 4)}
     inside = lambda params, x: jnp.sum(lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x @ params["a"], params["w"])[0])
     with pytest.raises(ValueError, match=r"enters a projection in the next step"):
@@ -1505,7 +1525,7 @@ def test_direct_feedback_needs_one_output():
 
 
 def test_product_feedback_needs_one_matrix():
-    """A weight used twice has no one R B; the error says which."""
+    """A weight that is used twice has no single R B. The error names the weight."""
     params = {"a": normal(0, 4, 4), "b": normal(1, 4, 4)}
     twice = lambda params, x: jnp.sum(jnp.tanh(x @ params["a"] @ params["b"]) @ params["b"])
     with pytest.raises(ValueError, match=r"'b'.*one matrix"):
@@ -1515,7 +1535,7 @@ def test_product_feedback_needs_one_matrix():
 
 
 def test_product_feedback_of_stacked_and_reshaped_weights(float64):
-    """A pair of R and B for each layer of a scan; W's own layout is what ``effective`` gives back."""
+    """Each layer of a scan has its own R and B. ``effective`` returns W's layout."""
     params, x, target = chain_params()
     rule = wmkp.product_feedback_alignment(2.0)
     loss = functools.partial(chain_loss, scanned)
@@ -1531,7 +1551,7 @@ def test_product_feedback_of_stacked_and_reshaped_weights(float64):
     np.testing.assert_allclose(signal["stack"].b, np.einsum("lih,lio->lho", b.r, circuit["stack"]), rtol=0, atol=1e-12)
     assert np.max(np.abs(signal["stack"].r)) == 0
 
-    def heads(params, x):  # DenseGeneral's (in, heads, features), and its output's (heads, features, out)
+    def heads(params, x):  # DenseGeneral's kernel (in, heads, features), and that of its output (heads, features, out)
         h = jnp.einsum("nd,dhk->nhk", jnp.tanh(x @ params["a"]), params["qkv"])
         return jnp.sum(jnp.einsum("nhk,hkd->nd", jnp.tanh(h), params["o"]) ** 2)
 
@@ -1546,14 +1566,14 @@ def test_product_feedback_of_stacked_and_reshaped_weights(float64):
 
 
 def test_sizes_of_direct_feedback():
-    """What an input and the error share from the first axis on, the last apart, is samples; all else is neurons."""
+    """The first axes that input and error share, except the last, are samples. All other axes are neurons."""
     assert direct_sizes((4, 5), (4, 5)) == (1, 5, 5)
     assert direct_sizes((2, 3, 5), (2, 3, 7)) == (2, 5, 7)
     assert direct_sizes((2, 3, 4, 5), (2, 6, 4, 7)) == (1, 60, 168)
     assert direct_sizes((5,), (7,)) == (0, 5, 7)
 
 
-DIRECT = {  # fun, the shape of x, of B
+DIRECT = {  # fun, the shape of x, the shape of B
     "one sample": (lambda p, x: jnp.tanh(x @ p["first"]) @ p["w"], (6,), (6, 6)),
     "an output as wide as the layer": (lambda p, x: jnp.tanh(x @ p["first"]) @ p["w"], (5, 6), (6, 6)),
     "data of other sizes through the same weight": (
@@ -1594,7 +1614,7 @@ def test_axes_of_matrices():
 
 
 def test_direct_feedback_refuses_inputs_whose_first_axis_is_not_the_batch():
-    """Samples folded into another axis, or after time, would get each other's errors."""
+    """If time is the first axis, samples would get each other's errors, so this is an error."""
     params = {"a": np.ones((3, 4)), "b": np.ones((4, 4)), "c": np.ones((4, 2))}
 
     def time_major(params, x):
@@ -1605,11 +1625,11 @@ def test_direct_feedback_refuses_inputs_whose_first_axis_is_not_the_batch():
         wmkp.init_feedback(jax.random.key(0), wmkp.direct_feedback_alignment(), time_major, params, jnp.ones((7, 5, 3)))
 
 
-# --- rules are values -------------------------------------------------------------------------------------------------
+# --- pickling, copying and comparing rules ----------------------------------------------------------------------------
 
 
 def relu(z):
-    """A response that can be pickled, as jax.nn.relu cannot."""
+    """A response that can be pickled, unlike jax.nn.relu."""
     return jnp.maximum(z, 0)
 
 
@@ -1631,7 +1651,7 @@ def test_distinct_rules_have_distinct_names():
     names = {}
     for rule in VALUES:
         names.setdefault(rule.name, rule)
-        if "alignment" not in rule.name:  # its coefficients may be given by keyword or by place
+        if "alignment" not in rule.name:  # its coefficients may be given by keyword or by position
             assert names[rule.name] == rule
     assert wmkp.kolen_pollack(start="mirror").name == "kolen_pollack(start='mirror')"
     assert wmkp.weight_mirror("gaussian").name == "weight_mirror(noise='gaussian')"

@@ -1,4 +1,7 @@
-"""wmkp train: resumed to the bit after any end, nothing lost, bad numbers and bad input named; eval, export and plot."""
+"""wmkp train resumes bit-for-bit after any end, loses nothing, and names bad numbers and bad input.
+
+Also tests of wmkp eval, its export, and wmkp plot.
+"""
 
 import csv
 import dataclasses
@@ -35,11 +38,11 @@ from wmkp.experiments.models.mlp import MLP
 from wmkp.experiments.runs import build, checkpoints, logs, outputs, settings
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),  # of TensorBoard's writer and Orbax
+    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),  # from TensorBoard's writer and Orbax
     pytest.mark.usefixtures("quick_compile"),
 ]
 
-# Everything that a step can have, on the smallest network: 37 steps an epoch.
+# The smallest network with every option of a step: 37 steps an epoch.
 SMALL = Train(
     hidden=(16, 16),
     batch_size=32,
@@ -65,7 +68,7 @@ def run(out, **changes):
 
 
 def end_state(config):
-    """The last checkpoint's arrays, by path."""
+    """Return the last checkpoint's arrays by path."""
     manager = checkpoints.open_manager(config.out / "checkpoints", config.keep, read_only=True)
     return by_path(checkpoints.restore(manager, build.like(config, build.build(config)))[0])
 
@@ -83,7 +86,7 @@ def assert_same_bits(a, b):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """Runs over one device, which compile the soonest; test_mesh.py and test_processes.py have many."""
+    """Run on one device, which compiles fastest. test_mesh.py and test_processes.py use several devices."""
     with pytest.MonkeyPatch.context() as patch:
         first = np.array(jax.devices()[:1])
         patch.setattr(devices, "make_mesh", lambda batch_size: Mesh(first, ("data",)))
@@ -92,7 +95,7 @@ def one_device():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, quick_compile, one_device):
-    """A run from beginning to end."""
+    """Train a run from beginning to end."""
     return run(tmp_path_factory.mktemp("whole") / "run", tensorboard=True)
 
 
@@ -128,7 +131,10 @@ def test_what_a_run_leaves(finished):
 
 @pytest.mark.slow
 def test_killed_at_any_point_and_resumed_it_ends_with_the_same_bits(finished, tmp_path, child_environment):
-    """SIGKILL somewhere, then SIGTERM, each in a process of its own, then to the end."""
+    """A run ended by SIGKILL, then by SIGTERM, and resumed each time, equals an uninterrupted run bit-for-bit.
+
+    The first two parts run in their own processes.
+    """
     config = dataclasses.replace(SMALL, out=tmp_path / "run", resume=True)
     code = f"from wmkp.experiments.commands import train\nfrom pathlib import *\nfrom wmkp.experiments.config import Train\ntrain.train({config!r})"
     path = config.out / "train.csv"
@@ -222,7 +228,7 @@ def test_files_that_cannot_be_written_are_named_before_the_work(finished, tmp_pa
         monkeypatch.setattr(module, work, lambda *args: pytest.fail("it was worked before the file was tried"))
     (tmp_path / "file").touch()
     (tmp_path / "dir.png").mkdir()
-    os.mkfifo(tmp_path / "pipe.png")  # as a device is, /dev/full for one
+    os.mkfifo(tmp_path / "pipe.png")  # no regular file, like the device /dev/full
     for command in (["eval", finished.out, "--export"], ["plot", finished.out, "--out"]):
         for name in ("file/model.png", "dir.png", "pipe.png", "x" * 250 + ".png"):
             bad = tmp_path / name
@@ -261,7 +267,7 @@ def test_files_are_written_where_a_link_leads(tmp_path):
 
 @pytest.mark.parametrize("arguments", [["--out", ""], ["--out="], [""]])
 def test_an_empty_argument_is_refused(arguments, tmp_path, monkeypatch, capsys):
-    """An empty path would be the directory that the command is in: such as $OUT, not set."""
+    """An empty path would mean the current directory, for example if $OUT is not set."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["wmkp", "train", "mlp-digits-kp", *arguments])
     with pytest.raises(SystemExit) as error:
@@ -282,7 +288,7 @@ def test_nan_stops_at_its_step_and_names_what_is_not_finite(tmp_path):
         run(tmp_path / "run", **BLOWN_UP, save_every=1 / 37, log_every=1, keep=1)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
     assert len(logs.read(tmp_path / "run" / "train.csv")) == 2
-    with pytest.raises(InputError, match=message):  # and however seldom the host looks
+    with pytest.raises(InputError, match=message):  # the same step is named even if the host checks rarely
         run(tmp_path / "seldom", **BLOWN_UP, save_every=9, log_every=50)
 
 
@@ -293,7 +299,7 @@ def test_nan_can_be_skipped(tmp_path, capsys):
 
 
 def test_a_skipped_step_changes_nothing(tmp_path):
-    """One bad batch among good ones: weights after it are those from before it."""
+    """After a bad batch that is skipped, W, B and the optimizer states are those before it."""
     run = build.build(dataclasses.replace(SMALL, rule="kp", on_nan="skip", accumulate=1, clip_norm=None, augment=False))
     state, tally = run.init(), feeds.put_everywhere(run.tally, run.mesh)
     good = next(run.feed.batches(0))
@@ -313,7 +319,7 @@ def test_a_skipped_step_changes_nothing(tmp_path):
 
 
 def test_threads_with_a_manager_each_save_in_turn(tmp_path):
-    """Two saves at once spoil each other within Orbax."""
+    """Two saves at the same time would corrupt each other in Orbax, so saves are done in turn."""
 
     class State(NamedTuple):
         step: jax.Array
@@ -371,7 +377,7 @@ def test_damaged_checkpoint_is_named_and_the_older_one_still_good(finished, tmp_
 
 
 class Trap:
-    """What makes a directory when it is unpickled."""
+    """An object that makes a directory when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -381,7 +387,7 @@ class Trap:
 
 
 def damages(content, trap, flips, seed):
-    """A file's content with one bit turned, several times; cut in half; and a pickle in its place."""
+    """Yield damaged versions of a file: with one bit flipped, cut in half, and replaced by a pickle."""
     rng = random.Random(seed)
     for _ in range(flips):
         turned = bytearray(content)
@@ -392,9 +398,12 @@ def damages(content, trap, flips, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # pytest's hook sees what is not printed
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # pytest's hook sees hidden exceptions
 def test_any_file_of_a_checkpoint_may_be_damaged(finished, tmp_path, capsys):
-    """One line that names the step and says what is left, or the very bits that were saved; and no code is run."""
+    """A damaged checkpoint raises one line that names its step and the latest other step, or restores the saved bits.
+
+    It never runs code from a pickle.
+    """
     shutil.copytree(finished.out / "checkpoints", tmp_path / "checkpoints")
     like = build.like(finished, build.build(finished))
     expected, good_progress = restore_from(tmp_path, like)
@@ -429,7 +438,7 @@ def restore_from(out, like):
 
 @pytest.mark.parametrize("where", ["feedback", "key", "progress"])
 def test_one_wrong_bit_is_noticed(where, finished, tmp_path, monkeypatch):
-    """Whatever the storage layer lets pass: each part of a checkpoint is in its SHA-256."""
+    """The SHA-256 covers each part of a checkpoint, so it detects a wrong bit that the storage layer misses."""
     built = build.build(finished)
     like, state, progress = build.like(finished, built), built.init(), {"step": 0, "loss": 0.1}
     if where == "progress":
@@ -452,7 +461,10 @@ def test_one_wrong_bit_is_noticed(where, finished, tmp_path, monkeypatch):
 
 
 def test_damaged_configs_and_logs(finished, tmp_path):
-    """One line that names the file, or the run's directory; or what is read differs in nothing that is learned."""
+    """A damaged config or log raises one line that names the file or the run's directory.
+
+    If it raises no error, no setting that affects training has changed.
+    """
     config = dataclasses.replace(finished, out=tmp_path, resume=True)
 
     def claim():
@@ -513,7 +525,7 @@ def test_disk_full_while_saving_keeps_the_older_checkpoint(tmp_path):
     checkpoints.finish(manager)
     expected = jax.device_get(state.params)
     later = state._replace(step=state.step + 1, params=jax.tree.map(lambda x: x + 1, state.params))
-    # Files that may not grow stand in for a disk that is full; the system says so by an error, not by a signal.
+    # A limit on file size stands in for a full disk. The signal is ignored, so the system returns an error.
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
@@ -529,7 +541,7 @@ def test_disk_full_while_saving_keeps_the_older_checkpoint(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored.params, expected)
 
 
-# --- what is asked for ------------------------------------------------------------------------------------------------
+# --- settings and bad input -------------------------------------------------------------------------------------------
 
 
 def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(finished, tmp_path):
@@ -658,13 +670,13 @@ def test_eval_of_what_is_no_run(tmp_path, monkeypatch, capsys):
     assert "is not a run" in capsys.readouterr().err
 
 
-# Ctrl-C while XLA compiles, which it goes on with in a thread of its own.
+# Ctrl-C while XLA compiles. XLA continues in a thread of its own.
 COMPILES = """
 lowered = jax.jit(lambda x: jax.lax.fori_loop(0, 9, lambda i, x: step(x), x)).lower(jax.numpy.ones((8, 8)))
 threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
 lowered.compile()
 """
-# ... and within a callback, where Python would only print the exception.
+# Ctrl-C in a callback, where Python would only print the exception.
 COLLECTS = """
 gc.callbacks.append(lambda *_: signal.raise_signal(signal.SIGINT))
 gc.collect()
@@ -703,7 +715,7 @@ def test_short_kolen_pollack_runs_are_warned_of(capsys):
     assert not capsys.readouterr().err
 
 
-# --- the parts --------------------------------------------------------------------------------------------------------
+# --- the parts of a run -----------------------------------------------------------------------------------------------
 
 
 def make_feed(**changes):
@@ -774,7 +786,7 @@ def test_schedules_by_definition():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_forgetting_is_what_the_optimizer_does(optimizer):
-    """The share of W - B^T that a run leaves, foretold and done, with the decay that both get alike."""
+    """``forgotten`` predicts the share of W - B^T that remains after a run with equal decay of W and B."""
     config = dataclasses.replace(
         SMALL,
         optimizer=optimizer,
@@ -865,7 +877,7 @@ def test_every_recipe_is_sound():
 
 @pytest.mark.slow
 def test_text_and_bf16():
-    """The decoder's loss at its start is that of chance; parameters stay float32."""
+    """The decoder's first loss is that of chance, and parameters stay float32 under bfloat16."""
     config = dataclasses.replace(recipes.RECIPES["decoder-characters-kpm"], dtype="bfloat16")
     feed = feeds.open_feed(dataclasses.replace(config, batch_size=8), make_mesh(8))
     assert feed.shape == (128,)

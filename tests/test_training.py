@@ -1,4 +1,4 @@
-"""The two compiled steps: what they change, compiled once, donated, in loops and over devices as on one."""
+"""The engaged step and the mirror step: what they change, compilation, donation, loops, and several devices."""
 
 import copy
 import itertools
@@ -79,7 +79,7 @@ def weights(tree):
 
 
 def test_engaged_step_is_the_rule_and_the_optimizer():
-    """The same as value_and_grad and optax by hand."""
+    """An engaged step gives the same state as value_and_grad and optax by hand."""
     rule, steps = RULES["kp"], make(RULES["kp"])
     state = steps.init(KEY, network())
     assert int(state.step) == 0
@@ -121,7 +121,7 @@ def test_mirror_step_changes_b_alone_and_only_where_the_rule_mirrors(name):
     if name != "wm":
         chex.assert_trees_all_equal(state.feedback, before.feedback)
         return
-    # The calibrated update: a tenth of the way from B to an estimate of W^T.
+    # The calibrated update moves B a tenth of the way to an estimate of W^T.
     for k in (1, 2):
         w, old, new = (np.asarray(weights(t)[k]) for t in (before.params, before.feedback, state.feedback))
         estimate = old + (new - old) / 0.1
@@ -131,7 +131,9 @@ def test_mirror_step_changes_b_alone_and_only_where_the_rule_mirrors(name):
 
 
 def test_mirror_step_with_an_update_of_its_own():
-    """``mirror_optimizer`` in the calibrated one's place: B <- B + eta_B (signal - decay B), the signal exactly W^T."""
+    """``mirror_optimizer`` replaces the calibrated update: B <- B + eta_B (signal - decay B), with signal = W^T
+    exactly.
+    """
     rule = wmkp.weight_mirror("orthogonal", num_samples=96, start=0)  # a common multiple of the widths
     steps = make(rule, mirror_optimizer=wmkp.updates.weight_mirror(0.3, 0.5))
     state = steps.init(KEY, network())
@@ -139,10 +141,10 @@ def test_mirror_step_with_an_update_of_its_own():
     state, _ = steps.mirror_step(state)
     for w, old, new in zip(weights(network())[1:], weights(before)[1:], weights(state.feedback)[1:], strict=True):
         np.testing.assert_allclose(new, old + 0.3 * (w - 0.5 * old), atol=1e-5)
-    period = steps.init(KEY, network(), mirror_steps=2).feedback  # before training, so many of the same
+    period = steps.init(KEY, network(), mirror_steps=2).feedback  # several mirror steps before training
     for w, old, new in zip(weights(network())[1:], weights(before)[1:], weights(period)[1:], strict=True):
         np.testing.assert_allclose(new, 0.85**2 * old + 0.3 * (1 + 0.85) * w, atol=1e-5)
-    still = make(rule, mirror_optimizer=wmkp.updates.weight_mirror(0.0, 0.5))  # a rate of zero is one
+    still = make(rule, mirror_optimizer=wmkp.updates.weight_mirror(0.0, 0.5))  # a rate of zero is allowed
     feedback = jax.tree.map(np.asarray, (state := still.init(KEY, network())).feedback)
     chex.assert_trees_all_equal(still.mirror_step(state)[0].feedback, feedback)
 
@@ -154,7 +156,9 @@ def test_nothing_is_kept_of_the_half_of_product_feedback_that_is_fixed():
 
 
 def test_rules_by_path():
-    """Each projection under a rule of its own: only Kolen-Pollack's B learns engaged, only a mirror's in mirror mode."""
+    """Each projection has its own rule. An engaged step trains only Kolen-Pollack's B, a mirror step only the mirror's
+    B.
+    """
     steps = make({"1/w": wmkp.kolen_pollack(), "2/w": MIRROR, ".*": wmkp.backprop()})
     state = steps.init(KEY, network())
     start = jax.tree.map(np.asarray, state.feedback)
@@ -168,7 +172,10 @@ def test_rules_by_path():
 
 
 def test_clipping_scales_b_with_w_and_leaves_local_losses_alone():
-    """W's step is as long as ``clip_norm`` lets it be, Kolen-Pollack's B moves with it, and what no error enters is not clipped."""
+    """``clip_norm`` limits the length of W's step, and Kolen-Pollack's B moves as W does.
+
+    The signals of a rule with local losses are not clipped.
+    """
     tx = optax.sgd(0.1)
     steps = make(wmkp.kolen_pollack(), tx=tx, clip_norm=0.01)
     state = steps.init(KEY, network())
@@ -190,9 +197,11 @@ def test_clipping_scales_b_with_w_and_leaves_local_losses_alone():
 
 
 def test_mirrored_start():
-    """Kolen-Pollack from a mirror: exact in one step before training, and kept there without ever mirroring again."""
+    """With ``start="mirror"``, B equals W after one mirror step before training, and stays equal without more
+    mirroring.
+    """
     steps = make(wmkp.kolen_pollack(start="mirror"))
-    state = steps.init(KEY, network())  # a period of one step is what this rule asks for
+    state = steps.init(KEY, network())  # this rule asks for a period of one step
     for k in (1, 2):
         np.testing.assert_allclose(weights(state.feedback)[k], weights(network())[k], atol=1e-5)
     for i in range(3):
@@ -203,7 +212,7 @@ def test_mirrored_start():
     chex.assert_trees_all_equal(state.feedback, before)
     assert all(float(a) < 1e-3 for a in wmkp.matrix_angles(state.params, state.feedback).values())
     assert not np.allclose(weights(state.params)[1], weights(network())[1], atol=1e-3), "W must have learned"
-    # None when none is asked for.
+    # With mirror_steps=0, B is the random B.
     random = make(wmkp.kolen_pollack()).init(KEY, network())
     skipped = steps.init(KEY, network(), mirror_steps=0)
     chex.assert_trees_all_equal(skipped.feedback, random.feedback)
@@ -225,7 +234,7 @@ def test_errors():
             make(RULES[name]).init(KEY, network(), mirror_steps=1)
     with pytest.raises(ValueError, match="mirror_steps must be an integer of at least 0 .*; got -1"):
         make(MIRROR).init(KEY, network(), mirror_steps=-1)
-    # An optimizer under which eq. 14 cannot hold: an error under Kolen-Pollack, and under no other rule.
+    # An optimizer that breaks eq. 14 is an error under Kolen-Pollack, and under no other rule.
     with pytest.raises(ValueError, match="Kolen-Pollack"):
         make(RULES["kp"], tx=optax.lamb(0.1)).init(KEY, network())
     steps = make(RULES["fa"], tx=optax.lamb(0.1))
@@ -265,8 +274,8 @@ def test_compiled_once():
     assert traces == first
     assert steps.engaged_step._cache_size() == 1
     assert steps.mirror_step._cache_size() == 1
-    steps.engaged_step(steps.init(KEY, network()), batch())  # NumPy's arrays are traced as JAX's
-    weak = jax.tree.map(lambda w: jnp.full(w.shape, 0.5), network())  # as jnp.full makes a LayerScale
+    steps.engaged_step(steps.init(KEY, network()), batch())  # NumPy arrays are traced as JAX arrays are
+    weak = jax.tree.map(lambda w: jnp.full(w.shape, 0.5), network())  # jnp.full makes weak types, as in a LayerScale
     assert all(w.aval.weak_type for w in jax.tree.leaves(weak))
     steps.engaged_step(steps.init(KEY, weak), batch())
     assert traces == first
@@ -274,7 +283,7 @@ def test_compiled_once():
 
 @pytest.mark.filterwarnings("error")
 def test_state_is_donated():
-    """Every buffer of the old state is used for the new one; nothing that the caller holds is."""
+    """Every buffer of the old state is donated. No buffer that the caller holds is."""
     params, key = jax.tree.map(jnp.asarray, network()), jax.random.key(3)
     model_state = {"mean": jnp.zeros(3)}
     mine = jax.tree.map(jnp.asarray, batch())
@@ -296,7 +305,7 @@ def test_state_is_donated():
 
 
 def test_steps_inside_scan():
-    """A whole epoch as one compiled call, mirror steps between, equals the steps one by one."""
+    """An epoch of engaged and mirror steps in one scan equals the steps one by one."""
     steps, count = make(RULES["mkp"]), 4
 
     def both(state, batch):
@@ -327,7 +336,7 @@ def test_examples_may_be_shapes():
 
 @pytest.mark.slow
 def test_key_and_model_state_are_threaded():
-    """Dropout draws anew at each step; a running mean goes from step to step; metrics come out."""
+    """Dropout differs at each step, a running mean goes from step to step, and the loss's metrics are returned."""
 
     def loss(params, model_state, batch, key):
         x, target = batch
@@ -348,13 +357,13 @@ def test_key_and_model_state_are_threaded():
         expected = 0.9 * expected + 0.1 * batch(i)[0].mean(0)
         np.testing.assert_allclose(state.model_state["mean"], expected, rtol=1e-5, atol=1e-6)
     assert len(set(draws)) == 5
-    # The same key draws the same.
+    # The same key gives the same draw.
     _, again = steps.engaged_step(steps.init(KEY, network(), start), batch())
     assert int(again["draw"]) == draws[0]
 
 
 def test_batch_statistics_are_differentiated_as_in_the_loss():
-    """Model state enters the loss, too: what a step hands on is what the next one sees."""
+    """The loss at a step sees the model state that the step before returned."""
 
     def loss(params, model_state, batch, key):
         x, target = batch
@@ -373,12 +382,12 @@ def test_batch_statistics_are_differentiated_as_in_the_loss():
 
 
 def over_devices(how, step):
-    """``step`` over four devices, all that goes in and comes out with a leading axis of devices."""
+    """Run ``step`` over four devices. Inputs and outputs have a leading axis of devices."""
     if how == "pmap":
         return jax.pmap(step, axis_name="d", devices=jax.devices()[:DEVICES])
     mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("d",))
     vma = how == "shard_map, vma"
-    # Checked, the results must be alike on all devices; unchecked, each device's own are looked at.
+    # With the check, results must be equal on all devices. Without it, each device's own result is compared.
     out_specs = P() if vma else P("d")
 
     def one(state, *batch):
@@ -407,7 +416,9 @@ def split(batch):
 
 @pytest.mark.parametrize("how", some_slow(HOW, HOW[:1]))
 def test_devices_together_equal_one(how):
-    """Gradients and B's signals are averaged: four devices with a quarter of the batch each are one with all of it."""
+    """Gradients and B's signals are averaged: four devices with a quarter of the batch each equal one device
+    with all.
+    """
     one, many = make(RULES["kp"]), make(RULES["kp"], axis_name="d")
     expected, states = one.init(KEY, network()), replicate(many.init(KEY, network()))
     step = over_devices(how, many.engaged_step)
@@ -447,7 +458,7 @@ def test_model_state_is_averaged_and_each_device_draws_its_own(how):
 
 @pytest.mark.parametrize("how", some_slow(HOW, HOW[1:]))
 def test_mirror_step_over_devices(how):
-    """Each device draws noise of its own and the signals are averaged: as good as one device with all the samples."""
+    """Each device draws its own noise and the signals are averaged, as accurate as one device with all samples."""
     rng = np.random.default_rng(0)
     params = {"first": rng.normal(size=(6, 128)), "w": rng.normal(size=(128, 160)) / math.sqrt(128)}
     params = jax.tree.map(np.float32, params)
@@ -467,7 +478,7 @@ def test_mirror_step_over_devices(how):
 
 
 def test_steps_under_scan_inside_shard_map():
-    """The experiments' shape of it: an epoch of both steps, scanned, on every device."""
+    """Both steps run in a scan on every device, as in the experiments."""
     many, one = make(MIRROR, axis_name="d"), make(MIRROR)
     mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("d",))
 
@@ -505,7 +516,7 @@ def test_steps_can_be_copied_and_name_a_wrong_keyword():
 
 
 def test_a_mirrored_start_is_exact_in_bfloat16_too():
-    """The first estimate takes B's place: nothing of the random B, nor of its rounding, is left in it."""
+    """The first estimate replaces B, so no part of the random B and no rounding of it remains."""
 
     def loss_fn(params, model_state, x, key):
         return jnp.sum(jnp.tanh(jnp.tanh(x @ params[0]) @ params[1])), (model_state, {})
@@ -525,7 +536,7 @@ NUMPYS_RATES = {
 
 
 def test_a_rate_of_numpys_leaves_b_in_its_dtype():
-    """That of a leaky average, of a loss on noise and of one on activity."""
+    """A NumPy rate keeps B's dtype for a leaky average, a loss on noise and a loss on activity."""
     params = [jax.random.normal(jax.random.key(i), (16, 16), jnp.bfloat16) for i in range(4)]
 
     def loss(params, model_state, x, key):

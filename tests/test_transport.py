@@ -1,4 +1,4 @@
-"""Weight transport is never silent: a use that B cannot follow raises an error with a fix."""
+"""Weight transport is never silent: a use of W that B cannot follow raises an error that names a fix."""
 
 import copy
 import pickle
@@ -14,7 +14,7 @@ import wmkp
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-KEY, B_KEY = jax.random.key(0), jax.random.key(1)  # with one key for both, B would be W
+KEY, B_KEY = jax.random.key(0), jax.random.key(1)  # with the same key for both, B would equal W
 RULES = [wmkp.feedback_alignment(), wmkp.sign_symmetry(), wmkp.kolen_pollack(), wmkp.weight_mirror(start=0)]
 
 
@@ -26,7 +26,9 @@ X = jax.random.normal(KEY, (3, 6))
 
 
 def refuse(fun, params, *args, match):
-    """It is refused, by a message that names a parameter and the way out; returns the parameters that B cannot follow."""
+    """Check that ``fun`` raises an error that names a parameter and a fix. Return the parameters that B
+    cannot follow.
+    """
     with pytest.raises(wmkp.WeightTransportError, match=match) as error:
         wmkp.init_feedback(B_KEY, wmkp.kolen_pollack(), fun, params, *args)
     assert "params[" in str(error.value) and "wmkp.backprop()" in str(error.value)
@@ -34,7 +36,10 @@ def refuse(fun, params, *args, match):
 
 
 def together(losses):
-    """One loss of parameters ``{name: those of one loss}``: compiled once, which apart takes longer than all else."""
+    """Return one loss, the sum of ``losses``. Its parameters are ``{name: parameters of one loss}``.
+
+    Compiling the losses one by one would take most of the time of a test.
+    """
     return lambda params, *args: sum(loss(params[name], *args) for name, loss in losses.items())
 
 
@@ -43,7 +48,7 @@ def tanh_first(params, x):
 
 
 def straight_through(forward):
-    """``forward``, with the error let through as it is: by custom_vjp, and by custom_jvp."""
+    """Return two versions of ``forward`` that pass the error back unchanged: a custom_vjp and a custom_jvp."""
     by_vjp, by_jvp = jax.custom_vjp(forward), jax.custom_jvp(forward)
     by_vjp.defvjp(lambda w: (forward(w), None), lambda _, g: (g,))
     by_jvp.defjvp(lambda w, t: (forward(*w), t[0]))
@@ -151,7 +156,7 @@ def of_parameters_alone(name):
 
 @pytest.mark.parametrize("name", PARAMETERS_ALONE)
 def test_a_network_of_parameters_alone_whose_errors_come_from_activities(name):
-    """In it one parameter plays the part of an activity, whose error goes back through another."""
+    """A parameter multiplied by another acts as an activity, so its error would go back through the other parameter."""
     params = weights("first", "head", "other", "w")
     assert {"w", "other"} <= set(refuse(of_parameters_alone(name), params, X, match="dot_general of two parameters"))
 
@@ -166,7 +171,7 @@ def test_parameters_alone_that_meet_no_activity_or_get_no_error_are_let_be():
     assert not [p.obstacle for p in found.values() if p.obstacle] and set(found) == {"first", "head"}
 
 
-# A matrix that meets activations element by element, or in a primitive that is not known: its error would go through it.
+# A matrix meets activations element by element, or in an unknown primitive. The error would go through W.
 BY_HAND = {
     "a matrix product by hand": lambda p, x: jnp.sum(x[:, :, None] * p["w"][None], axis=1),
     "a nonlinearity at each synapse": lambda p, x: jnp.tanh(x[:, :, None] * p["w"]).sum(1),
@@ -203,10 +208,10 @@ BY_HAND = {
     "a masked nonlinear weight": lambda p, x: x @ (jnp.tanh(p["w"]) * (x[0] > 0)),
     "a sampled weight": lambda p, x: x @ (p["first"] + jnp.exp(p["w"]) * jnp.cos(x.T @ x)),
 }
-if hasattr(jax.lax, "polynomial"):  # a primitive of its own from JAX 0.12 on
+if hasattr(jax.lax, "polynomial"):  # a primitive from JAX 0.12 on
     BY_HAND["a polynomial"] = lambda p, x: jax.lax.polynomial(x[:, :, None], [0.0, p["w"][None]]).sum(1)
 
-# The two products of one axis that are seen: a sum right after a gain, and one neuron's activity that goes to many.
+# Products with a weight of one axis that the analysis detects: a sum right after a gain, and one neuron that fans out.
 OF_ONE_AXIS = {
     "a readout": lambda x, w: (x * w).sum(1),
     "a readout of some": lambda x, w: jnp.sum(x * w, axis=1, where=np.arange(6) > 1),
@@ -236,7 +241,7 @@ OF_ONE_AXIS = {
     ),
     "one neuron to many, beside a gain": lambda x, w: x[:, :1] * w + x[:, 1:2] * (x * w) + x[:, 2:3] * w,
 }
-# One neuron to many, t, beside the gain t * x of the same weights: what is no gain of x (1 + x_1).
+# One neuron fans out through w to t. The same weights also give the gain t * x. Together they are not a gain of x.
 OF_ONE_AXIS |= {
     f"one neuron to many, and {name}": lambda x, w, then=then: (lambda t: then(t, t * x))(x[:, 1:2] * w)
     for name, then in {
@@ -263,7 +268,7 @@ def test_products_that_are_no_product_primitive(name):
 
 @pytest.mark.parametrize("name", OF_ONE_AXIS)
 def test_products_of_one_axis_by_hand(name):
-    """The analysis alone: what is refused is refused as the products above are."""
+    """The analysis refuses these products. This test does not check them against gradients."""
     fun = lambda p, x: jnp.sum(OF_ONE_AXIS[name](tanh_first(p, x), p["w"]) ** 2)
     params = weights("first") | {"w": jnp.arange(1.0, 7.0)}
     with pytest.raises(wmkp.WeightTransportError, match=r"params\['w'\].*wmkp.backprop\(\)"):
@@ -280,7 +285,7 @@ def test_an_activity_with_places_added_is_an_activity_still(name):
 
 
 MIX = np.cos(np.arange(36.0, dtype=np.float32)).reshape(6, 6)
-# Linear maps with constant coefficients, which B takes as W does.
+# Linear maps with constant coefficients. wmkp applies the same map to B as to W.
 FOLLOWED = {
     "a mean taken away": lambda w, x: w - w.mean(0),
     "a standardized weight": lambda w, x: (w - w.mean(0)) / (w - w.mean(0)).std(0),
@@ -301,7 +306,7 @@ FOLLOWED = {
 
 
 def test_b_takes_every_linear_map_that_its_weight_takes():
-    """Against W forward and the same map of B backward, written out."""
+    """The gradients equal those of W forward and the same map of B backward, written by hand."""
     fun = together(
         {n: lambda p, x, f=f: jnp.sum(jnp.sin(tanh_first(p, x) @ f(p["w"], x))) for n, f in FOLLOWED.items()}
     )
@@ -327,13 +332,13 @@ def test_mirror_mode_says_which_linear_maps_it_cannot_undo(name):
 
 
 def layer_norm(x, axes, gain):
-    """In the order in which Flax multiplies: the deviation, one for all neurons, meets their gains first."""
+    """Normalize in Flax's order: the deviation, one value for all neurons, is first multiplied by the gains."""
     mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
     return (x - mean) * (jax.lax.rsqrt(var + 1e-5) * gain)
 
 
 def layer_norm_in_two_terms(x, axes, gain, bias):
-    """In the order in which Keras multiplies: x and its mean each meet the gains."""
+    """Normalize in Keras's order: x and its mean are each multiplied by the gains."""
     mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
     scale = jax.lax.rsqrt(var + 1e-5) * gain
     return x * scale + (-mean * scale + bias)
@@ -341,7 +346,7 @@ def layer_norm_in_two_terms(x, axes, gain, bias):
 
 pairs = lambda x: x[:, :, None] * x[:, None]
 
-# Each weight belongs to one neuron: no error goes through it to another.
+# Each weight belongs to one neuron. No error goes through it to another neuron.
 LOCAL = {
     "a gain of features, summed over segments": lambda p, y: jax.ops.segment_sum(y * p["v"], jnp.array([1, 0, 1]), 2),
     "a gain of features, summed over examples on the way": lambda p, y: jnp.cumsum(y * p["v"], axis=0),
@@ -403,7 +408,7 @@ SEVERAL_AXES = {"gains of a map", "a norm over images", "a group norm", "several
 
 @pytest.mark.parametrize("name", LOCAL)
 def test_weights_that_are_local_to_their_neurons(name):
-    """Gains of one axis need no word; of more axes they are refused unless declared local."""
+    """A gain of one axis needs no declaration. A gain of more axes is refused unless it is declared local."""
     params = {**weights("first", "w", "u"), "v": jnp.arange(1.0, 7.0)}
     found = set(wmkp.projections(of_neurons(name), params, X))
     assert {"first", "w"} <= found <= {"first", "w", "u"} and ("u" in found or name not in SEVERAL_AXES)
@@ -422,12 +427,16 @@ def test_the_gradients_of_what_is_local_to_its_neurons():
     _, (found, _) = jax.jit(wmkp.value_and_grad(fun, rule))(params, mirrored, X)
     expected = jax.jit(jax.grad(fun))(params, X)
     for name, grads in found.items():
-        largest = max(float(jnp.abs(g).max()) for g in expected[name].values())  # of whose rounding small ones are
+        largest = max(float(jnp.abs(g).max()) for g in expected[name].values())  # the rounding of small gradients
         chex.assert_trees_all_close(grads, expected[name], rtol=1e-4, atol=1e-6 * max(largest, 10), custom_message=name)
 
 
 def test_rows_looked_up_are_normalized_as_any_activity_is():
-    """The first layer of a language model without learned positions, in two orders; the error stays E's own."""
+    """Looked-up rows may be normalized, in two orders of the product. E is then only added to the activity.
+
+    This is the first layer of a language model without learned positions. A product of the rows with another layer's
+    activity is refused.
+    """
 
     def fun(p, ids):
         e = p["E"][ids]
@@ -442,7 +451,7 @@ def test_rows_looked_up_are_normalized_as_any_activity_is():
     feedback = {"E": None, "u": None, "v": None, "a": params["a"], "b": params["b"]}
     _, (grads, _) = jax.jit(wmkp.value_and_grad(fun, wmkp.kolen_pollack()))(params, feedback, ids)
     chex.assert_trees_all_close(grads, jax.jit(jax.grad(fun))(params, ids), rtol=1e-4, atol=1e-5)
-    for path in ("a", "E"):  # what meets an activity of another layer, E's own or not
+    for path in ("a", "E"):  # the product with another layer's activity is refused, even if that layer uses E
         other = lambda p, ids, x, path=path: jnp.sum(jnp.sin((p["E"][ids] * jnp.tanh(x @ p[path])[:, None]) @ p["b"]))
         assert refuse(other, params, ids, X, match=r"params\['E'\]") == ["E"]
 
@@ -462,7 +471,9 @@ ROLES = {
 
 @pytest.mark.parametrize("name", ROLES)
 def test_roles_of_what_meets_data(name):
-    """Nothing goes back to data; what it makes of a parameter is an activity, to which an error goes through a gain."""
+    """No error goes back to data. Looked-up rows, and data plus a parameter, are activities: errors reach them through
+    gains.
+    """
     make, expected = ROLES[name]
     params = {**weights("w", "u", "out"), "v": jnp.arange(1.0, 7.0)}
     found = wmkp.roles(lambda p, x, i: jnp.sum(jnp.sin(make(p, x, i) @ p["out"])), params, X, jnp.array([1, 4, 2]))
@@ -506,7 +517,7 @@ def test_custom_derivatives_around_a_projection_are_not_thrown_away():
 
 
 def test_a_loop_with_a_derivative_of_its_own():
-    """JAX has no backward pass through a while loop; a custom derivative around one has (a differential equation's)."""
+    """A custom derivative around a while loop is refused. JAX itself has no backward pass through a while loop."""
 
     def forward(x, w):
         return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1] @ w)), (0, x))[1]
@@ -525,7 +536,7 @@ def test_a_loop_with_a_derivative_of_its_own():
     refuse(fun, weights("first", "w"), X, match="custom_vjp_call")
 
     def given_all(params, x):
-        """All parameters go in, and what the derivative reads of them is not known."""
+        """The custom derivative receives all parameters, so which of them it reads is unknown."""
         return jnp.sum((layer(tanh_first(params, x), params) @ params["head"]) ** 2)
 
     layer = jax.custom_vjp(lambda x, params: forward(x, params["w"]))
@@ -535,7 +546,7 @@ def test_a_loop_with_a_derivative_of_its_own():
 
 
 def test_a_binary_product_with_a_derivative_of_its_own():
-    """Inside, a comparison has no derivative; the custom one has, and it goes through W."""
+    """The comparison inside has no derivative, but the custom derivative goes through W and is refused."""
 
     def forward(x, w):
         return x @ jnp.where(w > 0, 1.0, -1.0)
@@ -554,7 +565,7 @@ def test_custom_derivatives_beside_a_projection_are_kept():
     def clip(x):
         return jnp.clip(x, -1, 1)
 
-    clip.defjvp(lambda x, t: (clip(x[0]), 7 * t[0]))  # a straight-through estimator, 7 to be recognisable
+    clip.defjvp(lambda x, t: (clip(x[0]), 7 * t[0]))  # a straight-through estimator; the factor 7 makes it recognisable
 
     def fun(params, x):
         return jnp.sum(clip(clip(x @ params["first"]) @ params["w"]) ** 2) + jnp.sum(clip(params["w"]))
@@ -574,7 +585,7 @@ def test_lora_as_flax_ships_it():
         nnx.LoRA(6, 2, 6, base_module=nnx.Linear(6, 6, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
     )
     lora = lambda p, x: jnp.sum(apply(p, state, jnp.tanh(x))[0] ** 2)
-    assert not any(p.obstacle for p in wmkp.projections(lora, params, X).values())  # x A B: two projections in a row
+    assert not any(p.obstacle for p in wmkp.projections(lora, params, X).values())  # x A B is two projections in a row
 
 
 def test_feedback_missing_for_a_projection_that_needs_it():
@@ -586,7 +597,7 @@ def test_feedback_missing_for_a_projection_that_needs_it():
 
 
 def test_the_backward_pass_holds_no_forward_weight():
-    """In the jaxpr of the backward pass alone, W is not even an input (its shape is its own, so that it would show)."""
+    """The residuals of the backward pass contain B and no W. Each weight has its own shape, so W would be found."""
     params = {"first": jnp.ones((6, 5)), "w": jnp.ones((5, 4)), "last": jnp.ones((4, 3))}
 
     def fun(params, x):
@@ -618,7 +629,7 @@ def test_parameters_that_are_no_floating_point_arrays():
 
 
 def test_complex_parameters_train_under_backprop():
-    """Elsewhere the message says how to have a B, and what it says works."""
+    """Complex parameters train under backprop. Other rules raise an error, and the fix that it names works."""
     params = {**weights("first"), "c": (1 + 2j) * weights("w")["w"]}
     fun = lambda p, x: jnp.sum((tanh_first(p, x) @ p["c"]).real ** 2) + jnp.sum((x @ p["c"]).imag)
     with pytest.raises(wmkp.WeightTransportError, match="two real arrays, each with its own B"):
@@ -683,7 +694,7 @@ MASKED = {
 
 
 def test_data_that_masks_a_weight_along_one_axis():
-    """DropConnect on a readout of one neuron: B follows, and the error passes the mask and B alone."""
+    """A weight that data masks along one axis has a B. The error passes only the mask and B, as under DropConnect."""
     fun = together({
         name: lambda p, x, masks, name=name: jnp.sum(MASKED[name][0](p, tanh_first(p, x), masks[name]) ** 2)
         for name in MASKED
@@ -722,7 +733,7 @@ def test_what_is_made_of_a_masked_weight_does_not_pass_for_an_activity(name):
 
 
 def test_activities_with_dropout_stay_activities():
-    """Embeddings and positions, dropped out, normalized and mixed by data: none of it is a weight between neurons."""
+    """Embeddings and positions stay activities after dropout, normalization and a product with data."""
     params = {"table": jax.random.normal(KEY, (9, 6)), "place": jax.random.normal(B_KEY, (5, 6)), **weights("w")}
 
     def fun(p, tokens, mask, mixing):
@@ -738,7 +749,7 @@ def test_activities_with_dropout_stay_activities():
     chex.assert_trees_all_close(grads, jax.jit(jax.grad(fun))(params, tokens, mask, mixing), rtol=1e-4, atol=1e-5)
 
 
-REJOINED = {  # a matrix that data has selected, taken apart into rows and put together again: what it is made of still
+REJOINED = {  # the rows of a matrix that data selects, joined again: still a matrix
     "rolled": lambda w: jnp.roll(w, 1, 0),
     "columns rolled": lambda w: jnp.roll(w, 1, 1),
     "rows concatenated": lambda w: jnp.concatenate([w[1:], w[:1]]),
@@ -761,7 +772,7 @@ def test_rows_of_a_matrix_that_data_selects_make_a_matrix():
         chex.assert_trees_all_close(grads[name]["first"], X.T @ (delta * (1 - h**2)), rtol=1e-4, atol=1e-5)
 
 
-# --- a neuron's activity that fans out through weights ----------------------------------------------------------------
+# --- activity that fans out through weights ---------------------------------------------------------------------------
 
 
 def edges(p, h):
@@ -809,7 +820,7 @@ def test_activity_that_fans_out_through_weights_is_refused(name):
 
 
 def test_activity_that_fans_out_through_weights_would_transport_them():
-    """Where h is zero no state of any neuron depends on W, and yet the error at h does."""
+    """The error at h depends on W even where h is zero, so W counts as transported."""
 
     @jax.jit
     def at_zero(w):
@@ -837,7 +848,7 @@ NO_FANS = {
 
 
 def test_gains_thresholds_and_biases_are_let_be():
-    """Gains cut out of a matrix have to be declared; thresholds and biases need no word."""
+    """Thresholds and biases need no declaration. Gains cut out of a matrix must be declared local."""
     params = dict.fromkeys(NO_FANS, weights("first", "w", "last"))
     losses = {n: lambda p, x, f=f: jnp.sum((f(p, tanh_first(p, x)) @ p["last"]) ** 2) for n, f in NO_FANS.items()}
     refused = {
@@ -859,7 +870,7 @@ SCALED = {
 
 
 def test_activity_that_scales_a_weights_outputs_is_a_gain_of_theirs():
-    """x (W s) is (x W) s, whose gradient it has, B in its place for x alone."""
+    """x (W s) has the gradients of (x W) s, with B in place of W in the error at x."""
     params, stop = dict.fromkeys(SCALED, weights("first", "w")), jax.lax.stop_gradient
     product = lambda f, w, h: h @ f(w, h)
     losses = {n: lambda p, x, f=f: jnp.sum(product(f, p["w"], tanh_first(p, x)) ** 2) for n, f in SCALED.items()}
@@ -878,7 +889,7 @@ def test_activity_that_scales_a_weights_outputs_is_a_gain_of_theirs():
         chex.assert_trees_all_close(grads, expected(params, b), rtol=1e-4, atol=1e-5)
 
 
-# --- weights that data lays out or scales, and readouts that data masks ------------------------------------------------
+# --- weights that data lays out or scales, and readouts that data masks -----------------------------------------------
 
 PRE, POST = np.arange(12) % 6, (np.arange(12) * 5 + np.arange(12) // 6) % 6
 BY_DATA = {
@@ -891,7 +902,7 @@ BY_DATA = {
 
 
 def test_a_weight_that_data_lays_out_or_scales_has_its_b():
-    """Against the product written with W forward and the same layout of B backward."""
+    """The gradients equal those of W forward and the same layout of B backward, written by hand."""
     shapes = {name: (12,) if "places" in name else (6, 6) for name in BY_DATA}
     params = {name: weights("first") | weights("w", shape=shape) for name, shape in shapes.items()}
     data = {
@@ -951,7 +962,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_backprop_is_the_way_out(name):
-    """With the refused parameters under backprop, and B = W for the others, the gradients are jax.grad's."""
+    """With the refused parameters under backprop and B = W for the others, gradients equal those of jax.grad."""
     cases, made, params, more = REFUSED[name]
     losses = {case: made(case) for case in cases}
     fun, params, args = together(losses), dict.fromkeys(losses, params), (X, *more)
@@ -1005,7 +1016,7 @@ def test_a_frozen_weight_is_mirrored():
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_no_gradient_is_had_at_the_input_of_a_first_layer(rule):
-    """It has no B, and none is needed for params: asked for all the same, it would be W's own."""
+    """A first layer has no B, so the gradient at its input would go through W. Asking for it raises an error."""
     fun = lambda p, x: jnp.sum(jnp.sin(tanh_first(p, x) @ p["w"]))
     params = weights("first", "w")
     engaged, feedback = wmkp.engage(fun, rule), wmkp.init_feedback(B_KEY, rule, fun, params, X)

@@ -1,4 +1,4 @@
-"""The updates of B: where eq. 14 holds and where it cannot, clipping of W and B, and the weight mirror."""
+"""The updates of B: optimizers that keep eq. 14 and those that break it, clipping of W and B, and the weight mirror."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ ETA, LAMBDA, STEPS = 0.02, 0.3, 24
 
 
 def trees(seed=0):
-    """W's tree and B's: B has None where there is no feedback path (a first layer, biases)."""
+    """Return W's tree and B's tree. B has None where no error goes back (a first layer, biases)."""
     rng = np.random.default_rng(seed)
     shapes = {"dense": (5, 6), "conv": (3, 3, 2, 4)}
     w = {name: {"b": rng.normal(size=s[-1]), "w": rng.normal(size=s)} for name, s in shapes.items()}
@@ -37,17 +37,17 @@ def float32(tree, size=1.0):
 
 
 def like_feedback(tree, feedback):
-    """A tree of W's structure, with None where feedback has it."""
+    """Return ``tree`` in W's structure, with None where ``feedback`` has None."""
     return jax.tree.map(lambda b, x: None if b is None else x, feedback, tree, is_leaf=lambda x: x is None)
 
 
 def differences(tx, scales, first_layers):
-    """W - B^T at the start and after every step, W and B given the same signals, of differing sizes; by matrix.
+    """Return W - B^T for each matrix, at the start and after every step.
 
-    Once for each of ``first_layers``, by which the gradient of the first layer, which has no B, is multiplied at every
-    fourth step.
+    W and B get the same signals, of different sizes. There is one result for each of ``first_layers``, which multiplies
+    the gradient of the first layer at every fourth step. The first layer has no B.
 
-    In float64, and by ``tx`` itself: nothing here depends on what ``updates.kolen_pollack`` accepts.
+    This runs in float64 with ``tx`` itself, so it does not depend on what ``updates.kolen_pollack`` accepts.
     """
     with jax.enable_x64(True):
         w, b = jax.tree.map(jnp.asarray, trees())
@@ -86,7 +86,7 @@ def constant(t):
 
 
 def heavy_ball(momentum, nesterov=False):
-    """The difference's own recurrence: what drives it is the decay of itself."""
+    """Return the factor of W - B^T after t steps of momentum. Only the decay of W - B^T drives it."""
 
     def law(t):
         d, m = 1.0, 0.0
@@ -99,7 +99,9 @@ def heavy_ball(momentum, nesterov=False):
 
 
 def schedule_free(t):
-    """z decays by what y is, x is its average so far, and y, which trains, lies between the two."""
+    """Return the factor of W - B^T after t steps. z decays by y, x is the average of z, and y, the trained value, is
+    between.
+    """
     x = y = z = 1.0
     for s in range(1, t + 1):
         z -= ETA * LAMBDA * y
@@ -140,7 +142,7 @@ ACCEPTED = {
         plain(ETA * LAMBDA),
     ),
     "schedule-free": (contrib.schedule_free(l2(optax.sgd(ETA)), ETA, b1=0.9), schedule_free),
-    # Its changes are small differences of averages: refused for rounding, were it tried in float32 alone.
+    # Its updates are small differences of averages. In float32 alone, rounding would make the trial refuse it.
     "schedule-free adamw": (contrib.schedule_free_adamw(ETA, weight_decay=LAMBDA), schedule_free),
     "a scheduled hyperparameter": (
         l2(optax.inject_hyperparams(optax.sgd)(learning_rate=optax.linear_schedule(ETA, 0.0, STEPS))),
@@ -150,7 +152,7 @@ ACCEPTED = {
         optax.conditionally_transform(l2(optax.sgd(ETA)), every_other),
         lambda t: (1 - ETA * LAMBDA) ** ((t + 1) // 2),
     ),
-    "on a plateau": (  # the loss that it is told here never gets better: halved after each ten steps
+    "on a plateau": (  # the loss given here never improves, so the rate is halved after every ten steps
         optax.chain(l2(optax.sgd(ETA)), contrib.reduce_on_plateau(factor=0.5, patience=10)),
         lambda t: np.prod([1 - ETA * 0.5 ** (s // 10) * LAMBDA for s in range(t)]),
     ),
@@ -187,9 +189,9 @@ def test_accepts_where_equation_14_holds(name):
     _, feedback = float32(trees())
     state = updates.kolen_pollack(tx).init(feedback)
     chex.assert_trees_all_equal(state, tx.init(feedback))
-    # Float32's eps in some optimizers' constants is all that may come between.
+    # The only error allowed is the float32 rounding of constants in some optimizers.
     predicted = np.array([law(t) for t in range(STEPS + 1)])
-    # What becomes of parameters that have no B is no matter.
+    # The gradient of a parameter without B must not matter, even if it is not finite.
     trials = differences(tx, [1.0, 30.0] * (STEPS // 2), (1.0, np.nan))
     for difference in jax.tree.leaves(trials):
         scaled = predicted.reshape(-1, *[1] * (difference.ndim - 1)) * difference[0]
@@ -275,7 +277,7 @@ def test_refuses_where_equation_14_cannot_hold(name):
     with pytest.raises(ValueError, match=reason) as refusal:
         updates.kolen_pollack(tx).init(feedback)
     assert "Kolen-Pollack" in str(refusal.value) and len(str(refusal.value)) < 700
-    # And rightly so: no common factor explains what becomes of W - B^T, at the latest when another gradient is large or
+    # The refusal is right: no common factor explains the change of W - B^T, at least when another gradient is large or
     # not finite.
     worst = []
     for trial in differences(tx, [0.01, 1.0, 100.0] * (STEPS // 3), (1.0, 1e6, np.nan)):
@@ -297,14 +299,17 @@ def test_refuses_where_equation_14_cannot_hold(name):
     ids=["lookahead", "sam", "lbfgs"],
 )
 def test_refuses_what_cannot_be_tried(tx):
-    """They want pairs of parameters, or the loss as a function."""
+    """These optimizers need pairs of parameters, or the loss as a function."""
     _, feedback = float32(trees())
     with pytest.raises(ValueError, match="optimizer cannot train Kolen-Pollack's B: tried .* it raised"):
         updates.kolen_pollack(tx).init(feedback)
 
 
 def test_skips_for_both_or_neither_around_an_optimizer_of_both():
-    """The way out that the refusal of apply_if_finite names: W - B^T decays at the steps taken, and stands still else."""
+    """``apply_if_finite`` around one optimizer of W and B works, as its error message proposes.
+
+    W - B^T decays at each step taken and stays the same at a skipped step.
+    """
     tx = l2(optax.sgd(ETA))
     pair = optax.partition({"W": tx, "B": updates.kolen_pollack(tx)}, ("W", "B"))
     together = optax.apply_if_finite(pair, 5)
@@ -314,7 +319,7 @@ def test_skips_for_both_or_neither_around_an_optimizer_of_both():
     def step(w, b, state, i, bad_w, bad_b):
         grads = jax.tree.map(lambda x: jnp.sin((3.0 + i) * x), w)
         signal = like_feedback(grads, b)
-        grads["dense"]["b"] = grads["dense"]["b"].at[0].add(bad_w)  # in W's alone: a bias has no B
+        grads["dense"]["b"] = grads["dense"]["b"].at[0].add(bad_w)  # only in W's gradients, because a bias has no B
         signal["dense"]["w"] = signal["dense"]["w"].at[0, 0].add(bad_b)
         change, state = together.update((grads, signal), state, (w, b))
         return *optax.apply_updates((w, b), change), state
@@ -332,18 +337,18 @@ def test_skips_for_both_or_neither_around_an_optimizer_of_both():
 
 
 def test_refused_whatever_tree_it_is_tried_on():
-    """One matrix, one with its bias, a scalar, nested None: the trial makes weights of its own for any structure."""
+    """The trial works for any tree, such as one matrix, nested None, or a scalar. It makes its own weights."""
     one = jnp.ones((4, 3))
     for tree in (one, [one, None], ({"b": jnp.ones((2, 3, 4, 5)), "c": jnp.ones(())},)):
         with pytest.raises(ValueError, match="Kolen-Pollack"):
             updates.kolen_pollack(optax.lars(ETA)).init(tree)
         updates.kolen_pollack(ACCEPTED["L2, momentum"][0]).init(tree)
     for empty in ({}, None, {"w": None}):
-        updates.kolen_pollack(optax.lars(ETA)).init(empty)  # nothing learns: nothing to refuse
+        updates.kolen_pollack(optax.lars(ETA)).init(empty)  # nothing learns, so nothing is refused
 
 
 def test_trial_does_not_read_or_change_b():
-    """A B that is zero, or not finite, says nothing about the optimizer."""
+    """The verdict does not depend on the values of B, even if B is zero or not finite."""
     for value in (0.0, np.nan):
         feedback = {"w": jnp.full((4, 3), value)}
         updates.kolen_pollack(optax.sgd(ETA)).init(feedback)
@@ -383,7 +388,7 @@ def test_update_is_the_optimizers_own_and_passes_extra_arguments():
     change, _ = tx.update({"w": jnp.full((4, 3), 2.0)}, state, feedback, value=3.0)
     np.testing.assert_allclose(change["w"], -2 * ETA, rtol=1e-6)
     assert seen[-1] == 3.0
-    # An optimizer that takes none is given none.
+    # An optimizer without extra arguments gets none.
     tx = updates.kolen_pollack(optax.sgd(ETA))
     change, _ = tx.update({"w": jnp.full((4, 3), 2.0)}, tx.init(feedback), feedback, value=3.0)
     np.testing.assert_allclose(change["w"], -2 * ETA, rtol=1e-6)
@@ -420,7 +425,7 @@ def test_clip_together_edges():
 
 
 def test_clip_together_keeps_equation_14():
-    """As the lesson of the refusal: W and B clipped by one norm shrink their difference as if unclipped."""
+    """Clipping W and B by one norm keeps eq. 14: their difference shrinks as without clipping."""
     w, b = float32(trees())
     clip, tx = updates.clip_together(1.0), l2(optax.sgd(ETA))
     tx_b = updates.kolen_pollack(tx)
@@ -448,7 +453,7 @@ def test_weight_mirror_update():
         expected = jax.tree.map(lambda s, b, r=rate, d=decay: r * (s - d * b), signal, feedback)
         chex.assert_trees_all_close(change, expected, rtol=1e-6)
         assert state == optax.EmptyState()
-    # It settles at signal / decay.
+    # B converges to signal / decay.
     tx = updates.weight_mirror(0.5, 0.5)
     for _ in range(60):
         feedback = optax.apply_updates(feedback, tx.update(signal, optax.EmptyState(), feedback)[0])
@@ -457,7 +462,9 @@ def test_weight_mirror_update():
 
 @pytest.mark.parametrize(("std", "activation", "gain"), [(1.0, None, 1.0), (0.5, None, 0.25), (2.0, jax.nn.relu, 2.0)])
 def test_calibrated_mirror_takes_a_share_of_the_way_to_w(std, activation, gain):
-    """Given the mean signal, gain x W^T, a step takes B the share a of the way to W^T; a = 1 all of it."""
+    """Given the mean signal gain * W^T, a step moves B by ``share`` of the way to W^T. With a share of 1, B becomes
+    W^T.
+    """
     rule = wmkp.weight_mirror(noise_std=std, activation=activation, rate=0.25)
     w, b = jnp.asarray([[1.0, -2.0], [3.0, 4.0]]), jnp.asarray([[0.5, 1.0], [-3.0, 0.0]])
     for tx, share in (
