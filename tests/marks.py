@@ -1,9 +1,9 @@
-"""Which cases of a parametrized test are left to ``pytest -m slow``."""
+"""Marks cases of a parametrized test as slow, so that only ``pytest -m slow`` runs them."""
 
 import pytest
 
 
 def some_slow(cases, slow):
-    """The cases, of which those in ``slow`` are marked so: each repeats a mechanism that one of the others tests."""
+    """Returns the cases, with those in ``slow`` marked slow. A slow case repeats a mechanism that another case tests."""
     assert set(slow) <= set(cases), set(slow) - set(cases)
     return [pytest.param(case, marks=pytest.mark.slow) if case in slow else case for case in cases]

@@ -24,13 +24,13 @@ def matrix_angle(a, b):
 
 
 def numpy_angle(a, b):
-    """arccos of the normalised dot product: accurate in float64 away from 0 and 180 degrees."""
+    """The arccos of the normalised dot product, which is accurate in float64 away from 0 and 180 degrees."""
     a, b = (np.asarray(x, np.float64).ravel() for x in (a, b))
     return np.degrees(np.arccos(a @ b / np.sqrt((a @ a) * (b @ b))))
 
 
 def at_angle(degrees, shape=(30, 20), seed=0):
-    """Two arrays of unit norm in float64, at exactly this angle."""
+    """Two float64 arrays of unit norm at this angle."""
     rng = np.random.default_rng(seed)
     a, c = rng.normal(size=shape), rng.normal(size=shape)
     a /= np.linalg.norm(a)
@@ -50,7 +50,7 @@ def test_angle_against_numpy(degrees, seed, scale):
 
 @pytest.mark.parametrize("degrees", [1e-1, 1e-2, 1e-3, 1e-4])
 def test_small_angles_in_float32(degrees):
-    """Where arccos has lost all; down to what the rounding of the inputs themselves (1e-7 a number) leaves."""
+    """The angle holds where float32 arccos fails, down to the rounding of the inputs (1e-7 per number)."""
     a, b = (np.float32(x) for x in at_angle(degrees))
     assert float(matrix_angle(a, b)) == pytest.approx(degrees, rel=0.02)
     assert float(matrix_angle(a, -b)) == pytest.approx(180 - degrees, abs=2e-5)
@@ -58,7 +58,7 @@ def test_small_angles_in_float32(degrees):
 
 @pytest.mark.parametrize("degrees", [1e-5, 1e-6])
 def test_tiny_angles_in_float32(degrees):
-    """One entry changes by tan(angle), and all others are exactly alike: no rounding of the inputs is in the way."""
+    """Angles down to 1e-6 degrees hold. Only one entry differs, so the inputs have no rounding that matters."""
     a, b = np.zeros((2, 8, 4), np.float32)
     a[0, 0] = b[0, 0] = 3.0
     b[5, 2] = 3 * np.tan(np.radians(degrees))
@@ -74,7 +74,7 @@ def test_tiny_angles_in_float32(degrees):
 def test_zero_at_equality_and_180_at_negation(seed, exponent):
     a = np.random.default_rng(seed).normal(size=(30, 20)).astype(np.float32)
     scaled = a * np.float32(2.0**exponent)  # a power of two: no rounding
-    # Compiled, a - b may be contracted with the division before it: rounding is left (arccos would leave 0.03 degrees).
+    # The compiler may fuse a - b with the division before it, which leaves rounding (arccos would leave 0.03 degrees).
     for other in (a, scaled, 3 * a):
         assert float(matrix_angle(a, other)) < 2e-5
     assert angle(jnp.asarray(a), jnp.asarray(a)) == 0.0
@@ -117,13 +117,13 @@ def test_zero_array_gives_nan():
     a = np.float32(at_angle(1.0)[0])
     for pair in ((a, 0 * a), (0 * a, a), (0 * a, 0 * a)):
         assert np.isnan(matrix_angle(*pair))
-    # The other angles are not touched by it.
+    # The other angles are unaffected.
     found = wmkp.matrix_angles({"u": a, "v": a}, {"u": 0 * a, "v": a})
     assert np.isnan(found["u"]) and found["v"] == 0
 
 
 def test_matrix_angles_of_a_tree():
-    """One entry a projection that has a B, by its path; W and B compare entry by entry, whatever their rank."""
+    """There is one angle for each weight that has a B, by path, and it compares W and B at any rank."""
     rng = np.random.default_rng(0)
     shapes = {"conv": (3, 3, 4, 8), "dense": (6, 5), "first": (4, 3), "stack": (2, 5, 5)}
     params = {"net": [{k: rng.normal(size=s).astype(np.float32), "b": np.ones(3)} for k, s in shapes.items()]}
@@ -138,7 +138,10 @@ def test_matrix_angles_of_a_tree():
 
 
 def test_matrix_angles_of_what_a_rule_carries_errors_by():
-    """Sign symmetry's B with W's signs of now, R B of two populations; direct feedback has no shape in common with W."""
+    """The angle is between W and the weights that carry the error back.
+
+    Sign symmetry carries it by |B| sign(W), product feedback by R B. Direct feedback has no angle.
+    """
     rng = np.random.default_rng(0)
     params = {"first": rng.normal(size=(4, 6)).astype(np.float32), "w": rng.normal(size=(6, 5)).astype(np.float32)}
     feedback = {"first": None, "w": jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)}
@@ -192,7 +195,7 @@ def delta_angles(fun, rule, params, feedback, *args, **kwargs):
 
 
 def numpy_deltas(params, back, x, target):
-    """Eq. 3 in float64, row samples: back[k] stands in for W_l."""
+    """The deltas of Eq. 3 in float64, one sample a row, with ``back[k]`` in place of W_l."""
     w, b = ([np.asarray(layer[k], np.float64) for layer in params] for k in "wb")
     y = [np.asarray(x, np.float64)]
     for k in range(len(w)):
@@ -217,7 +220,7 @@ def test_delta_angles_against_numpy(name):
     for k in range(len(params) - 1):
         np.testing.assert_allclose(found[f"{k}/w"], numpy_angle(ours[k], theirs[k]), atol=1e-2)
         assert found[f"{k}/w"] > 5
-    assert found[f"{len(params) - 1}/w"] == 0  # the loss's own delta, before any B
+    assert found[f"{len(params) - 1}/w"] == 0  # the output's delta passes no B
 
 
 def test_delta_angles_are_zero_where_b_is_w():
@@ -226,7 +229,7 @@ def test_delta_angles_are_zero_where_b_is_w():
     for rule in (wmkp.feedback_alignment(), wmkp.kolen_pollack()):
         found = delta_angles(loss, rule, params, mirrored, x, target)
         assert len(found) == 4 and all(float(a) < 1e-4 for a in found.values())
-    # A positive multiple of W^T carries every delta in the right direction; a negative one turns it round, layer by layer.
+    # With B = 3 W every delta keeps its direction. With B = -W the delta flips at each layer.
     for factor, expected in ((3.0, [0, 0, 0, 0]), (-1.0, [180, 0, 180, 0])):
         scaled = jax.tree.map(lambda b, f=factor: f * b, mirrored)
         found = delta_angles(loss, wmkp.feedback_alignment(), params, scaled, x, target)
@@ -234,7 +237,7 @@ def test_delta_angles_are_zero_where_b_is_w():
 
 
 def test_delta_angles_with_aux_and_a_rule_a_path():
-    """One B that is not W turns the deltas below it and no other."""
+    """A B that differs from W changes the deltas below it and no others, with ``has_aux`` too."""
     params, x, target = mlp()
     rules = {"^2/": wmkp.feedback_alignment(), ".*": wmkp.backprop()}
     feedback = wmkp.init_feedback(KEY, rules, loss, params, x, target)
@@ -249,7 +252,7 @@ def test_delta_angles_with_aux_and_a_rule_a_path():
 
 
 def test_delta_angles_under_scan():
-    """Weights stacked under lax.scan: one angle over all steps, that of the unrolled network's deltas together."""
+    """Weights stacked under lax.scan have one angle: that of all steps' deltas taken as one vector."""
     rng = np.random.default_rng(1)
     params = {
         "in": rng.normal(size=(6, 5)).astype(np.float32) / 2,
@@ -284,7 +287,7 @@ def test_delta_angles_under_scan():
 
 
 def test_delta_angles_of_a_weight_used_twice():
-    """Both of its uses taken as one vector."""
+    """The angle takes the deltas of both uses as one vector."""
     rng = np.random.default_rng(2)
     params = {"w": rng.normal(size=(5, 5)).astype(np.float32)}
     x, c = rng.normal(size=(2, 9, 5)).astype(np.float32)
@@ -320,7 +323,7 @@ def test_delta_angles_errors():
 
 
 def test_delta_norms_are_the_norms_by_hand():
-    """Two layers under FA: what is carried is (B delta) phi', beside W delta; their angle is that of delta_angles."""
+    """Under FA the ratio is that of the norms of (B delta) phi' and (W delta) phi'; the angle is delta_angles's."""
     keys = jax.random.split(jax.random.key(3), 5)
     w, v, b, x = (jax.random.normal(k, s) for k, s in zip(keys, ((5, 7), (7, 3), (7, 3), (11, 5)), strict=False))
     params, feedback = {"a": w, "b": v}, {"a": None, "b": b}
@@ -340,7 +343,7 @@ def test_delta_norms_are_the_norms_by_hand():
 
 
 def test_delta_norms_flag_an_error_of_rounding_alone():
-    """A target that is met but for rounding: backprop's error is noise, and zero where it is met to the bit."""
+    """``is_rounding`` is set where backprop's error is rounding alone or zero, and not where the error is one."""
     w = jax.random.normal(jax.random.key(0), (64, 64))
     x = jax.random.normal(jax.random.key(1), (8, 64))
     met = np.asarray(x, np.float64) @ np.asarray(w, np.float64)

@@ -1,4 +1,4 @@
-"""The benchmark scripts, including those for GPUs: what they call, and what they need."""
+"""The benchmark scripts make the calls and rows that they should, and need no data packages."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from benchmarks.__main__ import GROUPS
 
 
 class Compiled:
-    """A step that notes when it is taken."""
+    """A step that adds its name to a log at each call."""
 
     def __init__(self, log, name):
         self.log, self.name = log, name
@@ -46,7 +46,10 @@ def test_a_weight_mirror_mirrors_after_as_many_steps_as_its_row_says(every, take
 
 @pytest.mark.parametrize("part", [gpu.resnet50, gpu.resnet20])
 def test_the_gpus_rows_are_all_there_at_a_small_size(part, monkeypatch, quick_compile):
-    """The same rows as where there is no GPU, which are not run; PyTorch's say why not, where it cannot be had."""
+    """A quick run gives the same rows as a full run without a GPU, where all rows say "not run".
+
+    PyTorch's rows say why PyTorch did not run.
+    """
     monkeypatch.setattr(models, "make", lambda name, batch_size, *args, **named: scaling.chain(batch_size, 2, 8))
     monkeypatch.setattr(benchmarks, "installed", lambda name: True)
     monkeypatch.setattr(gpu, "torch_call", lambda *args: 1 / 0)
@@ -62,7 +65,7 @@ def test_the_gpus_rows_are_all_there_at_a_small_size(part, monkeypatch, quick_co
 
 @pytest.mark.slow
 def test_speed_is_measured_without_what_data_and_commands_need(child_environment):
-    """Where Grain, TFDS, tyro and Pillow are not installed, groups of rows can be imported, all of them."""
+    """Every benchmark group can be imported without Grain, TFDS, tyro and Pillow."""
     code = "import sys; sys.modules.update(dict.fromkeys(('grain', 'tensorflow_datasets', 'tyro', 'PIL')))"
     code += "".join(f"; import benchmarks.{group}" for group in GROUPS)
     done = subprocess.run([sys.executable, "-c", code], env=child_environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""For each clause of the analysis a model that fails without it (found by removing clauses one at a time)."""
+"""Each model here fails if one clause of the analysis is removed (found by removing clauses one at a time)."""
 
 import chex
 import jax
@@ -95,11 +95,11 @@ def test_a_weight_scaled_and_then_laid_out_is_mirrored_exactly():
 
 
 def test_what_a_rule_makes_of_w_is_no_use_of_w():
-    """W's own gradient is delta x^T, however backward reads W."""
+    """W's gradient stays that of backprop when B = W, although the rule's backward weights read W."""
     rule = wmkp.Rule("half", wmkp.kolen_pollack().init, lambda w, b: (w + b) / 2, wmkp.hebbian)
     params, x = list(layers(2, 6)), jax.random.normal(KEY, (3, 6))
     loss = lambda p, x: jnp.sum(jnp.tanh(jnp.tanh(x @ p[0]) @ p[1]) ** 2)
-    for fun in (loss, lambda p, x: loss(p, x) + jnp.sum(p[1] ** 2)):  # and with another use
+    for fun in (loss, lambda p, x: loss(p, x) + jnp.sum(p[1] ** 2)):  # the second loss also uses W in a penalty
         _, (grads, _) = wmkp.value_and_grad(fun, rule)(params, [None, params[1]], x)
         chex.assert_trees_all_close(grads, jax.grad(fun)(params, x), rtol=1e-5)
 
@@ -113,7 +113,7 @@ def test_backprop_leaves_no_signal_whatever_feedback_it_is_given():
 
 
 def test_direct_feedback_learns_where_it_carries_an_error_alone():
-    """Of a weight used twice, the first time on data, B has the second use's signal, x e^T."""
+    """A weight is used twice, first on data. B's signal is that of the second use alone, x e^T."""
     params, x = {"w": layers(1, 6)[0], "out": layers(2, 6)[1]}, jax.random.normal(KEY, (3, 6))
     hidden = lambda p: jnp.tanh(x @ p["w"])
     loss = lambda p, x: jnp.sum(jnp.sin(jnp.tanh(jnp.tanh(x @ p["w"]) @ p["w"]) @ p["out"]))
@@ -176,7 +176,7 @@ def test_penalties_that_data_weighs_pass_no_error_on(name):
 
 
 def test_backprops_weight_under_a_norm_that_it_shares():
-    """The other's B makes another norm, beside which the weight that backprop has would be W no more."""
+    """Two weights share a norm, one under backprop and one under KP. The gradient equals a reference by stop_gradient."""
     stop = jax.lax.stop_gradient
     norm = lambda v, w: jnp.sqrt((v**2).sum() + (w**2).sum())
 

@@ -1,4 +1,4 @@
-"""The command line: help, one-line errors with exit code 2, and no data lost to a path, a disk or a pipe."""
+"""The command line: help, one-line errors with exit code 2, paths, full disks and closed pipes."""
 
 import ast
 import contextlib
@@ -30,7 +30,7 @@ LONG = "x" * 300
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Runs a command in this process: its exit code, and what it printed to standard output and standard error."""
+    """Runs a command in this process and returns its exit code, standard output and standard error."""
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["wmkp", *map(str, words)])
@@ -114,7 +114,7 @@ def test_a_pipe_that_nobody_reads_ends_quietly(monkeypatch, capsys):
 
 @contextlib.contextmanager
 def as_nobody():
-    """Root may enter every directory."""
+    """Runs as another user if the user is root, because root may enter every directory."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)
@@ -245,7 +245,7 @@ def test_a_path_is_no_pattern(name, tmp_path):
 
 
 def test_a_save_that_cannot_be_read_is_not_believed(tmp_path, monkeypatch):
-    """Such as Orbax's under a path that is taken for a pattern: it says nothing."""
+    """``verify`` raises an error for a save that cannot be read, as when Orbax takes a path for a pattern."""
     monkeypatch.delattr(checkpoints._Literal, "glob")
     manager = checkpoints.open_manager(tmp_path / "r[1]", keep=1)
     checkpoints.save(manager, STATE, {})
@@ -260,7 +260,7 @@ def test_a_backslash_is_refused_before_anything_is_made(command, tmp_path):
 
 @contextlib.contextmanager
 def full_disk(size):
-    """Files that may not grow stand in for a disk that is full; the system says so by an error, not by a signal."""
+    """Imitates a full disk by a limit on file sizes. The system reports it by an error, not by a signal."""
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -328,7 +328,7 @@ def test_an_error_that_one_answer_would_have_is_marked():
 
 
 def test_wings_import_one_way():
-    """Configs and devices, data, models, runs, commands: each knows only those before it."""
+    """Each part of wmkp.experiments imports only itself and the parts before it in ``wings``."""
     wings = ["config", "devices", "data", "models", "runs", "commands"]
     root = Path(cli.__file__).parents[1]
     for path in root.rglob("*.py"):

@@ -1,4 +1,4 @@
-"""Steps compiled for other devices, and the counts taken from a compiled program's text."""
+"""Steps compiled for other devices, and counts from a compiled program's text."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ def text_of(fun, *args):
 
 
 def test_products_and_their_operations_are_counted():
-    """A dot of 8x16 by 16x4, one in a loop's body, and a convolution; XLA's count of the first is the same."""
+    """Products in plain code, in a loop and as a convolution are counted. XLA gives the same count for the first."""
     x, w, image, kernel = jnp.ones((8, 16)), jnp.ones((16, 4)), jnp.ones((1, 6, 6, 3)), jnp.ones((3, 3, 3, 5))
     dot = jax.jit(jnp.dot).lower(x, w)
     program = hlo.parse(dot.compile().as_text())
@@ -63,7 +63,7 @@ ENTRY %main (a: bf16[1], b: bf16[1]) -> bf16[1] {{
 
 
 def test_collectives_are_counted_with_their_bytes():
-    """A sum over eight devices of 4 KiB, and a gathering of 8 x 512 B."""
+    """An all-reduce of 4 KiB and an all-gather of 8 x 512 B each count once, with 4096 bytes."""
     mesh = Mesh(np.array(jax.devices()[:8]), ("d",))
     spec = PartitionSpec("d")
     x = jax.device_put(jnp.ones((8, 1024)), NamedSharding(mesh, spec))
@@ -96,7 +96,7 @@ ENTRY %main (a: f32[4,8]) -> f32[4,8] {
 
 @dataclasses.dataclass
 class Lowered:
-    """A program that says how often it was compiled."""
+    """A program that adds its text to a list at each compilation."""
 
     text: str
     compilations: list
@@ -117,7 +117,7 @@ def figures(over=1.0):
 
 
 def test_what_is_kept_is_not_compiled_again(tmp_path, monkeypatch):
-    """Neither the same program under its own name, nor under another's; a changed one is."""
+    """A kept program is not compiled again, under its own name or another. A changed program is compiled."""
     compilations = []
     texts = {"BP": "backprop", "FA": "fa", "WM": "fa", "WM mirror": "mirror"}
     monkeypatch.setattr(compiled, "lowered", lambda target, name, step: Lowered(texts[step], compilations))
@@ -138,7 +138,7 @@ def test_what_is_kept_is_not_compiled_again(tmp_path, monkeypatch):
 
 
 def test_the_largest_batch_is_found_by_a_line(tmp_path, monkeypatch):
-    """Memory of 1 GB and 100 MB an example, in which 16.9 GB hold 159."""
+    """With 1 GB and 100 MB per example, the largest batch is (memory - 1 GB) / 100 MB, rounded down."""
     key = "v5e: ResNet-50: BP"
     kept = compiled.Kept(tmp_path / "tpu.json")
     peak = lambda batch: 10**9 + 10**8 * batch
@@ -149,7 +149,7 @@ def test_the_largest_batch_is_found_by_a_line(tmp_path, monkeypatch):
 
 
 def test_a_case_of_shapes_makes_no_arrays():
-    """GPT-2 small: 124 million parameters, the embedding once."""
+    """All parameters of GPT-2 small are shapes, 124 million parameters in all."""
     this = compiled.case("GPT-2 small", 2)
     leaves = jax.tree.leaves(this.params)
     assert all(isinstance(x, S) for x in leaves)
@@ -158,7 +158,7 @@ def test_a_case_of_shapes_makes_no_arrays():
 
 @pytest.mark.parametrize("n", [1, 3, 147, 65535])
 def test_accelerators_work_the_hartley_matrix_out_element_by_element(n):
-    """As near to float64's as the table is from which CPUs take it."""
+    """The Hartley matrix's entries computed by angle agree with float64 to 5e-7."""
     rows = np.unique(np.linspace(0, n - 1, 50).astype(np.int64))
     angle = rows[:, None] * np.arange(n) % n * (2 * np.pi / n)
     found = noise._cas_by_angle(jnp.asarray(rows)[:, None], jnp.arange(n)[None], n)
@@ -167,7 +167,7 @@ def test_accelerators_work_the_hartley_matrix_out_element_by_element(n):
 
 @pytest.mark.skipif(not benchmarks.installed("libtpu"), reason="libtpu is not installed")
 def test_a_small_step_compiles_for_a_described_tpu(tmp_path):
-    """Kolen-Pollack's has backprop's products and operations, and copies no W or B."""
+    """A KP step has backprop's products, at most 1.1 times its operations, and no more copies of weights."""
     params = {"a": S((256, 256), jnp.float32), "b": S((256, 128), jnp.float32)}
     x = S((64, 256), jnp.float32)
 

@@ -1,4 +1,4 @@
-"""Data on disk: order and pixels of streamed batches, resuming, sharding, and unreadable records."""
+"""Data on disk: order and pixels of streamed batches, resuming, sharding and unreadable records."""
 
 import io
 import itertools
@@ -21,14 +21,14 @@ from wmkp.experiments.data import datasets as data
 from wmkp.experiments.data import images, records, streaming
 
 SIZE = 24
-REAL = Path(os.environ.get("WMKP_TFDS", "nowhere"))  # a TFDS directory with ImageNet, or a sample of it
+REAL = Path(os.environ.get("WMKP_TFDS", "nowhere"))  # a TFDS directory with ImageNet or a sample of it
 
 FIXED = tfds.features.Image(shape=(6, 5, 3))
 ANY = tfds.features.Image(shape=(None, None, 3))
 
 
 def photograph(i):
-    """A smooth image unlike all others, of an odd size; in grey, CMYK or PNG now and then."""
+    """The i-th smooth random image, of a random size. Three of the images are grey, CMYK or PNG."""
     rng = np.random.default_rng(i)
     width, height = int(rng.integers(40, 90)), int(rng.integers(40, 90))
     pixels = rng.integers(0, 256, (3, 4, 3), np.uint8)
@@ -46,9 +46,9 @@ def flat(i):
 
 
 def make(path, feature, splits, withheld=(), name="WmkpImages", version="1.0.0", ids=None):
-    """A TFDS dataset of encoded images, whatever they hold, prepared under ``path``; returns its directory.
+    """Prepares a TFDS dataset of encoded images under ``path`` and returns its directory.
 
-    ``ids`` gives the i-th example of a split an id.
+    ``ids(split, i)`` returns the id of the i-th example of a split.
     """
     features = {"image": feature, "label": tfds.features.ClassLabel(num_classes=10)}
     if ids is not None:
@@ -77,7 +77,7 @@ def make(path, feature, splits, withheld=(), name="WmkpImages", version="1.0.0",
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """23 training and 10 validation images of many sizes; in file order, a record's label is not its index."""
+    """A dataset of 23 training and 10 validation images of many sizes. A record's label is not its index."""
     splits = {"train": [photograph(i) for i in range(23)], "validation": [photograph(i) for i in range(50, 60)]}
     return make(tmp_path_factory.mktemp("tfds"), ANY, splits)
 
@@ -88,7 +88,7 @@ def stream(directory):
 
 
 class Damaged:
-    """A source some of whose records cannot be read at all, or hold something else than an image."""
+    """A source in which some records cannot be read, and some hold a truncated image."""
 
     def __init__(self, source, missing=(), garbled=()):
         self.source, self.missing, self.garbled = source, missing, garbled
@@ -105,7 +105,7 @@ class Damaged:
 
 
 class Numbers:
-    """A source of records that know their own index: an image of one colour, and the index for a label."""
+    """A source of records with an image of one colour and their own index as the label."""
 
     def __init__(self, count):
         self.count = count
@@ -137,12 +137,10 @@ def joined(batches):
 
 def test_every_epoch_is_a_permutation_of_its_own():
     numbers = streaming.Stream(Numbers(37), Numbers(3), 37, 8, "test")
-    labels = joined(take(28, numbers, 4, seed=0))[
-        "label"
-    ]  # three epochs and a bit: a batch crosses from one to another
+    labels = joined(take(28, numbers, 4, seed=0))["label"]  # just over three epochs, so a batch spans two epochs
     epochs = [tuple(labels[i : i + 37]) for i in (0, 37, 74)]
     assert all(sorted(epoch) == list(range(37)) for epoch in epochs)
-    for seed in (1, 2):  # not the order of a neighbouring seed's other epoch either
+    for seed in (1, 2):  # another seed gives other orders in all its epochs
         labels = joined(take(28, numbers, 4, seed=seed))["label"]
         epochs += [tuple(labels[i : i + 37]) for i in (0, 37, 74)]
     assert len(set(epochs)) == 9 and tuple(range(37)) not in epochs
@@ -159,9 +157,9 @@ def test_batches_are_a_function_of_seed_and_position(stream):
         equal(a, b)
     other = take(1, stream, 6, seed=6)[0]
     assert (other["label"] != batches[0]["label"]).any()
-    far = take(1, stream, 6, seed=5, start=10**12)[0]  # at once: nothing is read on the way
+    far = take(1, stream, 6, seed=5, start=10**12)[0]  # fast: nothing before it is read
     assert (far["label"] >= 0).all()
-    # A record is cropped anew in the next epoch.
+    # A record gets another crop in the next epoch.
     everything = joined(batches)
     pixels = [image.tobytes() for image in everything["image"]]
     assert len(set(pixels)) == len(pixels) > len(stream.train)
@@ -213,7 +211,7 @@ time.sleep(600)
         [sys.executable, "-c", code], env=child_environment, stdout=subprocess.PIPE, text=True
     ) as parent:
         (worker,) = map(int, parent.stdout.readline().split())
-        os.kill(worker, 0)  # it is there
+        os.kill(worker, 0)  # the worker is alive
         parent.kill()
     deadline = time.monotonic() + 20
     with pytest.raises(ProcessLookupError):
@@ -275,7 +273,7 @@ def test_random_boxes_are_as_defined():
     area, aspect = w * h / width / height, np.log(w / h)
     assert 0.075 < area.min() < 0.09 and 0.95 < area.max() <= 1
     assert abs(aspect).max() < np.log(4 / 3) + 0.02
-    # Below 3/4 every aspect fits, so there the area is uniform and the aspect log-uniform: no draw is rejected.
+    # Below an area of 3/4 every aspect fits and no draw is rejected. So area is uniform and aspect log-uniform there.
     inside = area < 0.75
     deciles = np.quantile(area[inside], np.linspace(0, 1, 11))
     np.testing.assert_allclose(deciles, np.linspace(0.08, 0.75, 11), atol=0.02)
@@ -283,13 +281,13 @@ def test_random_boxes_are_as_defined():
     np.testing.assert_allclose(deciles, np.linspace(np.log(3 / 4), np.log(4 / 3), 11), atol=0.03)
     room = w < width
     assert abs((left[room] / (width - w[room])).mean() - 0.5) < 0.02
-    # An image too long for any crop: its centre, as wide as an aspect of 4/3 lets it be.
+    # No crop fits in these long images. The box is the centre, with an aspect of 4/3 or 3/4.
     assert images.random_box(1000, 30, rng) == (480, 0, 40, 30)
     assert images.random_box(30, 1000, rng) == (0, 480, 30, 40)
 
 
 def test_random_crop_shows_its_box(monkeypatch):
-    """Pixel values that are coordinates tell where the crop came from, at every scale that the JPEG is decoded at."""
+    """Pixel values that encode coordinates show that the crop is its box, at several JPEG decoding scales."""
     y, x = np.mgrid[0:240, 0:240].astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(np.stack([x, y, np.zeros_like(x)], -1)).save(file, "JPEG", quality=95, subsampling=0)
@@ -300,7 +298,7 @@ def test_random_crop_shows_its_box(monkeypatch):
         across, down = crop[..., 0].mean(0), crop[..., 1].mean(1)
         flips += across[0] > across[-1]
         centres = (np.arange(size) + 0.5) / size
-        # The outermost pixels are antialiased beyond the box, or not, by the scale.
+        # Whether antialiasing of the outermost pixels reaches beyond the box depends on the scale.
         np.testing.assert_allclose(np.sort(across), box[0] + box[2] * centres - 0.5, atol=2.5)
         np.testing.assert_allclose(down, box[1] + box[3] * centres - 0.5, atol=2.5)
     assert 4 < flips < 20
@@ -322,7 +320,7 @@ def test_a_crop_of_a_jpeg_decoded_smaller_is_nearly_the_same(monkeypatch):
 def test_bad_records_are_counted_once_warned_of_once_and_fatal_when_too_many(caplog):
     bad = records.BadRecords("train", 100)
     with caplog.at_level(logging.WARNING):
-        for _ in range(300):  # one bad record of a hundred, epoch after epoch
+        for _ in range(300):  # 300 epochs with the same bad record of a hundred
             bad = bad.add([17, *[-1] * 99])
     assert bad.indices == {17} and bad.seen == 30_000
     assert [record.getMessage() for record in caplog.records] == ["train split: cannot read record 17; passed over"]
@@ -331,7 +329,7 @@ def test_bad_records_are_counted_once_warned_of_once_and_fatal_when_too_many(cap
     with pytest.raises(InputError, match="--max-bad 0 allows"):
         records.BadRecords("test", 10_000, max_bad=0).add([5, -1])
     assert len(records.BadRecords("test", 50, max_bad=0.2).add([*range(10), *[-1] * 40]).indices) == 10
-    # One in a hundred is found out long before the end, one in ten thousand never.
+    # A share of one in a hundred raises an error. A share of one in ten thousand does not.
     rng = np.random.default_rng(0)
     for share, fatal in ((0.01, True), (0.0001, False)):
         bad, found = records.BadRecords("train", 100_000), False
@@ -412,14 +410,14 @@ def test_damaged_files_are_named_and_damaged_records_are_not_fatal(tmp_path, cap
 
 @pytest.mark.parametrize("way", ["resident", "streamed"])
 def test_a_file_damaged_at_random_is_refused_or_its_records_are_left_out(way, tmp_path):
-    """Whatever is read is as it was written, for records carry checksums; and nothing but InputError is raised."""
+    """Every record that is read equals the original, and only InputError is raised (records have checksums)."""
     feature, image = (FIXED, flat) if way == "resident" else (ANY, photograph)
     where = make(tmp_path, feature, {"train": [image(i) for i in range(24)], "test": [image(3)]})
     (file,) = Path(where).glob("*train*record*")
     content, rng = bytearray(file.read_bytes()), np.random.default_rng(0)
 
     def read():
-        """What was read: the images and labels, by their red or, where another record stands in, their position."""
+        """The images and labels by the image's red value (resident) or position (streamed), without bad ones."""
         if way == "resident":
             train = data.load(where, None, max_bad=1.0).train
             return {x[0, 0, 0]: (x, label) for x, label in zip(train["image"], train["label"], strict=True)}
@@ -496,7 +494,7 @@ def test_prepare(monkeypatch, tmp_path, capsys):
     where = data.prepare("wmkp_prepared", tmp_path)
     assert capsys.readouterr().out.endswith(f"\nwmkp_prepared is in {where}\n")
     assert json.loads((where / "dataset_info.json").read_text())["fileFormat"] == "array_record"
-    assert data.prepare("wmkp_prepared", tmp_path) == where  # again, nothing happens
+    assert data.prepare("wmkp_prepared", tmp_path) == where  # a second call does nothing
     assert len(data.load("wmkp_prepared", tmp_path).train["label"]) == 9
     assert "tensorflow" not in sys.modules
     with pytest.raises(InputError, match="unknown dataset 'nosuch': TFDS has no such dataset"):

@@ -1,4 +1,4 @@
-"""Direct feedback in recurrent networks with a loss at every step: each step's error goes to that step's projections."""
+"""Direct feedback in recurrent networks sends each step's error to the projections of the same step."""
 
 import chex
 import jax
@@ -41,7 +41,7 @@ def stacked(params, xs, targets, cut=False, cell=cell, **options):
 
 
 def summed(params, xs, targets, cut=False):
-    """The loss is a carry: the output goes to the next step, but to no projection there."""
+    """The scan carries the sum of the losses. No projection of the next step reads the output."""
 
     def tick(carry, now):
         h, total = carry
@@ -52,7 +52,7 @@ def summed(params, xs, targets, cut=False):
 
 
 def chunked(params, xs, targets, cut=False):
-    """A scan inside a checkpointed scan, the loss carried through both."""
+    """A scan inside a checkpointed scan. Both carry the loss."""
 
     def chunk(carry, now):
         def tick(carry, now):
@@ -66,7 +66,7 @@ def chunked(params, xs, targets, cut=False):
 
 
 def fed_back(params, xs, targets, cut=False):
-    """The output is an input of the next step, as data: no error comes back from there."""
+    """The output enters the next step under stop_gradient, so no error comes back from there."""
 
     def tick(carry, x):
         h, y = cell(params, carry[0], x + 0 * lax.stop_gradient(carry[1])[:, :INPUTS], cut)
@@ -88,7 +88,7 @@ LOOPS = {
 
 
 def by_hand(params, xs, targets, cut):
-    """Direct feedback alignment in NumPy, step by step, and direct Kolen-Pollack's signals."""
+    """The gradients of direct feedback alignment and the signals of direct Kolen-Pollack, in NumPy."""
     states, hidden, errors = [np.zeros((BATCH, STATE))], [], []
     for x, target in zip(xs, targets, strict=True):
         states.append(np.tanh(x @ params["x"] + states[-1] @ params["h"] + params["bias"]))
@@ -114,7 +114,7 @@ def by_hand(params, xs, targets, cut):
 
 @pytest.mark.parametrize(("name", "cut"), [*((name, False) for name in LOOPS), ("outputs", True)])
 def test_each_step_gets_its_own_error(name, cut):
-    """``cut``: no error goes back to the state before, so that a step's error stays in its step."""
+    """Loss, gradients and signals equal NumPy's. With ``cut``, no error goes back to the state before."""
     with jax.enable_x64(True):
         loss, rule = lambda *args: LOOPS[name](*args, cut=cut), wmkp.direct_kolen_pollack()
         start = jitted.init_feedback(KEY, rule, loss, PARAMS, XS, TARGETS)
@@ -129,7 +129,7 @@ def test_each_step_gets_its_own_error(name, cut):
 
 
 def readout_first(params, xs):
-    """Its last projection is the state's."""
+    """A network whose state is computed by the last projection of the step, after the output."""
 
     def tick(h, x):
         y = h @ params["m"]
@@ -144,7 +144,7 @@ def autoregressive(params, xs):
 
 
 def autoregressive_chunks(params, xs):
-    """The output comes back by the outer of two scans."""
+    """A network whose output comes back through the outer of two scans."""
 
     def chunk(y, xs):
         h = jnp.zeros((BATCH, STATE))
@@ -180,7 +180,7 @@ def test_outputs_without_one_error_a_step_are_refused(loss, message):
 
 
 def test_another_rule_outside_of_the_scan():
-    """What the error cannot reach directly gets its error by a chain; the scan's direct feedback is as without it."""
+    """A weight outside the scan can use feedback alignment, beside direct feedback in the scan."""
     rule = {"h": wmkp.feedback_alignment(), ".*": wmkp.direct_feedback_alignment()}
     feedback = jitted.init_feedback(KEY, rule, encoded, PARAMS, XS)
     grads = jitted.value_and_grad(encoded, rule)(PARAMS, feedback, XS)[1][0]

@@ -1,4 +1,4 @@
-"""The pages: code runs, printed output and quoted messages are right, and every public name has an entry."""
+"""The pages: their code runs, their output and quotes are right, and every public name has an entry."""
 
 import ast
 import contextlib
@@ -25,7 +25,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 
 def blocks(page, language):
-    """(line, code) of each fenced block of a language."""
+    """The (line, code) of each fenced block in a language."""
     text = page.read_text()
     found = re.finditer(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     return [(text[: m.start()].count("\n") + 2, m[1]) for m in found]
@@ -35,7 +35,7 @@ def blocks(page, language):
 
 
 def readers_own():
-    """The names that README.md and index.md assume: a small model."""
+    """The names of a small model, which README.md and index.md assume."""
     params = {"l1": jnp.ones((4, 6)) / 2, "l2": jax.random.normal(jax.random.key(3), (6, 5)) / 2}
     batch = (jax.random.normal(jax.random.key(2), (8, 4)), jnp.arange(8) % 5)
 
@@ -58,7 +58,7 @@ def readers_own():
     }
 
 
-# The README's "..." stands for the reader's own model.
+# The README's "..." stands for the reader's model.
 ELLIPSIS = "    ...\n"
 LOSS = "    loss, accuracy = plain(params, batch), 0.0\n"
 
@@ -66,7 +66,7 @@ LOSS = "    loss, accuracy = plain(params, batch), 0.0\n"
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
 def test_code_runs(page, quick_compile):
-    """Every block of Python, in the page's order and in one namespace, prints the text blocks between them."""
+    """The Python blocks of a page run in order in one namespace and print the text blocks that follow them."""
     namespace = readers_own() if page.name in {"README.md", "index.md"} else {}
     printed = io.StringIO()
     for line, language, code in sorted(
@@ -77,7 +77,7 @@ def test_code_runs(page, quick_compile):
             assert alike(printed.getvalue().splitlines()[-len(said) :], said), f"{page.name}:{line}"
             continue
         with contextlib.redirect_stdout(printed):
-            # The empty lines make a traceback name the page's line.
+            # With these empty lines a traceback names the page's line.
             exec(compile("\n" * (line - 1) + code.replace(ELLIPSIS, LOSS), page.name, "exec"), namespace)
 
 
@@ -85,7 +85,7 @@ NUMBER = r"-?\d+\.?\d*(?:e[-+]?\d+)?"
 
 
 def alike(ours, theirs):
-    """Whether lines have the same words, and numbers that are nearly the same."""
+    """Whether the lines have the same words and nearly the same numbers."""
     texts = ["\n".join(" ".join(line.split()) for line in lines) for lines in (ours, theirs)]
     words, numbers = ([f(NUMBER, text) for text in texts] for f in (re.split, re.findall))
     near = all(abs(float(a) - float(b)) <= 0.05 + 0.1 * abs(float(b)) for a, b in zip(*numbers, strict=False))
@@ -93,7 +93,7 @@ def alike(ours, theirs):
 
 
 def public():
-    """Every public function and class, and the module to look it up in."""
+    """Every public function and class, with its qualified name."""
     for module in (wmkp, wmkp.updates, wmkp.nnx):
         for name in module.__all__:
             if callable(x := getattr(module, name)):
@@ -102,18 +102,18 @@ def public():
 
 @pytest.mark.parametrize(("name", "x"), list(public()), ids=lambda x: x if isinstance(x, str) else "")
 def test_examples_in_docstrings_run(name, x, quick_compile):
-    """Each runs alone, with only the imports that the API page names."""
+    """Each example runs alone, with only the imports that the API page names."""
     globs = {"jax": jax, "jnp": jnp, "optax": optax, "wmkp": wmkp}
     test = doctest.DocTestParser().get_doctest(inspect.getdoc(x), globs, name, None, 0)
     assert doctest.DocTestRunner().run(test).failed == 0
 
 
-# --- what the pages say of the code -----------------------------------------------------------------------------------
+# --- what the pages say about the code ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("page", "name"), [(page, name) for page, names in pages.PLACES.items() for name in names])
 def test_the_pages_figures_are_those_of_the_results(page, name):
-    """``python -m benchmarks.pages`` wrote them."""
+    """The generated parts of a page equal the output of ``benchmarks.pages``."""
     assert f"<!-- {name} -->\n{getattr(pages, name)()}<!-- end of {name} -->" in (ROOT / page).read_text()
 
 
@@ -148,9 +148,9 @@ def test_docstrings_name_every_argument_and_error(name, x):
             re.findall(r"^  (\*?\w+(?:, \*?\w+)*): ", doc.split("Args:")[1], re.MULTILINE) if "Args:" in doc else []
         )
         described = {p.lstrip("*") for group in described for p in group.split(", ")}
-        single = len(parameters) == 1 and "Args:" not in doc  # one argument, which the first line names
+        single = len(parameters) == 1 and "Args:" not in doc  # the first line names a single argument
         assert single or set(parameters) <= described
-    # Only errors that the function itself raises.
+    # Check only the errors that the function itself raises.
     tree = ast.parse(inspect.getsource(x))
     raised = {r.exc.func.id for r in ast.walk(tree) if isinstance(r, ast.Raise) and isinstance(r.exc, ast.Call)}
     assert not raised or "Raises:" in doc
@@ -249,7 +249,7 @@ def text_of(node):
 
 
 def strings():
-    """(file, whether the string is an error message of the library, string)."""
+    """Each string as (file, whether it is an error message of the library, string)."""
     for file in sorted((ROOT / "wmkp").rglob("*.py")):
         tree = ast.parse(file.read_text())
         errors = {
@@ -278,7 +278,7 @@ def test_quoted_messages_stand_in_the_code():
 
 
 def test_every_message_of_the_library_says_what_to_do_or_is_explained():
-    """It says which value an argument must have, or holds an instruction; all others are on the page."""
+    """A message says which value an argument must have, or what to do. The page explains all others."""
     plain = re.compile(r"must (be|have|lie|not be)\b[^.]*; got …$|; got …$|must hold only [^.]*$")
     verbs = "use|pass|give|call|make|return|write|keep|rename|set|leave|compute|continue|differentiate|cast|check|take|bind|put|end|remove|add"
     instruction = re.compile(rf"(?:^|[;.:] |, or |To [^.]*, )(?:{verbs})\b", re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""Training against the paper's equations (1-4 and 14-18) in NumPy; and no backward pass reads W."""
+"""Training follows the paper's equations (1-4, 14-18) in NumPy, and no backward pass reads W."""
 
 import functools
 import itertools
@@ -41,7 +41,7 @@ def float64():
 
 
 def network(seed=0):
-    """Initial weights and a batch of data for each step, in float64, in Flax's layout: kernels (in, out), rows samples."""
+    """Initial weights and one batch per step in float64. Kernels are (in, out) and rows are samples."""
     rng = np.random.default_rng(seed)
     params = [
         {"w": rng.normal(size=(m, n)) / np.sqrt(m), "b": 0.3 * rng.normal(size=n)} for m, n in itertools.pairwise(SIZES)
@@ -51,7 +51,7 @@ def network(seed=0):
 
 
 def mlp_loss(phi, params, x, target):
-    """Half the squared error, the mean over samples; the last layer is linear."""
+    """Half the squared error, averaged over samples. The last layer is linear."""
     for layer in params[:-1]:
         x = phi(x @ layer["w"] + layer["b"])
     x = x @ params[-1]["w"] + params[-1]["b"]
@@ -59,10 +59,9 @@ def mlp_loss(phi, params, x, target):
 
 
 def paper(rule, phi, slope, params, feedback, data, rate, decay, momentum):
-    """Eq. 1-4 and 15-18 as the paper has them: activities are columns, W is (out, in) and B is (in, out).
+    """Eq. 1-4 and 15-18 in the paper's layout: activities are columns, W is (out, in) and B is (in, out).
 
-    ``slope`` is phi' as a function of phi's value. The paper's step, -eta x (signal) - lambda x (weight), is taken with
-    heavy-ball momentum.
+    ``slope`` is phi' as a function of phi's value. The update adds heavy-ball momentum to the paper's signal and decay.
     """
     layers = len(params)
     W = [layer["w"].T.copy() for layer in params]
@@ -100,7 +99,7 @@ def optimizer(decay=DECAY, momentum=MOMENTUM):
 
 
 def train(rule, loss, tx, params, data, feedback):
-    """Every step's params and feedback, as arrays with a leading axis of steps; the initial ones first."""
+    """The params and feedback of all steps, stacked along a leading axis, with the initial ones first."""
     learns = rule.signal is not None
     tx_b = wmkp.updates.kolen_pollack(tx)
 
@@ -146,7 +145,7 @@ def test_thirty_steps_equal_numpy(float64, rule, phi):
 
 
 def sgd_law(first, steps, decay, momentum=0.0):
-    """W - B^T under SGD: its own momentum is all that drives it besides the decay, D' = (1 + mu - eta lambda) D - mu D_."""
+    """W - B^T under SGD with decay and momentum: D_{t+1} = (1 + mu - eta lambda) D_t - mu D_{t-1}."""
     law = [1.0, 1 - RATE * decay]
     for _ in range(steps - 1):
         law.append((1 + momentum - RATE * decay) * law[-1] - momentum * law[-2])
@@ -181,7 +180,7 @@ def test_difference_shrinks_as_equation_14_says(float64, name):
 
 
 def test_weights_of_one_sign_converge_as_fast(float64):
-    """A projection of W and B alike onto the positive ones brings no synapse's two farther apart than eq. 14 says."""
+    """Projecting W and B onto non-negative weights keeps every entry of |W - B^T| at or below Eq. 14's value."""
     params, data = network(1)
     params = jax.tree.map(jnp.abs, params)
     signs = jnp.where(jnp.arange(max(SIZES)) % 4 < 3, 1.0, -1.0)[:, None]
@@ -206,14 +205,14 @@ def test_weights_of_one_sign_converge_as_fast(float64):
 
 
 def test_momentum_clock():
-    """The recurrence's slow root is 1 - eta lambda / (1 - mu): the clock by which Kolen-Pollack's budget is set."""
+    """After many steps the difference shrinks by the factor 1 - eta lambda / (1 - mu) per step."""
     law = sgd_law(np.ones((1, 1)), 400, 5e-4, 0.9)[:, 0, 0]
     assert law[-1] / law[-2] == pytest.approx(1 - RATE * 5e-4 / (1 - 0.9), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", some_slow(["momentum, no decay", "momentum", "adamw"], {"momentum", "adamw"}))
 def test_mirrored_start_stays_mirrored(name):
-    """In float32 too: from B = W, Kolen-Pollack adds no difference, and its losses are backprop's."""
+    """From B = W, Kolen-Pollack keeps B = W and follows backprop's weights, in float32."""
     params, data = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), network(2))
     loss = functools.partial(mlp_loss, jnp.tanh)
     tx, _ = EQ14[name]
@@ -242,7 +241,7 @@ PRODUCTS = {  # multiply, x, W
 
 
 def holds(pull_back, w):
-    """Whether w is among what a vjp has kept (in any layout)."""
+    """Whether a vjp keeps w, in any layout."""
     kept = [np.asarray(leaf) for leaf in jax.tree.leaves(pull_back) if hasattr(leaf, "shape")]
     flat = np.sort(np.asarray(w), axis=None)
     return any(np.array_equal(np.sort(leaf, axis=None), flat) for leaf in kept if leaf.size == flat.size)
@@ -266,8 +265,8 @@ def test_product_backward_does_not_depend_on_w(name):
     reference = gradient(x, w, b)
     for replaced in (other, 1e6 * w, np.full_like(w, np.nan)):
         for ours, theirs in zip(gradient(x, replaced, b), reference, strict=True):
-            np.testing.assert_array_equal(ours, theirs)  # bit for bit, even where W is not a number
-    # dx is the transpose of the product with B; dW, and the signal of B, that of the product with x.
+            np.testing.assert_array_equal(ours, theirs)  # bit-for-bit, even where W is NaN
+    # dx is the transpose of the product with B. dW and B's signal are the transpose of the product with x.
     dx, dw = jax.jit(lambda x, b: jax.vjp(multiply, x, b)[1](delta))(x, b)
     np.testing.assert_allclose(reference[0], dx, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(reference[1], dw, rtol=1e-5, atol=1e-5)
@@ -278,7 +277,7 @@ WIDTHS = (4, 6, 5, 7, 3)
 
 
 def linear(params, x, c):
-    """A linear network under a loss of constant delta: no activation gates an error, so a delta is made of B alone."""
+    """A linear network whose loss has a constant delta, so that deltas depend on B alone."""
     x = x + params["shift"]
     for w in params["w"]:
         x = x @ w
@@ -310,7 +309,7 @@ def test_input_delta_does_not_depend_on_any_w(changed, seed, rule):
     w[changed] = np.random.default_rng(seed).normal(size=w[changed].shape).astype(np.float32)
     new_value, (new_grads, _) = gradient({**params, "w": w}, feedback, x, c)
     assert new_value != value
-    # The delta at the input (the gradient of a shift of it), and at the first projection's output, times its input.
+    # The delta at the input (the gradient of its shift), and the first weight's gradient (its output's delta times its input).
     np.testing.assert_array_equal(grads["shift"], new_grads["shift"])
     np.testing.assert_array_equal(grads["w"][0], new_grads["w"][0])
     expected = np.asarray(c, np.float64)
@@ -337,7 +336,7 @@ def test_sign_symmetry_depends_on_signs_alone():
 
 
 def test_engaged_residuals_hold_no_w():
-    """What a whole model's backward pass keeps has every B in it, and no W: nonlinear, and its first layer included."""
+    """The backward pass of a nonlinear model keeps every B and no W, not even the first layer's."""
     params, data = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), network())
     loss = functools.partial(mlp_loss, jnp.tanh)
     x, target = data[0][0], data[1][0]
@@ -359,7 +358,7 @@ spike.defvjp(lambda v: (spike(v), v), lambda v, delta: (delta / (1 + abs(v)) ** 
 
 
 def spiking_loss(spike, params, x, target):
-    """Leaky integrate-and-fire neurons, with recurrent weights, reset by subtraction; the readout sums their spikes."""
+    """Recurrent leaky integrate-and-fire neurons with reset by subtraction. The readout sums their spikes."""
 
     def step(v, x):
         s = spike(v - 1)
@@ -373,7 +372,7 @@ def spiking_loss(spike, params, x, target):
     "spike", [pytest.param(spike, marks=pytest.mark.slow, id="plain"), pytest.param(jax.jit(spike), id="jitted")]
 )
 def test_spiking_network_by_surrogate_gradients_equals_numpy(float64, spike):
-    """The derivative of a spike is nowhere in its value; the error passes it all the same, and meets B behind it."""
+    """The error passes the surrogate gradient of a spike and goes back through B, as in NumPy."""
     loss = functools.partial(spiking_loss, spike)
     rng = np.random.default_rng(3)
     shapes = {"in": (6, 9), "recurrent": (9, 9), "out": (9, 4)}

@@ -1,4 +1,4 @@
-"""A mesh of explicit axes computes what one device does, and divides B as W."""
+"""A mesh of explicit axes gives the same results as one device, and shards B as it shards W."""
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,8 @@ RULES = {
     "aa": wmkp.activation_alignment(),
 }
 OPTIMIZER = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.1, momentum=0.9))
-# The first layer's outputs are divided among the axis m, the second's inputs so that its product sums over m, the
-# third's rows among d and the kernel's outputs among m, both gathered when they are used.
+# Axis m shards the first layer's outputs, and the second's inputs, so that the second's product sums over m. Axis d shards
+# the third's rows, and m the kernel's outputs; both are gathered before use.
 WHERE = {"conv": (None, None, None, "m"), "first": (None, "m"), "second": ("m", None), "bias": (None,), "third": ("d",)}
 
 
@@ -36,7 +36,7 @@ def mesh():
 
 
 def whole(key=KEY):
-    """Params as one device has them, and a batch."""
+    """Parameters and a batch on one device."""
     shapes = {"conv": (3, 3, 2, 4), "first": (64, 16), "second": (16, 12), "bias": (12,), "third": (12, 4)}
     keys = jax.random.split(key, len(shapes) + 1)
     params = {
@@ -52,7 +52,7 @@ def divided(mesh, params, x):
 
 
 def loss(params, model_state, x, key):
-    """The same on one device, where nothing is divided, and on the mesh."""
+    """One loss for one device, where nothing is sharded, and for the mesh."""
     on_mesh = jax.typeof(x).sharding.spec[0] is not None
     to = lambda x, *spec: reshard(x, PartitionSpec(*spec)) if on_mesh else x
     out = {"out_sharding": PartitionSpec("d", None)} if on_mesh else {}
@@ -73,7 +73,7 @@ def angles(rule, params, feedback, x):
 
 
 def train(rule, params, x):
-    """Two engaged steps, a mirror step after each -> losses and lags, the state."""
+    """Takes two engaged steps with a mirror step after each, and returns (losses and lags, state)."""
     steps = wmkp.make_steps(loss, rule, OPTIMIZER, params, x, clip_norm=1.0)
     state = steps.init(jax.random.key(1), params)
     reported = []
@@ -112,7 +112,7 @@ def test_a_divided_net_learns_as_one_device_does(name, mesh, quick_compile):
 
 
 def test_lag_is_that_of_one_device(mesh, quick_compile):
-    """The same W, B and noise: what counts as lag, and what as noise, depends on no division."""
+    """For the same W, B and noise, the mesh reports the same lag as one device."""
     params, x = whole()
     analysis = analyse(loss, params, None, x, KEY)
     rules = resolve(RULES["wm"], analysis)
@@ -151,7 +151,7 @@ def test_what_is_watched_op_by_op_is_what_one_device_has(mesh, quick_compile):
 
 @pytest.mark.parametrize("name", ["kp", "wm", "ss", "pfa"])
 def test_gradients_are_not_backprops_unless_b_is_w(name, mesh):
-    """Where B is made under jit, and where the rule makes what carries the error from B, too."""
+    """With B made under jit, the gradients differ from backprop's. With B = W they agree (KP and WM)."""
     loss_of = lambda p, x: loss(p, None, x, KEY)[0]
     with jax.set_mesh(mesh):
         params, x = divided(mesh, *whole())

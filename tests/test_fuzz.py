@@ -2,12 +2,13 @@
 
 A program consists of closures that ask ``env`` for parameters and products. So the same program runs as it is, for wmkp,
 and as the reference. In the reference each product of a weight expression T(W) with an activation a has the value
-``op(a, T(W))``. Its derivative with respect to a reads T(B), and those with respect to W and B are those of T(W). This is
+``op(a, T(W))``. Its derivative by a reads T(B). Its derivatives by W and B are those of T(W) and T(B). This is
 equations 3, 4 and 15 for every use, by stop_gradient alone.
 
-Other programs multiply random copies of an activity by weights. Their values show whether one neuron reaches several.
+Other programs may contain a product that B cannot follow. wmkp must refuse such a program if an error passes the
+product. A numerical test tells hand-written products that are only gains from those that carry errors back.
 
-A thousand of each kind, others with each seed (the statistics say what share was accepted and what refused):
+This command runs a thousand programs of each kind. Each seed gives others, and the statistics say how many were refused:
 ``FUZZ_EXAMPLES=1000 pytest -n 0 tests/test_fuzz.py --hypothesis-seed=1 --hypothesis-show-statistics``
 """
 
@@ -33,20 +34,20 @@ N = 3  # samples
 
 @pytest.fixture(scope="module", autouse=True)
 def double():
-    """Float64, not jitted: each example is another program."""
+    """Turns float64 on for this module."""
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
 
 
 class Env:
-    """What a program asks: its parameters, and its products."""
+    """Gives a program its parameters and computes its products."""
 
     def __init__(self, params, feedback=None, data=None):
         self.params, self.feedback, self.data = params, feedback, data
 
     def inside(self, slices):
-        """In a scan: (W, B) slices in place of stacked parameters."""
+        """The environment inside a scan, with slices of (W, B) in place of stacked parameters."""
         feedback = None if self.feedback is None else {**self.feedback, **slices[1]}
         return Env({**self.params, **slices[0]}, feedback, self.data)
 
@@ -60,19 +61,19 @@ class Env:
 
 
 class Builder:
-    """Draws programs: each method returns a function, and ``self.text`` says what was drawn."""
+    """Draws programs. Each method returns a function, and ``self.text`` records what was drawn."""
 
     def __init__(self, draw, wild):
         self.draw, self.shapes, self.text, self.wild = draw, {}, [], wild
         self.must_refuse = False
-        self.gain = False  # whether what was drawn by hand is a gain
-        self.selected = False  # whether data selects from the weight in hand
+        self.gain = False  # whether the last hand-written product is a gain
+        self.selected = False  # whether data selects from the current weight
         self.rng = np.random.default_rng(draw(st.integers(0, 2**20)))
-        self.active = False  # whether the activation in hand depends on a parameter
+        self.active = False  # whether the current activation depends on a parameter
         self.drawn = 0  # how often a parameter was taken
-        self.stacks = []  # lengths of the scans around what is drawn, whose slices parameters are
-        self.names = set()  # the parameters of the weight in hand
-        self.chosen, self.again = set(), set()  # those of weights that data selects from, and those shared
+        self.stacks = []  # lengths of the scans around the current block
+        self.names = set()  # the parameters of the current weight
+        self.chosen, self.again = set(), set()  # parameters that data selects from, and shared parameters
 
     def choose(self, *options):
         return self.draw(st.sampled_from(options))
@@ -80,7 +81,7 @@ class Builder:
     def constant(self, *shape):
         return self.rng.normal(size=shape)
 
-    # --- parameters and weight expressions: (params, data) -> array
+    # --- parameters and weight expressions, functions (params, data) -> array
 
     def param(self, shape, stack=None):
         self.drawn += 1
@@ -106,7 +107,7 @@ class Builder:
         )  # fmt: skip
         selects = kind in ("data mask", "data index", "dynamic", "cond")
         if (selects and sum(n > 1 for n in shape) < 2) or (kind == "broadcast" and self.selected):
-            kind = "neg"  # a weight along one axis that data selects from is a gain to wmkp
+            kind = "neg"  # wmkp treats a weight of one axis that data selects from as a gain
         self.selected |= selects
         self.text.append(kind)
         axis = self.draw(st.integers(0, len(shape) - 1))
@@ -171,11 +172,11 @@ class Builder:
             before, self.selected = self.selected, False
             w = inner(shape)
             static, self.selected = not self.selected, before or self.selected
-            # A norm that data enters is the same beside B.
+            # A norm that depends on data is not recomputed for B, so leave it out.
             return lambda p, d: w(p, d) / norm(w(p, d)) if static else w(p, d)
         return self.param(shape, stack)
 
-    # --- blocks: (env, a of shape (N, size)) -> (N, other size)
+    # --- blocks, functions (env, a of shape (N, size)) -> array of shape (N, other size)
 
     def product(self, size, out, stack=None):
         kind = self.choose(
@@ -217,13 +218,13 @@ class Builder:
         if self.wild and self.draw(st.integers(0, 3)) == 0:
             op, weight = self.unfollowable(op, weight, shape, size, out)
         self.active = True
-        if self.gain:  # no projection: its error is backprop's
+        if self.gain:  # a gain is no projection and passes the error as in backprop
             self.gain = False
             return lambda env, a: op(a, weight(env.params, env.data))
         return lambda env, a: env.product(op, a, weight)
 
     def unfollowable(self, op, weight, shape, size, out):
-        """A product that B cannot follow, or that no product primitive makes: an error, unless no error passes it."""
+        """A product that B cannot follow or that no product primitive makes, or a linear map that B can follow."""
         other = self.weight(shape)
         square, mixing = self.param((shape[0], shape[0])), self.constant(shape[0], shape[0])
         changed = {
@@ -283,7 +284,7 @@ class Builder:
             self.text.append(str(kind))
             return op, linear[kind[1]]
         if kind[1] == "matmul" and self.selected:
-            kind = ("weight", "tanh")  # mixed by a parameter, it looks like activities (docs, Limits)
+            kind = ("weight", "tanh")  # a selected weight times a parameter looks like activities (docs, Limits)
         if kind[0] == "hand" and not self.fans_out(by_hand[kind[1]], size, out):
             self.text.append(f"{kind}, a gain")
             self.gain = True
@@ -295,9 +296,9 @@ class Builder:
         return by_hand[kind[1]], matrix
 
     def fans_out(self, op, size, out):
-        """Whether W carries a neuron's errors back, by numbers alone: does more than one sum of them vary with W?
+        """Whether W carries a neuron's errors back by more than one sum that varies with W, found numerically.
 
-        At activities of zero, where W is in the state of no neuron that it leads to.
+        The activities are zero, so that W does not enter the state of any neuron after it.
         """
         error = jax.jacobian(lambda a, w: op(jnp.zeros((N, size)).at[0].set(a), w)[0])
         errors = [error(jnp.zeros(size), jnp.asarray(self.constant(size, out))) for _ in range(4)]
@@ -305,7 +306,7 @@ class Builder:
         return any(np.linalg.matrix_rank(changes[:, :, j], 1e-9) > 1 for j in range(size))
 
     def local(self, size):
-        """What is no projection: biases, gains, nonlinearities, and all that goes on among activations."""
+        """A block that is no projection: a bias, a gain, a nonlinearity or another operation on activations."""
         kind = self.choose(
             "bias", "gain", "gelu", "relu", "layer norm", "softmax", "attention", "sort", "cumsum", "permute", "dynamic slice",
             "pad", "where", "max", "custom_jvp", "custom_vjp", "embedding", "gated", "logsumexp", "prelu", "clip", "while",
@@ -327,7 +328,7 @@ class Builder:
             )
         if kind == "prelu":
             return lambda env, a: jnp.where(a > 0, a, a * v(env.params, env.data))
-        if kind == "gain first":  # as normalizations have it
+        if kind == "gain first":  # the order of factors in normalizations
             return lambda env, a: (lax.rsqrt(a.var(1, keepdims=True) + 0.1) * v(env.params, env.data)) * a
         if kind == "bias of a part":
             return lambda env, a: a.at[0].add(v(env.params, env.data))
@@ -367,7 +368,7 @@ class Builder:
         return lambda env, a: functions[kind](a)
 
     def block(self, size, depth=0):
-        """(block, its output's size)."""
+        """Draws a block and returns it with the size of its output."""
         kind = self.choose(
             "product", "product", "product", "local", "local", "chain", "residual", "concatenate", "remat", "jit", "scan",
             "recurrent", "cond", "switch", "fori", "vmap", "twice", "outputs scanned", "frozen",
@@ -403,7 +404,7 @@ class Builder:
             self.active |= after
             return (lambda env, a: jnp.concatenate([f(env, a), g(env, a)], 1)), one + two
         if kind in ("scan", "outputs scanned"):
-            self.active = True  # a product, by the second step
+            self.active = True  # from the second step on, because of the product
             product, local = self.product(size, size, stack=2), self.local(size)
             names = [n for n, (_, k) in self.shapes.items() if k == 2]
 
@@ -416,7 +417,7 @@ class Builder:
             return scanned, size
         if kind in ("recurrent", "fori"):
             before, drawn = self.active, self.drawn
-            self.active = True  # by the second turn, if a parameter comes in
+            self.active = True  # from the second step on, if a parameter is drawn
             f = self.same_size(size, depth)
             self.active = before or self.drawn > drawn
             if kind == "fori":
@@ -454,7 +455,7 @@ class Builder:
 
 
 class Program:
-    """``loss(env, x)``, drawn; its parameters, data, and what it is made of."""
+    """A random ``loss(env, x)`` with its parameters, its data and a text of its parts."""
 
     def __init__(self, draw, wild):
         builder = Builder(draw, wild)
@@ -503,7 +504,7 @@ COUNT = itertools.count(1)
 
 
 def close(ours, theirs, what):
-    # Casts to float32 inside of weights are the coarsest step.
+    # The tolerance allows for casts of weights to float32.
     for name in theirs:
         if ours[name] is not None:
             size = 1e-3 + float(jnp.max(jnp.abs(theirs[name])))
@@ -513,25 +514,25 @@ def close(ours, theirs, what):
 def check(program):
     note(repr(program))
     if LARGE and next(COUNT) % 50 == 0:
-        jax.clear_caches()  # so that memory stays flat
+        jax.clear_caches()  # keeps memory constant
     args = program.x, program.data
     try:
         entries = wmkp.init_feedback(jax.random.key(0), KP, program.fun, program.params, *args)
     except wmkp.WeightTransportError as error:
         event("refused")
         assert "params[" in str(error) and "backprop()" in str(error)
-        strict = "two parameters that data has touched" in str(error)  # a learned lookup that meets a selected weight
-        strict |= "of a weight with gains" in str(error) and "norm" in program.text.split()  # joined, say
-        # Activities that a norm has just scaled, multiplied and summed: the scale is the weights of a sum.
+        strict = "two parameters that data has touched" in str(error)  # a learned lookup meets a selected weight
+        strict |= "of a weight with gains" in str(error) and "norm" in program.text.split()  # such as joined weights
+        # The outer product sums activities that a norm has just scaled, so the scale acts as a sum's weights.
         strict |= "mul by copies of an activation" in str(error) and {"norm", "outer"} <= {*program.text.split()}
-        strict |= "element by element" in str(error) and "a gain" in program.text  # a column of a matrix
-        # A gain right before a norm's mean or variance, which sum what it scaled (docs, troubleshooting).
+        strict |= "element by element" in str(error) and "a gain" in program.text  # the gain is a column of a matrix
+        # The mean or variance of a norm sums what a gain has just scaled (docs, troubleshooting).
         strict |= "mul, then reduce_sum" in str(error) and not {"layer", "first"}.isdisjoint(program.text.split())
-        # Sums that a product by hand (a gain, taken alone) left the same for all: the next one's weights fan them out.
+        # A hand-written gain leaves equal sums for all neurons, and the weights of the next product fan them out.
         strict |= "mul by copies of an activation" in str(error) and "('hand', 'gain'), a gain" in program.text
         assert strict or "UNFOLLOWABLE" in program.text, f"refused: {error}"
         return
-    except ValueError as error:  # its only products are by hand, which no error passes, or gains
+    except ValueError as error:  # all products are hand-written and no error passes them, or they are gains
         assert "no projection" in str(error) and "'hand'" in program.text and not program.must_refuse
         return
     event("accepted")
@@ -542,7 +543,7 @@ def check(program):
     np.testing.assert_allclose(ours, value, rtol=1e-12)
     close(grads, expected, "with B = W, the gradient")
     assert not program.must_refuse, "weights were transported in silence"
-    if "UNFOLLOWABLE" in program.text:  # by data alone, and so to no effect
+    if "UNFOLLOWABLE" in program.text:  # the product acts on data alone and has no effect on errors
         return
     feedback = {n: b if entries[n] is not None else None for n, b in program.feedback.items()}
     zeros = {n: jnp.zeros_like(b) for n, b in program.feedback.items()}
@@ -550,7 +551,7 @@ def check(program):
     filled = {n: zeros[n] if b is None else b for n, b in feedback.items()}
     expected, learned = jax.jit(jax.grad(program.reference, argnums=(0, 1)))(program.params, filled, *args)
     close(grads, expected, "the gradient")
-    if None in entries.values():  # data may have mixed what is shared with a parameter that has no B (docs, Limits)
+    if None in entries.values():  # data may mix a shared parameter with one that has no B (docs, Limits)
         learned = {n: x for n, x in learned.items() if n not in program.partly}
     close(signal, learned, "the signal")
 
@@ -582,15 +583,15 @@ def test_random_programs_that_feedback_cannot_always_follow(program):
 @settings(SETTINGS, max_examples=LARGE or 16)
 @given(programs())
 def test_orthogonal_noise_mirrors_random_programs_exactly(program):
-    """However a weight is laid out, masked, scaled and shared on its way: what is used of it comes back as it is."""
+    """Orthogonal noise gives back the used entries of every weight exactly, or mirror mode raises an error."""
     note(repr(program))
     if LARGE and next(COUNT) % 50 == 0:
         jax.clear_caches()
     args = program.fun, program.params, program.x, program.data
-    whole = math.lcm(720, *(p.fan_in for p in wmkp.projections(*args).values()))  # of every fan_in a multiple
+    whole = math.lcm(720, *(p.fan_in for p in wmkp.projections(*args).values()))  # a multiple of every fan_in
     try:
         found = wmkp.mirror_signals(jax.random.key(0), wmkp.weight_mirror(noise="orthogonal", num_samples=whole), *args)
-    except wmkp.WeightTransportError:  # sums, and what data selects
+    except wmkp.WeightTransportError:  # sums of weights, and weights that data selects
         event("refused")
         return
     event("mirrored")

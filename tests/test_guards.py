@@ -1,4 +1,4 @@
-"""Guards of speed by counts, not times: products, copies and bytes of compiled steps, compilations, tracing work."""
+"""Guards of speed that count products, copies, bytes, compilations and tracing work, and take no times."""
 
 import contextlib
 import functools
@@ -60,7 +60,7 @@ def compiled_backprop(case):
 
 
 def steps_and_state(case, rule):
-    """The steps, and the shapes of their state."""
+    """Returns the steps and the shapes of their state."""
     steps = wmkp.make_steps(case.loss_fn, rule, case.optimizer, case.params, case.batch)
     return steps, jax.eval_shape(steps.init, KEY, case.params)
 
@@ -72,9 +72,10 @@ def backprop():
 
 @pytest.mark.parametrize("rule", some_slow(RULES, {"FA", "SS", "WM"}))
 def test_an_engaged_step_has_backprops_products_copies_and_bytes(rule, backprop):
-    """Beside B and its optimizer's state, a thousand bytes are allowed: addresses of results, and alignment.
+    """An engaged step has backprop's products, copies no weight, and adds only B, its optimizer's state and 1000 bytes.
 
-    Sign symmetry makes W's signs anew at each step: the largest matrix's at a time.
+    The 1000 bytes are for addresses of results and alignment. Sign symmetry may also hold the signs of its largest
+    matrix.
     """
     plain, plain_state = backprop
     steps, state = steps_and_state(case(), RULES[rule])
@@ -89,8 +90,10 @@ def test_an_engaged_step_has_backprops_products_copies_and_bytes(rule, backprop)
 
 @pytest.mark.parametrize(("platform", "written"), [("cuda", 2), ("rocm", 2), ("cpu", 0), ("tpu", 0)])
 def test_gpus_lay_out_what_convolutions_share_with_an_update(platform, written):
-    """Two gradients, and the one B that learns, of one shape with its gradient. In one kernel with the update, XLA copies
-    W, B and their moments."""
+    """A step for GPUs fixes the layout of two gradients and one B, of two shapes. CPUs and TPUs need none.
+
+    Without this XLA fuses them with the update in one kernel and copies W, B and their moments.
+    """
     steps, state = steps_and_state(case(), RULES["KP"])
     traced = steps.engaged_step.trace(state, case().batch)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
@@ -99,7 +102,7 @@ def test_gpus_lay_out_what_convolutions_share_with_an_update(platform, written):
 
 
 def test_signs_are_made_a_matrix_at_a_time():
-    """Sign symmetry's W of signs is there when its error is, not from the forward pass on."""
+    """Sign symmetry holds the signs of one matrix at a time, not of all matrices from the forward pass on."""
     params = [drawn(i, 64, 64) / 8 for i in range(6)]
     forward = lambda params, x: functools.reduce(lambda x, w: jnp.tanh(x @ w), params, x)
     loss_fn = lambda params, model_state, x, key: ((forward(params, x) ** 2).mean(), (model_state, {}))
@@ -112,7 +115,7 @@ def test_signs_are_made_a_matrix_at_a_time():
 
 
 def test_counts_see_what_they_are_for():
-    """A step that multiplies twice, copies a weight and keeps an array would be seen."""
+    """The counts detect a step that multiplies twice, copies a weight and keeps an array."""
 
     def step(w, x):
         return w + 1, (x @ w, jnp.sin(x) @ w, jnp.cumsum(w))
@@ -129,7 +132,7 @@ def test_counts_see_what_they_are_for():
 
 @pytest.mark.slow
 def test_weight_gradients_by_patches_lay_out_no_batch_anew():
-    """At its peak an engaged step by patches holds no more than backprop and a chunk's patches, not the batch again."""
+    """The peak memory of a step by patches is at most backprop's plus B, its state and one chunk of patches."""
     big = case(batch_size=64, side=32)
     plain, plain_state = compiled_backprop(big)
     steps, state = steps_and_state(big, RULES["KP"])
@@ -144,7 +147,7 @@ def test_weight_gradients_by_patches_lay_out_no_batch_anew():
 
 @pytest.mark.slow
 def test_strided_positions_are_picked_out_when_delta_is_there(monkeypatch):
-    """Shortcuts of one position and stride 2: what they read is not kept twice, whole and picked out."""
+    """A 1x1 shortcut of stride 2 picks out its inputs when its delta is there, which lowers the peak memory."""
     monkeypatch.setattr(patches, "LEAST", 0)
     draw = lambda i, *shape: drawn(i, *shape) / 8
     params = {"stem": draw(0, 3, 3, 3, 32)}
@@ -170,7 +173,7 @@ def test_strided_positions_are_picked_out_when_delta_is_there(monkeypatch):
 
 
 def test_what_waits_is_the_same_to_the_bit():
-    """Infinities, NaN, signed zeros and the smallest numbers too, whatever it waits for."""
+    """``compat.after`` leaves every value bit-for-bit unchanged, including NaN, infinities and signed zeros."""
     values = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, -1e-45, 3.0], np.float32)
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         x = jnp.asarray(values, dtype)
@@ -182,7 +185,7 @@ def test_what_waits_is_the_same_to_the_bit():
 
 @pytest.mark.parametrize("noise", some_slow(["gaussian", "orthogonal"], {"gaussian"}))
 def test_a_mirror_step_is_two_products_a_projection_and_a_small_one_for_its_lag(noise):
-    """Or two Fourier transforms, of the dense layer's 256 inputs: its noise is not written down."""
+    """With orthogonal noise two Fourier transforms replace two products, and the noise is not stored."""
     steps, state = steps_and_state(case(), wmkp.weight_mirror(noise, target_angle=45.0, rate=1.0))
     compiled = steps.mirror_step.lower(state).compile()
     transforms = compiled.as_text().count(" fft(")
@@ -195,7 +198,7 @@ def test_a_mirror_step_is_two_products_a_projection_and_a_small_one_for_its_lag(
 
 @pytest.mark.parametrize("noise", ["gaussian", "rademacher", "uniform"])
 def test_noise_is_drawn_in_one_pass(noise):
-    """No loop over memory: jax.random's own generator is one on CPUs, and takes longer than a mirror step's products."""
+    """Drawing noise runs no loop over an array of its size, as jax.random's generator does on CPUs."""
     draw = lambda key: wmkp.noise.draw_noise(key, wmkp.weight_mirror(noise).mirror, (1, 64, 32), jnp.float32)
     program = jax.jit(draw).lower(KEY)
     reference = jax.jit(lambda key: jax.random.normal(key, (64, 32))).lower(KEY)
@@ -205,7 +208,7 @@ def test_noise_is_drawn_in_one_pass(noise):
 
 
 def test_each_step_compiles_once():
-    """Seven steps of each kind, on other batches: one compilation of each, whatever the state has become."""
+    """Seven steps of each kind on different batches compile each kind once."""
     compilations = []
 
     def listen(event, seconds, **_):
@@ -229,7 +232,7 @@ def test_each_step_compiles_once():
 
 
 def lines_while(trace):
-    """How many lines of wmkp's own files ``trace`` runs, those of a loop each time."""
+    """The number of lines in wmkp's files that ``trace`` runs. A line in a loop counts each time."""
     here, count = str(Path(wmkp.__file__).parent), 0
 
     def line(frame, event, arg):
@@ -251,7 +254,7 @@ def lines_while(trace):
 
 @contextlib.contextmanager
 def settings(**values):
-    """JAX's own settings, for a while."""
+    """Changes JAX's settings inside a ``with`` block."""
     before = {name: getattr(jax.config, name) for name in values}
     for name, value in values.items():
         jax.config.update(name, value)
@@ -300,7 +303,7 @@ def test_no_tracer_is_leaked():
 
 @pytest.mark.parametrize("what", some_slow(["engaged", "mirror"], {"mirror"}))
 def test_tracing_work_is_linear_in_the_number_of_layers(what):
-    """Lines that run, not seconds: as many more from the second to the third forty layers as from the first to the second."""
+    """The number of lines that run grows by as much from 40 to 60 layers as from 20 to 40, to 2 %."""
 
     def loss(params, x):
         for w, b in params:

@@ -1,4 +1,4 @@
-"""Steps over a mesh: eight devices compute what one does, replicated or fully sharded, and share mirror mode's work."""
+"""Steps on a mesh: eight devices give the results of one, replicated or sharded, and share mirror mode's work."""
 
 import functools
 import logging
@@ -26,7 +26,7 @@ OPTIMIZER = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.1, momentum
 
 
 class Net(nn.Module):
-    """What is sensitive to the batch being whole (BatchNorm), and widths that eight divides and others."""
+    """A network with BatchNorm, which needs the whole batch, and with widths that eight does and does not divide."""
 
     @nn.compact
     def __call__(self, x, train=True):
@@ -54,7 +54,7 @@ def the_mesh():
 
 
 def run(name, **over):
-    """Two engaged steps, a mirror step after each -> losses, state."""
+    """Takes two engaged steps with a mirror step after each, and returns (losses, state)."""
     variables = MODEL.init(jax.random.key(0), batch()[0])
     params, model_state = variables.pop("params"), variables
     steps = wmkp.make_steps(loss_fn, RULES[name], OPTIMIZER, params, batch(), model_state=model_state, **over)
@@ -102,11 +102,11 @@ def test_fsdp_divides_w_b_and_their_moments():
     for tree in (divided.feedback, divided.opt_state[1][0].trace, divided.feedback_opt_state[0][1][0].trace):
         assert tree["Dense_0"]["kernel"].sharding == divided.params["Dense_0"]["kernel"].sharding
     mine = [sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(s.feedback)) for s in (divided, whole)]
-    assert mine[0] < 1.3 * mine[1] / DEVICES  # the output's (30, 10) does not divide
+    assert mine[0] < 1.3 * mine[1] / DEVICES  # eight does not divide the output's (30, 10)
 
 
 def test_mirror_noise_is_divided_among_the_devices():
-    """By the compiled step: each device's products have an eighth of the samples, and so of the operations."""
+    """In the compiled mirror step each device has an eighth of the samples and about an eighth of the operations."""
     params = {"first": np.ones((4, 64), np.float32), "w": np.ones((64, 96), np.float32)}
 
     def loss(params, model_state, x, key):
@@ -132,7 +132,7 @@ def test_mirror_noise_is_divided_among_the_devices():
 
 
 def test_noise_that_devices_share_is_summed_over_them_once(monkeypatch):
-    """Where one device would draw it in parts, each part would cost them all a sum."""
+    """One device may draw noise in parts in a loop. Eight devices do not, because each part would need a sum over them."""
     params = {"first": np.ones((4, 64), np.float32), "w": np.ones((64, 96), np.float32)}
     loss = lambda params, model_state, x, key: (jnp.mean(jnp.tanh(x @ params["first"]) @ params["w"]), (None, {}))
     x = np.ones((DEVICES, 4), np.float32)
@@ -152,7 +152,7 @@ def test_noise_that_devices_share_is_summed_over_them_once(monkeypatch):
 
 @pytest.mark.parametrize("noise", ["gaussian", "rademacher", "orthogonal"])
 def test_each_device_makes_its_own_noise(noise):
-    """Nothing of it is made for other devices and sent, at a fan_in that is no square either (see the tables' rows)."""
+    """No device sends noise to another, and the noise equals that of one device."""
     where = jax.sharding.NamedSharding(the_mesh(), jax.sharding.PartitionSpec(None, "data", None))
     rule = wmkp.weight_mirror(noise)
     draw = lambda key: wmkp.noise.draw_noise(key, rule.mirror, (1, 40, 40), jnp.float32)
@@ -165,7 +165,7 @@ def test_finite_names_the_parameter():
     params = {"first": np.ones((4, 5), np.float32), "w": np.ones((5, 3), np.float32)}
 
     def loss(params, model_state, x, key):
-        # The square root's derivative at zero is infinite: a finite loss with a gradient that is not.
+        # The square root's derivative at zero is infinite, so the loss is finite and the gradient is not.
         return jnp.mean(jnp.sqrt(jnp.abs(x @ params["first"])) @ params["w"]), (None, {})
 
     steps = wmkp.make_steps(loss, wmkp.kolen_pollack(), OPTIMIZER, params, np.ones((2, 4)), check_finite=True)
@@ -185,7 +185,7 @@ def test_finite_is_a_metric_like_any_where_it_is_not_asked_for():
 
 @pytest.mark.parametrize("what", ["gradient", "signal"])
 def test_finite_is_of_gradient_and_signal_both(what):
-    """A lookup beside the product has a share in W's gradient alone; what no error enters is in the signal alone."""
+    """``finite`` is False if W's gradient is not finite or if B's signal is not."""
 
     def loss(params, model_state, x, key):
         value = jnp.mean(jnp.tanh(x @ params["first"]) @ params["w"])

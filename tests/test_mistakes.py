@@ -1,4 +1,4 @@
-"""Wrong calls of every public function raise a library error that names the argument and the fix, and never give NaN."""
+"""Wrong calls of public functions raise a library error that names the argument and the fix, and give no NaN."""
 
 import functools
 import itertools
@@ -25,7 +25,7 @@ from wmkp.training import batch_sharding, state_sharding
 
 @pytest.fixture(scope="module")
 def all_frames():
-    """Tracebacks with JAX's own frames, so that an error of JAX's does not pass for one of the library's."""
+    """Shows JAX's frames in tracebacks, so that an error of JAX is not taken for one of wmkp."""
     before = jax.config.jax_traceback_filtering
     jax.config.update("jax_traceback_filtering", "off")
     yield
@@ -123,7 +123,7 @@ the_mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("d",))
 explicit_mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
 other_mesh = jax.sharding.Mesh(np.array(jax.devices()[2:4]), ("e",))
 
-# what was done wrong: (the call, words that the message must hold)
+# {mistake: (the call, words that the message must contain)}
 WRONG = {
     # --- rules
     **{
@@ -187,7 +187,7 @@ WRONG = {
         f"expansion={bad!r}": (functools.partial(wmkp.product_feedback_alignment, bad), "expansion must be")
         for bad in (0, -1, NAN, INF, "4", None)
     },
-    # --- which rule
+    # --- choice of rule
     **{
         f"{name}: {what}": (functools.partial(call, bad), *words)
         for name, call in {
@@ -222,7 +222,7 @@ WRONG = {
         }.items()
         for bad in (0, None, "key", 1.5, jnp.zeros(2), jnp.zeros(3, jnp.uint32), jax.random.split(KEY, 2), PARAMS)
     },
-    # --- functions and what they are called with
+    # --- functions and their arguments
     **{
         f"{name}: fun={bad!r}": (functools.partial(call, bad), "fun must be a function fun(params, *args)")
         for name, call in {
@@ -323,7 +323,7 @@ WRONG = {
         }.items()
         if not (name == "matrix_angles" and what in ("missing", "of direct feedback", "of product feedback"))
         and not (name == "mirror_signals" and what == "None")
-        and not (name.endswith("_step") and what == "of a number")  # it is an array to a jitted step
+        and not (name.endswith("_step") and what == "of a number")  # jit makes an array of it
         and not (name == "mirror_step" and what in ("missing", "of direct feedback", "of product feedback"))
     },
     **{
@@ -340,7 +340,7 @@ WRONG = {
     "matrix angles with a mapping": (lambda: wmkp.matrix_angles(PARAMS, made(KP), {".*": KP}), "rule must be"),
     "matrix angles with another rule": (lambda: wmkp.matrix_angles(PARAMS, made(KP), PFA), "feedback['w']", "product_feedback"),
     "matrix angles of integers": (lambda: wmkp.matrix_angles(changed(w=np.ones((6, 2), int)), made(KP)), "params['w'] is int"),
-    # --- what JAX cannot trace
+    # --- values that JAX cannot trace
     **{
         f"fun returns {what}": (functools.partial(grad, KP, fun=f, has_aux=aux), "what fun returns", "is " + kind, "JAX cannot trace")
         for what, f, aux, kind in (
@@ -364,7 +364,7 @@ WRONG = {
             "engage": wmkp.engage(fun, KP), "value_and_grad": wmkp.value_and_grad(fun, KP), "backprop": wmkp.value_and_grad(fun, BP),
         }.items()
     },
-    # --- rules of one's own
+    # --- custom rules
     "a rule of one's own in a mapping": (lambda: init({".*": custom(backward=None)}), "rule mine has no backward"),
     **{
         f"a rule whose {what}": (lambda fields=fields: grad(custom(**fields), PARAMS, init(custom(**fields))), *words)
@@ -387,7 +387,7 @@ WRONG = {
             ("mirror is a word", {"mirror": "yes"}, "rule.mirror must be a Mirror, or None"),
         )
     },
-    # --- numbers beyond float32, and beyond float64
+    # --- numbers too large for float32 or float64
     **{
         f"10**400: {name}": (functools.partial(call, 10**400), name)
         for name, call in {
@@ -399,7 +399,7 @@ WRONG = {
     "samples beyond 32 bits": (lambda: wmkp.weight_mirror(num_samples=2**31), "num_samples must be an integer of at least 1, and below 2^31"),
     "a signal beyond float32": (lambda: wmkp.alignment(amplitude=1e300), "amplitude must be a number from 0 to 1e15"),
     "a rate beyond float32": (lambda: updates.weight_mirror(1e300, 1), "learning_rate must be a number from 0 to 1e15"),
-    # --- arrays that a step took over
+    # --- deleted arrays
     **{
         f"{name}: deleted": (call, words, "is deleted", "Continue with the state that the step returned")
         for name, words, call in (
@@ -606,7 +606,7 @@ WRONG = {
     "a mirror's optimizer of NaN": (lambda: mirror_with(optax.scale(NAN)), "mirror_optimizer must"),
     "an optimizer of NaN": (lambda: make(FA, optimizer=optax.sgd(NAN)).init(KEY, PARAMS), "optimizer", "learning rate"),
     "an optimizer under which B cannot be trained": (lambda: make(KP, optimizer=optax.lamb(0.1)).init(KEY, PARAMS), "Kolen-Pollack"),
-    # --- its steps
+    # --- the steps that make_steps returns
     **{
         f"steps.init(params: {what})": (functools.partial(steps(KP).init, KEY, bad), "params", *words)
         for what, (bad, *words) in {
@@ -674,7 +674,7 @@ WRONG = {
 
 
 def said_by_the_library(error):
-    """What it says, if the library raised it (the innermost frame is its own)."""
+    """Asserts that wmkp raised the error (the innermost frame is in wmkp), and returns its message."""
     assert type(error) in (ValueError, TypeError, wmkp.WeightTransportError), repr(error)
     frame = error.__traceback__
     while frame.tb_next is not None:
@@ -683,7 +683,7 @@ def said_by_the_library(error):
     return str(error)
 
 
-# Ids without addresses, which every process of the test runner has its own of.
+# Ids have no addresses, because these differ between the test runner's processes.
 @pytest.mark.parametrize("name", WRONG, ids=[re.sub(r" at 0x[0-9a-f]+", "", name) for name in WRONG])
 def test_wrong_calls(name):
     call, *words = WRONG[name]
@@ -694,7 +694,7 @@ def test_wrong_calls(name):
         assert word in text, text
 
 
-# --- valid calls with something changed -------------------------------------------------------------------------------
+# --- valid calls with one change --------------------------------------------------------------------------------------
 
 FEEDBACK = made(KP)
 CALLS = {
@@ -736,7 +736,7 @@ BAD = (None, "text", -1, 0, NAN, INF, -INF, 10**30, [], {}, (), True, 3.5, b"", 
 
 @st.composite
 def changed_tree(draw, tree):
-    """A tree with a leaf dropped, renamed, reshaped, retyped, or more than it should have."""
+    """A tree with a leaf dropped, renamed, reshaped, cast, replaced or added."""
     name = draw(st.sampled_from(sorted(tree)))
     leaf = jnp.ones((6, 2)) if tree[name] is None else tree[name]
     how = draw(
@@ -755,7 +755,7 @@ def changed_tree(draw, tree):
 
 @st.composite
 def wrong_calls(draw):
-    """(the call's name, its arguments, the names of those that were changed)."""
+    """Draws (the call's name, its arguments, the names of the changed arguments)."""
     call = draw(st.sampled_from(sorted(CALLS)))
     arguments = CALLS[call][1]
     name, other = draw(st.sampled_from(sorted(arguments))), draw(st.sampled_from(sorted(arguments)))
@@ -767,10 +767,10 @@ def wrong_calls(draw):
 
 
 def right_or_named(call, arguments, names):
-    """The call is answered with finite numbers, or with an error of the library that names one of these arguments."""
+    """Asserts that the call returns finite numbers or raises a library error that names one of the arguments."""
     function, valid = CALLS[call]
     try:
-        # ``fun``'s own arguments come by position.
+        # ``fun``'s arguments are passed by position.
         if "args" in valid and call in (
             "init_feedback",
             "projections",
@@ -783,7 +783,7 @@ def right_or_named(call, arguments, names):
             result = function(**arguments)
     except Exception as error:
         text = said_by_the_library(error)
-        # What ``fun`` itself raises comes with all that it was called with; what params and feedback differ in is in both.
+        # An error that ``fun`` raises shows all its arguments. A difference of params and feedback may name either.
         named = (*names, "feedback") if "params" in names else names
         assert "raised" in text or any(re.search(rf"\b{name}\b", text) for name in named), text
         return
@@ -815,7 +815,7 @@ def test_any_change_of_a_valid_call_is_right_or_an_error_that_names_the_argument
 
 
 def test_weights_drawn_from_the_key_of_feedback():
-    """split(key)[i] is fold_in(key, i): a B of the same key would be W over again, which no array may be in silence."""
+    """``init_feedback`` and ``steps.init`` raise an error if W and B were drawn from the same key."""
     first, w = (jax.random.normal(k, s) for k, s in zip(jax.random.split(KEY), ((3, 16), (16, 4)), strict=True))
     params = {"a": first, "w": w}
     loss = lambda p, x: jnp.sum(jnp.tanh(x @ p["a"]) @ p["w"])
@@ -829,13 +829,13 @@ def test_weights_drawn_from_the_key_of_feedback():
     for drawn in (truncated, uniform, jax.tree.map(np.asarray, params), {"a": first, "w": -w}):
         with pytest.raises(ValueError, match="both were drawn from this key"):
             wmkp.init_feedback(KEY, KP, loss, drawn, X)
-    large = jax.tree.map(lambda x: (300 * x).astype(jnp.float16), params)  # whose squares float16 does not hold
+    large = jax.tree.map(lambda x: (300 * x).astype(jnp.float16), params)  # their squares overflow float16
     with pytest.raises(ValueError, match="both were drawn from this key"):
         wmkp.init_feedback(KEY, wmkp.kolen_pollack(1200.0), loss, large, X.astype(jnp.float16))
     wmkp.init_feedback(jax.random.fold_in(KEY, 1), KP, loss, params, X)
-    one = {"a": np.ones((3, 1), np.float32), "w": np.ones((1, 1), np.float32)}  # a number is a multiple of any other
+    one = {"a": np.ones((3, 1), np.float32), "w": np.ones((1, 1), np.float32)}  # any number is a multiple of another
     assert wmkp.init_feedback(KEY, KP, loss, one, X)["w"].shape == (1, 1)
-    init_key = jax.random.split(train_key, 3)[1]  # what steps.init makes of its key
+    init_key = jax.random.split(train_key, 3)[1]  # the key that steps.init derives
     w = jax.random.normal(jax.random.fold_in(init_key, 1), (16, 4))
     steps = wmkp.make_steps(step, KP, SGD, params, X)
     with pytest.raises(ValueError, match="both were drawn from this key"):
@@ -853,7 +853,7 @@ def test_old_keys_do_as_typed_ones_do():
 
 @pytest.mark.slow
 def test_no_key_is_used_twice():
-    """By JAX's own checker: B, mirror mode's noise, the starts of every rule, the loss's key and both steps."""
+    """JAX's key-reuse checker finds no reuse in ``init_feedback``, ``init`` and both steps, for six rules."""
 
     def loss(params, model_state, batch, key):
         return fun(params, batch) + jax.random.normal(key), (model_state, {})
@@ -883,7 +883,7 @@ def test_a_batch_by_keyword():
 
 
 def test_a_projection_of_any_size_may_have_exact_noise():
-    """As a mirrored start has: fan_in orthogonal samples, or twice that in pairs."""
+    """``make_steps`` allows orthogonal noise at a fan_in of 100,000, and raises an error for Gaussian noise."""
     sizes = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     params = {"first": sizes(3, 100_000), "b": sizes(100_000), "w": sizes(100_000, 2)}
     for rule in (
@@ -912,7 +912,7 @@ def test_a_number_in_a_state_goes_to_every_device():
 
 
 def test_numpy_params_in_double_precision():
-    """NumPy's float64 is JAX's float32: feedback matches, and gradients are as for the converted."""
+    """NumPy float64 params and data give the same gradients as float32 arrays, and ``make_steps`` accepts them."""
     double = jax.tree.map(lambda x: np.asarray(x, np.float64), PARAMS)
     feedback = wmkp.init_feedback(B_KEY, KP, fun, double, np.asarray(X, np.float64))
     _, (grads, _) = grad(KP, double, feedback)

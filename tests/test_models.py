@@ -1,4 +1,4 @@
-"""The models have the published numbers of parameters, and every weight is a projection."""
+"""The models have the published numbers of parameters, and wmkp finds no obstacle in any of them."""
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def test_parameters_and_projections(name, dtype):
 
 @pytest.mark.slow
 def test_lenet_pools_as_flax_does():
-    """Its own maximum gives what nn.max_pool does, and its gradient."""
+    """LeNet's pooling gives the same values and gradients as nn.max_pool."""
 
     class Pooled(nn.Module):
         @nn.compact

@@ -1,7 +1,7 @@
-"""The checks of every model: B = W against jax.grad, no W kept for the backward pass, ten steps under KP and under WM.
+"""The checks of every model: B = W against jax.grad, no W kept for the backward pass, ten steps of KP and of WM.
 
-Compilation takes nearly all of the time. So a model compiles only three programs: backprop's gradient, the engaged gradient
-(the same for KP and WM), and mirror mode. NumPy does everything else: the initial W and B, and the updates.
+Compilation takes nearly all of the time, so a model compiles only three programs. These are backprop's gradient, the
+engaged gradient (the same for KP and WM), and mirror mode. NumPy makes the initial W and B, and the updates.
 """
 
 import re
@@ -36,16 +36,17 @@ class Case(NamedTuple):
 
     Attributes:
       make: builds the model.
-      local: a pattern of the parameters that are no projection though they have two axes and more (biases of heads).
-      first: a pattern of the projections that no error must pass, so that they have no B.
-      declared: a pattern of gains of more than one axis, which need the word ``wmkp.local()``.
-      refused: {path: primitive} of the parameters that B cannot follow: an error, and ``backprop()`` the way out.
-      unmirrored: a pattern of the projections that noise alone cannot reach: an error in mirror mode, KP the way out.
-      in_part: a pattern of the parameters whose gradient B's signal is not: tied ones, of which it is a part, and those under a
-        weight norm, where B has its own.
-      kept: a pattern of the weights that the backward pass has another use for: the gradient of their own norm, or what a
-        checkpoint computes anew.
-      bound: of a gradient's difference from jax.grad's, over its largest entry (or a tenth of the largest of all).
+      local: a pattern of the parameters that have two axes or more and are no projection (biases of heads).
+      first: a pattern of the projections without B, because no error passes through them.
+      declared: a pattern of gains of more than one axis, which need the rule ``wmkp.local()``.
+      refused: {path: primitive} of the parameters that B cannot follow. They raise an error; ``backprop()`` fixes it.
+      unmirrored: a pattern of the projections that noise cannot reach. They raise an error in mirror mode; KP fixes it.
+      in_part: a pattern of the parameters whose gradient differs from B's signal: tied weights, and weights under a
+        weight norm.
+      kept: a pattern of the weights that the backward pass keeps for another use: the gradient of their own norm, or
+        the recomputation of a checkpoint.
+      bound: the largest difference from jax.grad's gradient, relative to its largest entry (or to a tenth of the
+        largest entry of all gradients).
     """
 
     make: Callable[[], Model]
@@ -73,7 +74,7 @@ def paths_of(tree: Any) -> dict[str, Any]:
 
 
 def drawn(shapes: Any, seed: int = 0) -> Any:
-    """Arrays of these shapes: matrices of LeCun's variance, all else about one; keys and integers as they must be."""
+    """Random arrays of these shapes: matrices have LeCun's variance, other floats are about one, integers are zero."""
     rng = np.random.default_rng(seed)
 
     def draw(x: Any) -> Any:
@@ -89,7 +90,7 @@ def drawn(shapes: Any, seed: int = 0) -> Any:
 
 
 def through_gain(apply: Callable[..., Any], params: Any, x: Any, *args: Any) -> Model:
-    """``apply(params, x, *args) -> array`` as a loss; x is scaled by a parameter, so that each projection needs a B."""
+    """Makes a loss of ``apply(params, x, *args)``. A parameter scales x, so that each projection needs a B."""
 
     def fun(params: Any, x: jax.Array, *args: Any) -> jax.Array:
         out = apply(params["model"], jnp.tanh(x * params["gain"]), *args)
@@ -100,7 +101,7 @@ def through_gain(apply: Callable[..., Any], params: Any, x: Any, *args: Any) -> 
 
 
 def mirrored(params: Any, feedback: Any) -> Any:
-    """B = W wherever there is a B."""
+    """Feedback weights with B = W for each weight that has a B."""
     leaves, tree = jax.tree.flatten(params)
     return tree.unflatten([None if b is None else w for w, b in zip(leaves, tree.flatten_up_to(feedback), strict=True)])
 
@@ -108,7 +109,7 @@ def mirrored(params: Any, feedback: Any) -> Any:
 def assert_gradients_close(ours: Any, theirs: Any, bound: float) -> None:
     ours, theirs = paths_of(ours), paths_of(theirs)
     assert ours.keys() == theirs.keys()
-    # A bias before a normalization has no gradient but the rounding of large terms: hence the largest of all.
+    # The gradient of a bias before a normalization is rounding alone, so the bound also uses the largest entry of all.
     largest = max(np.max(np.abs(np.asarray(g, np.float64)), initial=0) for g in theirs.values())
     for path, expected in theirs.items():
         expected = np.asarray(expected, np.float64)
@@ -119,7 +120,7 @@ def assert_gradients_close(ours: Any, theirs: Any, bound: float) -> None:
 
 
 def angles(params: Any, feedback: Any) -> dict[str, float]:
-    """Degrees between W and B, by path, in NumPy."""
+    """The angles between W and B in degrees, by path, computed in NumPy."""
     ws = {path: np.asarray(w, np.float64).ravel() for path, w in paths_of(params).items()}
     bs = {path: np.asarray(b, np.float64).ravel() for path, b in paths_of(feedback).items()}
     cosine = {path: ws[path] @ b / np.linalg.norm(ws[path]) / np.linalg.norm(b) for path, b in bs.items()}
@@ -135,9 +136,9 @@ def differences(params: Any, feedback: Any) -> dict[str, np.ndarray]:
 
 
 def kept_weights(fun: Callable[..., Any], rule: Any, params: Any, feedback: Any, args: Any) -> set[str]:
-    """The parameters that the backward pass keeps, as they are or laid out anew, by path; only traced, and never run.
+    """The paths of the parameters that the backward pass keeps, plain or in another layout. It only traces ``fun``.
 
-    By what it keeps an error goes back: all of them under backprop, and none under a rule of B's.
+    Backprop keeps every weight that an error passes. A rule with B keeps them for another use alone.
     """
     leaves, tree = jax.tree.flatten(params)
     engaged = wmkp.engage(fun, rule)
@@ -147,7 +148,7 @@ def kept_weights(fun: Callable[..., Any], rule: Any, params: Any, feedback: Any,
         return jax.tree.leaves(jax.vjp(of_w, leaves, feedback)[1])
 
     def made_of(jaxpr: Any, inputs: list[Any]) -> list[Any]:
-        """For each result the parameters that it is laid out from; None where more than that has been done."""
+        """For each result, the parameters of which it is a layout, or None if it is computed in another way."""
         found = dict(zip(jaxpr.invars, inputs, strict=True))
         read = lambda v: found.get(v) if isinstance(v, compat.Var) else set()
         for eqn in jaxpr.eqns:
@@ -168,7 +169,7 @@ def kept_weights(fun: Callable[..., Any], rule: Any, params: Any, feedback: Any,
 
 
 def check(case: Case) -> None:
-    """Everything that is asserted of a model."""
+    """Asserts everything that must hold for a model."""
     fun, params, args = case.make()
     found = wmkp.projections(fun, params, *args)
     gains = {path for path in found if re.search(case.declared, path)}
@@ -215,7 +216,7 @@ def check(case: Case) -> None:
         losses.append(loss)
     assert np.isfinite(losses).all()
     angles_fall(before, angles(w, b))
-    for path, difference in differences(w, b).items():  # eq. 14, if B's signal is W's gradient
+    for path, difference in differences(w, b).items():  # Eq. 14 holds if B's signal is W's gradient
         expected = differences(params, feedback)[path] * 0.8**STEPS
         off = np.max(np.abs(difference - expected)) / np.max(np.abs(expected))
         assert (off > 0.1) == bool(re.search(case.in_part, path)), (path, off)
@@ -245,12 +246,12 @@ def angles_fall(before: dict[str, float], after: dict[str, float]) -> None:
 
 
 def kolen_pollack(w: Any, signal: Any) -> Any:
-    """W's and B's change: by the signal's sign, with decay. Elementwise, so that W - B^T shrinks to four fifths (eq. 14)."""
+    """Updates W or B by the signal's sign, with decay, so that W - B^T shrinks to four fifths (Eq. 14)."""
     return (0.8 * np.asarray(w, np.float32) - 0.05 * np.sign(np.asarray(signal, np.float32))).astype(w.dtype)
 
 
 def weight_mirror(b: Any, signal: Any) -> Any:
-    """B's change in mirror mode (eq. 7): a leaky average of noise of unit variance and its linear response."""
+    """Updates B in mirror mode (Eq. 7): a leaky average of the products of noise and its linear response."""
     return (0.7 * np.asarray(b, np.float32) + 0.3 * np.asarray(signal, np.float32)).astype(b.dtype)
 
 

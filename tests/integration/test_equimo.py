@@ -1,4 +1,4 @@
-"""Whole vision networks of Equimo: transformers, a convolutional network, a state space model."""
+"""Whole vision networks of Equimo: a transformer, a convolutional network and a state space model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def network(build: Callable[[Any], Any], **options: Any) -> Case:
-    """A case of a network that takes one image (3, 32, 32) and a key, on two images."""
+    """A case of a network that takes one image of shape (3, 32, 32) and a key. The batch has two images."""
 
     def make() -> Any:
         params, static = split(eqx.filter_eval_shape(build, KEY))
@@ -25,7 +25,7 @@ def network(build: Callable[[Any], Any], **options: Any) -> Case:
     return Case(make, **options)
 
 
-# Learned tokens and places are an activity's, and no weights between neurons.
+# Learned tokens and positions are activities, not weights between neurons.
 CASES = {
     "VisionTransformer": network(
         lambda key: models.VisionTransformer(

@@ -1,4 +1,4 @@
-"""Equinox: modules are pytrees, and their floating-point arrays are the parameters."""
+"""Equinox modules, whose floating-point arrays are the parameters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,13 +17,13 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def split(shapes: Any) -> tuple[Any, Any]:
-    """A module's floating-point arrays, drawn, and all else."""
+    """Splits a module into its floating-point arrays, randomly drawn, and everything else."""
     params, static = eqx.partition(shapes, lambda x: hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating))
     return drawn(params), jax.tree.map(lambda x: drawn(x) if hasattr(x, "dtype") else x, static)
 
 
 def module(build: Callable[[Any], Any], *shape: int, call: Any = None, **options: Any) -> Case:
-    """A case of a module, which takes one sample, on a batch of this shape."""
+    """A case of a module that takes one sample, on a batch of this shape."""
 
     def make() -> Model:
         params, static = split(eqx.filter_eval_shape(build, KEY))
@@ -35,7 +35,7 @@ def module(build: Callable[[Any], Any], *shape: int, call: Any = None, **options
 
 
 def stateful(build: Callable[[Any], Any], *shape: int, **options: Any) -> Case:
-    """The same of a module with a state (BatchNorm's statistics, a spectral norm's vectors), which goes in as data."""
+    """A case of a module with a state (BatchNorm's statistics, a spectral norm's vectors), which is passed as data."""
 
     def make() -> Model:
         model, state = eqx.filter_eval_shape(eqx.nn.make_with_state(build), KEY)
@@ -65,7 +65,7 @@ class RNN(eqx.Module):
 
 
 class Layers(eqx.Module):
-    """Layers stacked by filter_vmap and run by scan and filter_checkpoint, as Equinox's tips have it."""
+    """Layers stacked by filter_vmap and run by scan and filter_checkpoint, as Equinox recommends."""
 
     layers: Any
 
@@ -79,7 +79,7 @@ class Layers(eqx.Module):
 
 
 class Tied(eqx.Module):
-    """An embedding and its transpose, by nn.Shared."""
+    """An embedding and a linear layer that share one matrix by nn.Shared."""
 
     shared: Any
 
@@ -107,7 +107,7 @@ class Normalizations(eqx.Module):
 
 
 class NeuralODE(eqx.Module):
-    """A differential equation solved by diffrax, and a readout."""
+    """A differential equation that diffrax solves, with a linear readout."""
 
     field: Any
     head: Any

@@ -1,4 +1,4 @@
-"""Flax NNX: every layer that holds a kernel, and the transformations of modules."""
+"""Flax NNX: layers that hold a kernel, and transformations of modules."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 def module(
     build: Callable[[nnx.Rngs], Any], *shape: int, kwargs: Any = None, concrete: bool = False, **options: Any
 ) -> Case:
-    """A case of a module on an input of this shape; what it holds beside its parameters goes in as data."""
+    """A case of a module on an input of this shape. The rest of the module's state is passed as data."""
 
     def make() -> Model:
         create = lambda: build(nnx.Rngs(KEY))
@@ -49,7 +49,7 @@ class Block(nnx.Module):
 
 
 class Scanned(nnx.Module):
-    """Layers made by nnx.vmap, run by nnx.scan."""
+    """Layers that nnx.vmap makes and nnx.scan runs."""
 
     def __init__(self, rngs):
         self.layers = nnx.vmap(Block, in_axes=(nnx.StateAxes({nnx.RngState: 0, ...: None}),), out_axes=0)(
@@ -71,7 +71,7 @@ class Remat(nnx.Module):
 
 
 class Vmapped(nnx.Module):
-    """A model for each slice of the input, and one that all slices share."""
+    """One layer for each slice of the input, then one layer that all slices share."""
 
     def __init__(self, rngs):
         make = nnx.vmap(

@@ -1,4 +1,4 @@
-"""Haiku: every module with a weight, and Haiku's whole models."""
+"""Haiku: modules with weights, and whole models."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def haiku(forward: Callable[[Any], Any], *shape: int, **options: Any) -> Case:
-    """A case of a function that makes its modules and calls them on an input of this shape."""
+    """A case of a function that makes modules and calls them on an input of this shape."""
 
     def make() -> Model:
         transformed = hk.transform_with_state(forward)
@@ -27,7 +27,7 @@ def haiku(forward: Callable[[Any], Any], *shape: int, **options: Any) -> Case:
 
 
 def core(module: Callable[[], Any], unroll: Callable[..., Any] = hk.dynamic_unroll) -> Callable[[Any], Any]:
-    """A recurrent core over time (the first axis)."""
+    """Runs a recurrent core over time (the first axis)."""
 
     def forward(x: Any) -> Any:
         cell = module()

@@ -1,4 +1,4 @@
-"""Keras 3 on JAX: layers that hold weights, and whole models, by ``stateless_call`` with each variable under its path."""
+"""Keras 3 on JAX: layers with weights and whole models, called by ``stateless_call`` with variables by path."""
 
 import os
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from harness import Case, Model, check, drawn, normal, parametrize, through_gain
 import wmkp
 
 with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("KERAS_BACKEND", "jax")  # which Keras reads once, when it is imported
-    patch.setenv("KERAS_HOME", os.devnull)  # the settings in the user's home are neither read nor written
+    patch.setenv("KERAS_BACKEND", "jax")  # Keras reads this once, at import
+    patch.setenv("KERAS_HOME", os.devnull)  # do not read or write the settings in the user's home
     keras = pytest.importorskip("keras", reason="pip install -e '.[integration]'")
 layers, ops = keras.layers, keras.ops
 
@@ -20,11 +20,11 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def functional(build: Callable[[Any], Any], *shape: int, training: bool = True) -> Model:
-    """A functional model on an input of this shape; what is not trained (statistics, seeds) goes in as data."""
-    with keras.StatelessScope(initialize_variables=False):  # the shapes will do
+    """A functional model on an input of this shape. Variables that are not trained are passed as data."""
+    with keras.StatelessScope(initialize_variables=False):  # only the shapes are needed
         inputs = keras.Input(batch_shape=shape)
         model = keras.Model(inputs, build(inputs))
-    keras.utils.clear_session(free_memory=False)  # the next model's names are counted from one again
+    keras.utils.clear_session(free_memory=False)  # restart the numbering in the next model's names
     shapes = {v.path: jax.ShapeDtypeStruct(v.shape, v.dtype) for v in model.trainable_variables}
     state = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in model.non_trainable_variables]
     assert len(shapes) == len(model.trainable_variables), "each path is one variable's"
@@ -40,7 +40,7 @@ def model(build: Callable[[Any], Any], *shape: int, training: bool = True, **opt
 
 
 def chain(*build: Any) -> Callable[[Any], Any]:
-    """Layers one after another, made anew for each model."""
+    """Applies layers one after another. Each model makes new layers."""
 
     def call(x: Any) -> Any:
         for layer in build:
@@ -90,7 +90,7 @@ def transformer(x):
     x = x + layers.Dropout(0.1, seed=1)(layers.MultiHeadAttention(2, 3)(y, y))
     y = layers.Dense(8, activation="gelu")(layers.LayerNormalization()(x))
     x = x + layers.Dropout(0.1, seed=2)(layers.Dense(6)(y))
-    return layers.Dense(3)(layers.LayerNormalization()(x))  # without it training runs away, to the brink of float32
+    return layers.Dense(3)(layers.LayerNormalization()(x))  # without it the loss overflows
 
 
 def mobilenet(x):
@@ -120,7 +120,7 @@ CASES = {
     "ConvLSTM2D": model(chain(lambda: layers.ConvLSTM2D(3, 3)), 2, 3, 4, 4, 2),
     "MultiHeadAttention": model(attention, 2, 4, 6),
     "GroupQueryAttention": model(lambda x: layers.GroupQueryAttention(3, 4, 2)(x, x), 2, 4, 6),
-    # Its score, the sum of scale * tanh(query + key), is a product written by hand.
+    # Its score is a hand-written product: the sum of scale * tanh(query + key).
     "AdditiveAttention": model(
         lambda x: layers.AdditiveAttention()([layers.Dense(6)(x), x]), 2, 4, 6,
         refused={"model/additive_attention/scale": "reduce_sum"},
@@ -134,7 +134,7 @@ CASES = {
     "BatchNormalization by its statistics": model(
         chain(dense, layers.BatchNormalization, layers.ReLU, dense), 8, 6, training=False
     ),
-    # The kernel over its norm comes out of a cond: by whether the kernel is all zeros.
+    # A cond on whether the kernel is all zeros returns the normalized kernel.
     "SpectralNormalization": model(
         chain(lambda: layers.SpectralNormalization(layers.Dense(5))), 4, 6, unmirrored="."
     ),

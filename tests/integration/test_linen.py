@@ -1,4 +1,4 @@
-"""Flax Linen: every layer that holds a kernel, and the transformations that Flax lifts."""
+"""Flax Linen: layers that hold a kernel, and Flax's lifted transformations."""
 
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def linen(module: nn.Module, *shape: int, kwargs: Any = None, **options: Any) -> Case:
-    """A case of a module on an input of this shape; what it keeps beside its parameters goes in as data."""
+    """A case of a module on an input of this shape. Variables that are not parameters are passed as data."""
 
     def make() -> Model:
         x, call = normal(*shape, seed=1), partial(module.apply, **(kwargs or {}))
@@ -31,7 +31,7 @@ def linen(module: nn.Module, *shape: int, kwargs: Any = None, **options: Any) ->
 
 
 class Attend(nn.Module):
-    """Tokens in, logits over tokens out, by one embedding."""
+    """One embedding reads the tokens and gives the logits over tokens."""
 
     @nn.compact
     def __call__(self, x):
@@ -53,7 +53,7 @@ class Remat(nn.Module):
 
 
 class Vmapped(nn.Module):
-    """Three models, one for each slice of the input, and one model shared by all slices."""
+    """One layer for each slice of the input, then one layer that all slices share."""
 
     @nn.compact
     def __call__(self, x):
@@ -63,7 +63,7 @@ class Vmapped(nn.Module):
 
 
 class Tied(nn.Module):
-    """An autoencoder whose decoder is its encoder transposed."""
+    """An autoencoder whose decoder is the transpose of its encoder."""
 
     @nn.compact
     def __call__(self, x):

@@ -1,4 +1,4 @@
-"""Plain JAX: models written with einsum, loops, shard_map, custom derivatives and kernels; and the project's own models."""
+"""Plain JAX models (einsum, loops, shard_map, custom derivatives, kernels), and the project's own models."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,13 +20,13 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def plain(apply: Callable[..., Any], shapes: dict[str, tuple[int, ...]], *shape: int, **options: Any) -> Case:
-    """A case of ``apply(params, x)``, the parameters of these shapes, on an input of this shape."""
+    """A case of ``apply(params, x)`` with parameters of these shapes, on an input of this shape."""
     avals = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}
     return Case(lambda: through_gain(apply, drawn(avals), normal(*shape, seed=1)), **options)
 
 
 def experts(p, x):
-    """A mixture of experts, written with einsum: the gate's two best take part."""
+    """A mixture of experts written with einsum. The gate chooses the two best experts."""
     gate = jax.nn.softmax(x @ p["router"])
     best = gate * (gate >= jax.lax.top_k(gate, 2)[0][:, -1:])
     h = jax.nn.gelu(jnp.einsum("nd,edf->nef", x, p["up"]) + p["bias"])
@@ -34,7 +34,7 @@ def experts(p, x):
 
 
 def dispatched(p, x):
-    """A mixture of experts whose samples are sent to experts of one sample each, by one-hot matrices."""
+    """A mixture of experts in which one-hot matrices send each sample to one expert."""
     gate = jax.nn.softmax(x @ p["router"])
     send = jax.nn.one_hot(jnp.argmax(gate, -1), 3)
     inputs = jnp.einsum("ne,nd->end", send, x)
@@ -63,7 +63,7 @@ def attention(p, x):
 
 
 def state_space(p, x):
-    """A linear recurrence with diagonal dynamics, by an associative scan."""
+    """A linear recurrence with diagonal dynamics, computed by an associative scan."""
     decay = jax.nn.sigmoid(p["decay"])
     combine = lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1])
     u = x @ p["in"]
@@ -72,13 +72,13 @@ def state_space(p, x):
 
 
 def hypernetwork(p, x):
-    """Weights that a network makes from the data: these are activations, the network's own weights are not."""
+    """A network makes weights from the data. Those are activations; the network's own weights are not."""
     w = (jnp.tanh(x @ p["hyper"]) @ p["head"]).reshape(-1, 6, 3)
     return jnp.einsum("nd,ndf->nf", x, w)
 
 
 def wavelet(p, x):
-    """Convolutions by jax.lax and jnp: general dilated, and patches times a matrix."""
+    """A convolution by jax.lax, and one as patches times a matrix."""
     x = jax.lax.conv(x, p["conv"], (1, 1), "SAME")
     patches = jax.lax.conv_general_dilated_patches(jnp.tanh(x), (2, 2), (2, 2), "VALID")
     return jnp.einsum("npij,pf->nfij", patches, p["patches"])
@@ -97,13 +97,13 @@ def early_exit(p, x):
 
 
 def equivariant(p, x):
-    """A Lie group of shifts: each row of the matrix is a roll of one filter (a layout of a parameter)."""
+    """A matrix that stacks rolled copies of one filter, which is a layout of a parameter."""
     matrix = jnp.stack([jnp.roll(p["filter"], i, axis=0) for i in range(6)], axis=1)
     return jnp.einsum("nd,dkf->nkf", x, matrix)
 
 
 def stacked(p, x):
-    """Layers stacked by jnp.stack for a scan, tiled, unstacked; a recurrent matrix without self-connections."""
+    """Layers that jnp.stack, tile, unstack and concatenate lay out, with entries set to zero by ``at``."""
     layers = jnp.stack([p["a"], p["c"], p["a"].at[jnp.arange(6), jnp.arange(6)].set(0)])
     x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, layers)
     first, second = jnp.unstack(p["pair"])
@@ -111,7 +111,7 @@ def stacked(p, x):
 
 
 def straight_through(p, x):
-    """Binary activations with a straight-through gradient: a custom_vjp beside the projections."""
+    """Binary activations with a straight-through gradient, by a custom_vjp beside the projections."""
 
     @jax.custom_vjp
     def sign(x):
@@ -130,7 +130,7 @@ own_product.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T,
 
 
 def around(p, x):
-    """A custom_vjp around a projection: its backward pass is its author's, and goes through W."""
+    """A custom_vjp around a projection, whose own backward pass uses W."""
     return jnp.tanh(own_product(x, p["own"])) @ p["out"]
 
 
@@ -171,7 +171,7 @@ def kernel_of_activations(p, x):
 
 
 def sharded(p, x):
-    """A model whose hidden layer is divided among four devices, the batch among two (tensor and data parallel)."""
+    """Tensor and data parallel: four devices share the hidden layer, and two share the batch."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     spec = PartitionSpec
 
@@ -195,7 +195,7 @@ def circulant(p, x):
 
 
 def implicit(p, x):
-    """A fixed point z = tanh(z w + x), differentiated by the implicit function theorem (lax.custom_root)."""
+    """A fixed point z = tanh(z w / 3 + x), differentiated by the implicit function theorem (lax.custom_root)."""
     f = lambda z: z - jnp.tanh(z @ p["w"] / 3 + x)
     solve = lambda f, z: jax.lax.fori_loop(0, 5, lambda _, z: z - f(z), z)
     tangent = lambda g, y: jax.lax.fori_loop(0, 5, lambda _, z: y - (g(z) - z), y)
@@ -203,12 +203,12 @@ def implicit(p, x):
 
 
 def implicit_scaled(p, x):
-    """The same, its weight scaled by data: no constant within, and a weight still."""
+    """The implicit layer with its weight scaled by data. The scaled weight is still a weight."""
     return implicit({**p, "w": p["w"] * jax.lax.stop_gradient(x[0, 0])}, x)
 
 
 def linen(module, *shape, tokens=0, **options):
-    """The project's own models, from data alone: their first layer has no B."""
+    """A case of one of the project's own models. No parameter scales the input, so the first layer has no B."""
 
     def make():
         x = np.arange(np.prod(shape)).reshape(shape) % tokens if tokens else normal(*shape, seed=1)
@@ -272,7 +272,7 @@ def test_plain(case):
 
 @pytest.mark.parametrize("name", ["mixture of experts", "unrolled RNN", "grouped-query attention", "Decoder"])
 def test_backprop_keeps_every_weight_that_an_error_passes(name):
-    """So that ``kept_weights`` would see weight transport."""
+    """Backprop keeps every weight that an error passes, so ``kept_weights`` can detect weight transport."""
     fun, params, args = CASES[name].make()
     passed = {path for path, p in wmkp.projections(fun, params, *args).items() if p.feedback}
     nothing = jax.tree.map(lambda w: None, params)

@@ -1,4 +1,4 @@
-"""Spiking networks of spyx: eight kinds of neuron, trained by surrogate gradients through time."""
+"""Spiking networks of spyx with eight kinds of neuron, trained by surrogate gradients through time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +14,11 @@ spyx = pytest.importorskip("spyx.nn", reason="pip install -e '.[integration]'")
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-SPIKING = 3.0  # scales the currents, so that there are spikes
+SPIKING = 3.0  # scales the currents so that neurons spike
 
 
 class Network(nnx.Module):
-    """Two layers of spiking neurons and leaky integrators that read them out, over time."""
+    """Two layers of spiking neurons and a readout by leaky integrators, run over time."""
 
     def __init__(self, neurons: Callable[..., Any], rngs: nnx.Rngs):
         layers = [nnx.Linear(6, 8, rngs=rngs), neurons((8,), rngs=rngs), nnx.Linear(8, 8, rngs=rngs)]
@@ -30,7 +30,7 @@ class Network(nnx.Module):
 
 
 def network(neurons: Callable[..., Any]) -> Case:
-    """A case of a network on 4 inputs of 7 steps."""
+    """A case of a network on 4 sequences of 7 steps."""
 
     def make() -> Model:
         apply, params, state = wmkp.nnx.pure(nnx.eval_shape(lambda: Network(neurons, nnx.Rngs(KEY))))

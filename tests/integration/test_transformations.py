@@ -1,4 +1,4 @@
-"""An engaged gradient under combinations of JAX's transformations, and in every precision."""
+"""The engaged gradient under combinations of JAX's transformations, and in four precisions."""
 
 from functools import partial
 
@@ -30,7 +30,7 @@ def arrays(dtype=jnp.float32):
 
 
 def by_hand(params, feedback, x, y):
-    """Eq. 3-4 in NumPy, float64: loss and gradients."""
+    """The loss and the gradients of Eq. 3-4 in NumPy float64."""
     p, b, x, y = jax.tree.map(lambda a: np.asarray(a, np.float64), (params, feedback, x, y))
     h1 = np.tanh(x @ p["first"])
     h2 = np.tanh(h1 @ p["middle"] + p["bias"])
@@ -151,7 +151,7 @@ def test_bfloat16_weights_and_gradients():
 
 
 def test_float16_with_loss_scaling():
-    """Gradients too small for float16 are lost, and come back under a scaled loss: in B's signal as in W's."""
+    """A scaled loss recovers gradients that float16 alone loses, in B's signal and in W's gradient."""
     params, feedback, x, y = arrays()
 
     def half(params, x, y, scale):
@@ -190,7 +190,7 @@ def test_complex_numbers_are_refused_by_path():
 
 
 def masked(params, x, y):
-    """A loss whose weights reach their products by a mask, a scale that depends on parameters, a scan, remat, a cast."""
+    """A loss whose weight has a mask and a scale that depends on parameters, under scan and remat."""
     scale = 1 + jnp.tanh(x.mean() * params["bias"].sum())
     h = jnp.tanh(x @ params["first"])
     body = jax.checkpoint(
@@ -201,7 +201,7 @@ def masked(params, x, y):
 
 
 def field(fun):
-    """G(W, B): the engaged gradient."""
+    """The engaged gradient as a function G(W, B)."""
     return lambda params, feedback, x, y: wmkp.value_and_grad(fun, RULE)(params, feedback, x, y)[1][0]
 
 
@@ -221,7 +221,7 @@ def inner(a, b):
 
 @pytest.mark.parametrize("fun", [loss_fn, masked])
 def test_derivatives_of_the_engaged_gradient(fun):
-    """With respect to W at a fixed B, to B, and to the data, against finite differences in float64."""
+    """Derivatives by W at a fixed B, by B, and by the data agree with finite differences in float64."""
     with jax.enable_x64(True):
         params, feedback, x, y = arrays(jnp.float64)
         g = jax.jit(field(fun))
@@ -230,7 +230,7 @@ def test_derivatives_of_the_engaged_gradient(fun):
         at_w = lambda p: g(p, feedback, x, y)
         forward = jax.jvp(at_w, (params,), (u,))[1]
         assert_gradients_close(forward, central(at_w, params, u), 1e-7)
-        _, pull = jax.vjp(at_w, params)  # reverse over reverse is its transpose
+        _, pull = jax.vjp(at_w, params)  # reverse mode gives the transpose of forward mode
         np.testing.assert_allclose(inner(v, forward), inner(pull(v)[0], u), rtol=1e-10)
         assert not np.isclose(inner(v, forward), inner(u, jax.jvp(at_w, (params,), (v,))[1])), "it is not symmetric"
 
@@ -269,12 +269,12 @@ def test_forward_mode_of_an_engaged_function_is_refused():
     for transform in (jax.jacfwd(fun), lambda p: jax.jvp(fun, (p,), (p,))):
         with pytest.raises(TypeError, match=ours):
             transform(params)
-    with pytest.raises(TypeError, match="forward-mode"):  # JAX finds it when wmkp is through, and says so itself
+    with pytest.raises(TypeError, match="forward-mode"):  # here JAX itself raises the error, after wmkp has run
         jax.jit(lambda p: jax.jvp(fun, (p,), (p,)))(params)
 
 
 def test_feedback_weights_learned_by_a_gradient():
-    """B by gradient descent on the loss after one engaged step (learning to learn): through dG/dB, exactly."""
+    """A gradient step on B lowers the loss after one engaged step (learning to learn)."""
     params, feedback, x, y = arrays()
 
     def after(feedback):
