@@ -13,8 +13,8 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_parallel_codegen_split_count=1"
     + " --xla_force_host_platform_device_count=8"
 )
-# Sets the number of XLA's threads, by default the number of devices or cores. An all-reduce over eight devices holds eight
-# threads. If one of them is busy elsewhere, the others wait until XLA ends the process (seen in three runs).
+# Sets the number of XLA's threads, by default the number of devices or cores. An all-reduce over eight devices holds
+# eight threads. If one is busy elsewhere, the others wait until XLA ends the process (seen in three runs).
 os.environ["NPROC"] = "32"
 
 # All processes of this run (pytest's workers and the processes that tests start) share one compilation cache.

@@ -108,7 +108,7 @@ def test_examples_in_docstrings_run(name, x, quick_compile):
     assert doctest.DocTestRunner().run(test).failed == 0
 
 
-# --- what the pages say about the code ---------------------------------------------------------------------------------
+# --- what the pages say about the code --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("page", "name"), [(page, name) for page, names in pages.PLACES.items() for name in names])

@@ -309,7 +309,7 @@ def test_input_delta_does_not_depend_on_any_w(changed, seed, rule):
     w[changed] = np.random.default_rng(seed).normal(size=w[changed].shape).astype(np.float32)
     new_value, (new_grads, _) = gradient({**params, "w": w}, feedback, x, c)
     assert new_value != value
-    # The delta at the input (the gradient of its shift), and the first weight's gradient (its output's delta times its input).
+    # The gradient of the shift is the delta at the input. The first weight's gradient is x times its output's delta.
     np.testing.assert_array_equal(grads["shift"], new_grads["shift"])
     np.testing.assert_array_equal(grads["w"][0], new_grads["w"][0])
     expected = np.asarray(c, np.float64)

@@ -25,8 +25,8 @@ RULES = {
     "aa": wmkp.activation_alignment(),
 }
 OPTIMIZER = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.1, momentum=0.9))
-# Axis m shards the first layer's outputs, and the second's inputs, so that the second's product sums over m. Axis d shards
-# the third's rows, and m the kernel's outputs; both are gathered before use.
+# Axis m shards the first layer's outputs and the second's inputs, so that the second's product sums over m. Axis d
+# shards the third's rows, and m the kernel's outputs. Both are gathered before use.
 WHERE = {"conv": (None, None, None, "m"), "first": (None, "m"), "second": ("m", None), "bias": (None,), "third": ("d",)}
 
 

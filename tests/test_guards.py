@@ -147,7 +147,7 @@ def test_weight_gradients_by_patches_lay_out_no_batch_anew():
 
 @pytest.mark.slow
 def test_strided_positions_are_picked_out_when_delta_is_there(monkeypatch):
-    """A 1x1 shortcut of stride 2 picks out its inputs when its delta is there, which lowers the peak memory."""
+    """A strided 1x1 shortcut selects its inputs only after its delta is computed, which lowers the peak memory."""
     monkeypatch.setattr(patches, "LEAST", 0)
     draw = lambda i, *shape: drawn(i, *shape) / 8
     params = {"stem": draw(0, 3, 3, 3, 32)}
@@ -198,7 +198,7 @@ def test_a_mirror_step_is_two_products_a_projection_and_a_small_one_for_its_lag(
 
 @pytest.mark.parametrize("noise", ["gaussian", "rademacher", "uniform"])
 def test_noise_is_drawn_in_one_pass(noise):
-    """Drawing noise runs no loop over an array of its size, as jax.random's generator does on CPUs."""
+    """Drawing noise has no loop over an array of its size. jax.random's own generator has one on CPUs."""
     draw = lambda key: wmkp.noise.draw_noise(key, wmkp.weight_mirror(noise).mirror, (1, 64, 32), jnp.float32)
     program = jax.jit(draw).lower(KEY)
     reference = jax.jit(lambda key: jax.random.normal(key, (64, 32))).lower(KEY)
@@ -303,7 +303,7 @@ def test_no_tracer_is_leaked():
 
 @pytest.mark.parametrize("what", some_slow(["engaged", "mirror"], {"mirror"}))
 def test_tracing_work_is_linear_in_the_number_of_layers(what):
-    """The number of lines that run grows by as much from 40 to 60 layers as from 20 to 40, to 2 %."""
+    """From 40 to 60 layers, the number of lines that run grows by at most 2 % more than from 20 to 40."""
 
     def loss(params, x):
         for w, b in params:

@@ -1,4 +1,4 @@
-"""The checks of every model: B = W against jax.grad, no W kept for the backward pass, ten steps of KP and of WM.
+"""Checks of every model: B = W against jax.grad, no W in the backward pass, ten steps of KP and of WM.
 
 Compilation takes nearly all of the time, so a model compiles only three programs. These are backprop's gradient, the
 engaged gradient (the same for KP and WM), and mirror mode. NumPy makes the initial W and B, and the updates.
@@ -43,10 +43,10 @@ class Case(NamedTuple):
       unmirrored: a pattern of the projections that noise cannot reach. They raise an error in mirror mode; KP fixes it.
       in_part: a pattern of the parameters whose gradient differs from B's signal: tied weights, and weights under a
         weight norm.
-      kept: a pattern of the weights that the backward pass keeps for another use: the gradient of their own norm, or
-        the recomputation of a checkpoint.
-      bound: the largest difference from jax.grad's gradient, relative to its largest entry (or to a tenth of the
-        largest entry of all gradients).
+      kept: a pattern of the weights that the backward pass keeps for another use. This is the gradient of their own
+        norm, or the recomputation of a checkpoint.
+      bound: the largest relative difference from jax.grad's gradient. It is relative to the gradient's largest entry,
+        or to a tenth of the largest entry of all gradients.
     """
 
     make: Callable[[], Model]
