@@ -343,7 +343,7 @@ def test_delta_norms_are_the_norms_by_hand():
 
 
 def test_delta_norms_flag_an_error_of_rounding_alone():
-    """``is_rounding`` is set where backprop's error is rounding alone or zero, and not where the target is off by one."""
+    """``is_rounding`` is set if backprop's error is rounding alone or zero, and not if the target is off by one."""
     w = jax.random.normal(jax.random.key(0), (64, 64))
     x = jax.random.normal(jax.random.key(1), (8, 64))
     met = np.asarray(x, np.float64) @ np.asarray(w, np.float64)

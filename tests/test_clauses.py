@@ -176,7 +176,7 @@ def test_penalties_that_data_weighs_pass_no_error_on(name):
 
 
 def test_backprops_weight_under_a_norm_that_it_shares():
-    """Two weights share a norm, one under backprop and one under KP. The gradient equals a reference by stop_gradient."""
+    """Two weights share a norm, one under backprop and one under KP. The gradient equals a stop_gradient reference."""
     stop = jax.lax.stop_gradient
     norm = lambda v, w: jnp.sqrt((v**2).sum() + (w**2).sum())
 

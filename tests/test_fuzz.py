@@ -8,7 +8,7 @@ equations 3, 4 and 15 for every use, by stop_gradient alone.
 Other programs may contain a product that B cannot follow. wmkp must refuse such a program if an error passes the
 product. A numerical test tells hand-written products that are only gains from those that carry errors back.
 
-This command runs a thousand programs of each kind. Each seed gives others, and the statistics say how many were refused:
+This command runs a thousand programs of each kind. Each seed gives others. The statistics count the refused ones:
 ``FUZZ_EXAMPLES=1000 pytest -n 0 tests/test_fuzz.py --hypothesis-seed=1 --hypothesis-show-statistics``
 """
 

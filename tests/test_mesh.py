@@ -132,7 +132,7 @@ def test_mirror_noise_is_divided_among_the_devices():
 
 
 def test_noise_that_devices_share_is_summed_over_them_once(monkeypatch):
-    """One device may draw noise in parts in a loop. Eight devices do not, because each part would need a sum over them."""
+    """One device may draw noise in parts. Eight devices do not, because each part would need a sum over them."""
     params = {"first": np.ones((4, 64), np.float32), "w": np.ones((64, 96), np.float32)}
     loss = lambda params, model_state, x, key: (jnp.mean(jnp.tanh(x @ params["first"]) @ params["w"]), (None, {}))
     x = np.ones((DEVICES, 4), np.float32)

@@ -540,7 +540,7 @@ def test_orthogonal_noise_written_down_or_not(monkeypatch, name, fan_in, written
     [(24, False), (456, False), (96, True)],
 )
 def test_law_of_orthogonal_noise(samples, paired):
-    """Below fan_in directions the law is sqrt((fan_in - N) / N). ``mirror_angle`` also holds for a partial last block."""
+    """Below fan_in directions the law is sqrt((fan_in - N) / N). ``mirror_angle`` holds for partial blocks too."""
     rule = one_estimate(noise="orthogonal+antithetic" if paired else "orthogonal", num_samples=samples)
     params = {"first": FIRST, "w": normal(5, 96, 160, fan_in=96)}
     directions = samples // 2 if paired else samples

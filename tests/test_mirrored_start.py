@@ -299,7 +299,7 @@ def test_mirrored_kolen_pollack_defaults():
 
 
 def test_init_feedback_mirrors_as_steps_do():
-    """An exact start gives B = W, and a noisy one the mean of its estimates, by ``init_feedback`` and ``make_steps``."""
+    """By ``init_feedback`` and ``make_steps``, an exact start is W and a noisy one the mean of its estimates."""
     x = np.ones((3, 6), np.float32)
     noisy = wmkp.weight_mirror("gaussian", num_samples=64, start=3)
     exact = wmkp.kolen_pollack(start="mirror"), wmkp.mirrored_kolen_pollack(), wmkp.weight_mirror()
