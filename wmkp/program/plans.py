@@ -97,7 +97,9 @@ class Site(NamedTuple):
     def gains_of_data(self) -> list[int]:
         """The parameters that elementwise multiply what another parameter and data make (such as looked-up rows)."""
         mixed = any(k.data and (k.obstacle or k.per_example == 1) for k in self.kinds)
-        return [i for i in self.weights if not self.kinds[i].data and mixed and self.name in compat.MULTIPLIED]
+        if not mixed or self.name not in compat.MULTIPLIED or gain_operand(self.eqn, self.kinds) is not None:
+            return []
+        return [i for i in self.weights if not self.kinds[i].data]
 
     def product(self, weight: int, obstacle: str | None, kinds: list[Kind] | None = None) -> Product:
         return Product(self.eqn, self.bind, weight, kinds or self.kinds, obstacle, self.lengths)
