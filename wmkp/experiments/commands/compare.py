@@ -152,7 +152,7 @@ def train(config: Compare, dataset: data.Dataset, epochs: int) -> tuple[list[Row
     dataset = dataset._replace(train=jax.device_put(dataset.train), test=jax.device_put(dataset.test))
     seeds = range(config.seed, config.seed + config.seeds)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True, force_jupyter=False)) as progress:
         total = config.seeds * epochs
         bars = {name: progress.add_task(RULES[name], total=total, note="") for name in config.rules}
         # Errors of any rule come before the first one trains.
