@@ -1,7 +1,8 @@
-"""Weight mirrors and mirrored Kolen-Pollack at their default settings, beside backprop at backprop's learning rate.
+"""Compares weight mirrors and mirrored Kolen-Pollack, at default settings, with backprop at the same learning rate.
 
-``python -m benchmarks.mirrors --data-dir DIR`` trains what is not yet in ``benchmarks/results/mirrors.json``, each task
-under each rule from several seeds, and prints the table of docs/mirror.md. ``--print`` prints it and trains nothing.
+``python -m benchmarks.mirrors --data-dir DIR`` trains each task under each rule from several seeds. It skips the runs
+that ``benchmarks/results/mirrors.json`` already holds. It then prints the table of docs/mirror.md. With ``--print`` it
+only prints the table.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from wmkp.experiments.models.tasks import make_task
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Weight mirrors and mirrored Kolen-Pollack at their defaults, beside backprop."""
+    """Compares weight mirrors and mirrored Kolen-Pollack, at their defaults, with backprop."""
 
     tasks: tuple[str, ...] = ()
     """Some of the tasks, by name; all by default."""
@@ -46,19 +47,19 @@ class Args:
 
 
 class Task(NamedTuple):
-    """What is trained, and how.
+    """A model, its data and its training settings.
 
     Attributes:
       init: ``key -> (params, model_state)``.
       loss_fn: as ``wmkp.make_steps`` takes it.
-      score: ``(params, model_state, batch) -> (loss, wrong, count)``, sums or parts of them.
-      data: the examples.
-      steps: engaged steps.
-      batch: examples in a step.
-      optimizer: of W.
-      unit: of the result: "% wrong" or "nats".
-      seeds: the most that are run.
-      about: a line for the table.
+      score: ``(params, model_state, batch) -> (loss, wrong, count)``, each a sum over the batch or an array to sum.
+      data: the training and test examples.
+      steps: the number of engaged steps.
+      batch: the number of examples in a step.
+      optimizer: the optimizer of W.
+      unit: the unit of the result, "% wrong" or "nats".
+      seeds: the largest number of seeds.
+      about: the description in the table.
     """
 
     init: Callable[..., Any]
@@ -73,7 +74,7 @@ class Task(NamedTuple):
     about: str
 
 
-# A rule, and how many engaged steps lie between its mirror steps.
+# Each rule, and the number of engaged steps between its mirror steps.
 RULES: dict[str, tuple[Callable[[], wmkp.Rule], int]] = {
     "BP": (wmkp.backprop, 0),
     "WM": (wmkp.weight_mirror, 1),
@@ -84,7 +85,7 @@ RULES: dict[str, tuple[Callable[[], wmkp.Rule], int]] = {
 
 
 class FiveConvolutions(nn.Module):
-    """Five 3x3 convolutions and a readout of their mean."""
+    """Five 3x3 convolutions, a mean over positions and a dense readout."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -108,7 +109,7 @@ def sgd(rate: Any, decay: float) -> optax.GradientTransformation:
 
 
 def on_digits(model: nn.Module, epochs: int, batch: int, rate: float, decay: float, final: float, about: str) -> Task:
-    """A Flax model on scikit-learn's digits, its learning rate falling to a share ``final`` along half a cosine."""
+    """A Flax model on scikit-learn's digits. A cosine schedule lowers its learning rate to the fraction ``final``."""
     data = datasets.digits()
     steps = epochs * (len(data.train["label"]) // batch)
     apply = lambda params, x: model.apply({"params": params}, x / 16)
@@ -127,7 +128,7 @@ def on_digits(model: nn.Module, epochs: int, batch: int, rate: float, decay: flo
 
 
 def of_experiments(config: Train, optimizer: optax.GradientTransformation, unit: str, seeds: int, about: str) -> Task:
-    """A model and its loss as ``wmkp train`` has them."""
+    """A task with a model and loss of ``wmkp train``."""
     data = datasets.load(config.dataset, config.data_dir)
     text = "tokens" in data.train
     example = data.train["tokens" if text else "image"][:1]
@@ -186,7 +187,7 @@ TASKS: dict[str, Callable[[Path | None], Task]] = {
 
 
 def train(task: Task, rule: wmkp.Rule, every: int, seeds: list[int], steps: int) -> Iterator[dict[str, float]]:
-    """Each seed's result. One compiled step serves all seeds."""
+    """Yields the result of each seed. All seeds share one compiled step."""
     examples = jax.tree.map(jnp.asarray, task.data.train)
     count = len(jax.tree.leaves(examples)[0])
     params, model_state = jax.eval_shape(task.init, jax.random.key(0))
@@ -215,7 +216,7 @@ def train(task: Task, rule: wmkp.Rule, every: int, seeds: list[int], steps: int)
 
 
 def test(task: Task, score: Any, state: wmkp.TrainState, rule: wmkp.Rule) -> dict[str, float]:
-    """The result on the test set, and the worst matrix angle."""
+    """Returns the result on the test set, and the largest matrix angle."""
     size, sums = 256, np.zeros(3)
     total = len(jax.tree.leaves(task.data.test)[0])
     for start in range(0, total, size):
@@ -236,7 +237,7 @@ def stored() -> dict[str, Any]:
 
 
 def run(args: Args) -> None:
-    """Trains what is not stored yet, one seed after another, and stores each."""
+    """Trains the missing runs, one seed after another, and stores each result."""
     for name in args.tasks or TASKS:
         task = None
         for rule in args.rules:
@@ -254,7 +255,7 @@ def run(args: Args) -> None:
 
 
 def keep(name: str, task: Task, rule: str, result: dict[str, float]) -> None:
-    """Adds a result to the file, under the versions and machine of this run."""
+    """Adds a result to the file, with the versions and the machine of this run."""
     tasks = stored()["tasks"]
     entry = tasks.setdefault(name, {"about": task.about, "unit": task.unit, "rules": {}})
     entry["rules"].setdefault(rule, []).append(result)
@@ -265,12 +266,12 @@ MARGIN = {"% wrong": 1.0, "nats": 0.03}
 
 
 def verdict(unit: str, bp: list[float], ours: list[float]) -> bool:
-    """Whether the mean over seeds lies within BP's range and the margin of it."""
+    """Whether the mean over seeds is at most the result of BP's worst seed plus the margin."""
     return statistics.fmean(ours) <= max(bp) + MARGIN[unit]
 
 
 def table() -> str:
-    """What is stored, as Markdown."""
+    """The stored results as a Markdown table."""
     tasks = stored()["tasks"]
     rules = [rule for rule in RULES if any(rule in task["rules"] for task in tasks.values())]
     lines = [["task", *rules], ["---", *["---:"] * len(rules)]]

@@ -1,4 +1,4 @@
-"""The models that the benchmarks of speed train, each with a loss, an optimizer and a batch of random data."""
+"""The models of the speed benchmarks, each with a loss, an optimizer and a batch of random data."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,11 +26,11 @@ class Dense(nn.Module):
 
 
 class Case(NamedTuple):
-    """Something to train.
+    """A model to train, with its loss, optimizer and data.
 
     Attributes:
-      loss_fn, params, model_state, optimizer: as ``wmkp.make_steps`` takes them.
-      batch: images and labels, or what else the loss takes.
+      loss_fn, params, model_state, optimizer: the arguments of ``wmkp.make_steps``.
+      batch: images and labels, or other data for the loss.
     """
 
     loss_fn: Callable[..., Any]
@@ -41,18 +41,18 @@ class Case(NamedTuple):
 
 
 def sgd(rate: Any = 0.1) -> optax.GradientTransformation:
-    """SGD with momentum 0.9 and decay 1e-4."""
+    """SGD with momentum 0.9 and weight decay 1e-4."""
     return optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(rate, momentum=0.9))
 
 
 def adamw(rate: Any = 1e-3) -> optax.GradientTransformation:
-    """AdamW with decay 0.05."""
+    """AdamW with weight decay 0.05."""
     return optax.adamw(rate, weight_decay=0.05)
 
 
 ADAMW, SGD = adamw(), sgd()
 
-# Model (of classes and dtype), side of the image, channels, classes and optimizer; whether it is told that it trains.
+# Model (a function of classes and dtype), image side, channels, classes, optimizer; whether it takes a training flag.
 MODELS: dict[str, tuple[Callable[..., nn.Module], int, int, int, Any, bool]] = {
     "MLP 784-500-10": (lambda classes, dtype: Dense(num_classes=classes), 28, 1, 10, SGD, False),
     "LeNet": (lambda classes, dtype: LeNet(classes, dtype), 32, 1, 10, SGD, False),
@@ -72,7 +72,7 @@ def make(
     channels: int | None = None,
     classes: int | None = None,
 ) -> Case:
-    """A case of ``MODELS``, for images of another size, or for other classes, where they are given."""
+    """Makes a case of ``MODELS``. The arguments can change the image size and the number of classes."""
     build, own_side, own_channels, own_classes, optimizer, normalized = MODELS[name]
     side, channels, classes = size or own_side, channels or own_channels, classes or own_classes
     model, mode = build(classes, dtype), {"train": True} if normalized else {}
@@ -84,7 +84,7 @@ def make(
 
 
 def loss_of(model: nn.Module, mode: dict[str, bool]) -> Callable[..., Any]:
-    """Cross entropy, as ``wmkp.make_steps`` takes it."""
+    """Returns the cross-entropy loss in the form that ``wmkp.make_steps`` takes."""
 
     def loss_fn(params: Any, model_state: Any, batch: dict[str, jax.Array], key: jax.Array) -> Any:
         variables = {"params": params, **model_state}
@@ -95,7 +95,7 @@ def loss_of(model: nn.Module, mode: dict[str, bool]) -> Callable[..., Any]:
 
 
 class Plain(NamedTuple):
-    """What backprop's training changes."""
+    """The training state of backprop."""
 
     params: Any
     model_state: Any
@@ -104,13 +104,13 @@ class Plain(NamedTuple):
 
 
 def start(case: Case) -> Plain:
-    """Backprop's state before the first step; it shares no array with the case."""
+    """Returns backprop's initial state, which shares no array with the case."""
     params, model_state = jax.tree.map(jnp.copy, (case.params, case.model_state))
     return Plain(params, model_state, case.optimizer.init(params), jax.random.key(0))
 
 
 def backprop_step(case: Case) -> tuple[Callable[[Plain, Any], tuple[Plain, jax.Array]], Plain]:
-    """The reference: ``jax.value_and_grad`` and the optimizer, not compiled yet, and an initial state.
+    """Returns the reference step (``jax.value_and_grad`` and the optimizer), not yet compiled, and an initial state.
 
     The loss takes a random key, so the step splits one, as an engaged step does.
     """
@@ -126,7 +126,10 @@ def backprop_step(case: Case) -> tuple[Callable[[Plain, Any], tuple[Plain, jax.A
 
 
 def chained(step: Callable[..., tuple[Any, Any]], state: Any, *args: Any) -> Callable[[], Any]:
-    """A call that takes one step from the last state (so that the state can be donated), and waits for it."""
+    """Returns a function that takes one step and waits for it.
+
+    Each call starts from the last state, so the state can be donated.
+    """
     box = [state]
 
     def call() -> Any:

@@ -1,7 +1,7 @@
-"""What orthogonal noise costs: the library's own, QR and Hadamard matrices, against the mirror's two products.
+"""Compares the time of orthogonal noise with the time of the two matrix products of a mirror step.
 
-``python -m benchmarks.noise`` times one block of fan_in orthogonal samples by each, in turns, beside the two matrix
-products that a mirror step makes of them, and writes ``benchmarks/results/noise.json``.
+``python -m benchmarks.noise`` draws one block of fan_in orthogonal samples by each method: the library's own, QR and
+Hadamard matrices. The methods and the products take turns. The times go to ``benchmarks/results/noise.json``.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from wmkp.rule import Mirror
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """The cost of orthogonal noise."""
+    """Times orthogonal noise."""
 
     fan_in: tuple[int, ...] = (64, 147, 576, 1152, 2304, 4608)
     """Sizes to try; those of a ResNet-18's projections, and a power of two."""
@@ -38,17 +38,17 @@ class Args:
 
 
 def library(key: jax.Array, fan_in: int) -> jax.Array:
-    """``weight_mirror(noise="orthogonal")``'s."""
+    """The noise of ``weight_mirror(noise="orthogonal")``."""
     return draw_noise(key, Mirror("orthogonal"), (1, fan_in, fan_in), jnp.float32)[0]
 
 
 def gaussian(key: jax.Array, fan_in: int) -> jax.Array:
-    """As many Gaussian samples, which are not orthogonal."""
+    """The same number of Gaussian samples, which are not orthogonal."""
     return draw_noise(key, Mirror("gaussian"), (1, fan_in, fan_in), jnp.float32)[0]
 
 
 def jax_gaussian(key: jax.Array, fan_in: int) -> jax.Array:
-    """The same by ``jax.random``."""
+    """Gaussian samples by ``jax.random``."""
     return jax.random.normal(key, (fan_in, fan_in))
 
 
@@ -63,9 +63,9 @@ def _power_of_two(fan_in: int) -> int:
 
 
 def hadamard(key: jax.Array, fan_in: int) -> jax.Array:
-    """Sylvester's matrix entry by entry, (-1)^popcount(i & j), random signs for columns.
+    """Sylvester's Hadamard matrix with random column signs; its entry (i, j) is (-1)^popcount(i & j).
 
-    There is one of every power of two only: as many samples are needed, up to 2 fan_in.
+    Its size must be a power of two, so it can need up to 2 fan_in samples.
     """
     samples = _power_of_two(fan_in)
     rows, columns = jnp.arange(samples, dtype=jnp.uint32)[:, None], jnp.arange(fan_in, dtype=jnp.uint32)
@@ -74,7 +74,7 @@ def hadamard(key: jax.Array, fan_in: int) -> jax.Array:
 
 
 def fast_hadamard(key: jax.Array, fan_in: int) -> jax.Array:
-    """The same by a fast Walsh-Hadamard transform of the diagonal of signs: log2(samples) butterflies."""
+    """The same matrix by a fast Walsh-Hadamard transform of the diagonal of signs, in log2(samples) butterflies."""
     samples = _power_of_two(fan_in)
     signs = jax.random.rademacher(key, (fan_in,), jnp.float32)
     x = jnp.zeros((samples, fan_in)).at[jnp.arange(fan_in), jnp.arange(fan_in)].set(signs)
@@ -87,7 +87,7 @@ def fast_hadamard(key: jax.Array, fan_in: int) -> jax.Array:
 
 
 def products(noise: jax.Array, w: jax.Array) -> jax.Array:
-    """What a mirror step does with noise: y = x W, then x^T y over samples."""
+    """The two products of a mirror step: y = x W, then x^T y over the samples."""
     return noise.T @ (noise @ w) / noise.shape[0]
 
 
@@ -102,13 +102,13 @@ METHODS: dict[str, Callable[[jax.Array, int], jax.Array]] = {
 
 
 def check(noise: jax.Array) -> float:
-    """The largest entry of X^T X / N - I."""
+    """The largest absolute entry of X^T X / N - I."""
     x = np.asarray(noise, np.float64)
     return float(np.max(np.abs(x.T @ x / x.shape[0] - np.eye(x.shape[1]))))
 
 
 def measure(args: Args, fan_in: int) -> dict[str, Any]:
-    """One row: seconds of each method, and of the products."""
+    """Returns one row: the seconds of each method, and of the products."""
     key = jax.random.key(0)
     w = jax.random.normal(jax.random.key(1), (fan_in, args.fan_out))
     calls: dict[str, Callable[[], Any]] = {}
@@ -127,7 +127,7 @@ def measure(args: Args, fan_in: int) -> dict[str, Any]:
 
 
 def main(args: Args) -> None:
-    """Runs all sizes, prints milliseconds and shares of the products' time, and saves them."""
+    """Runs all sizes. Prints and saves the times, also relative to the products."""
     names = [*METHODS, "products"]
     print(f"milliseconds (share of the products' time), fan_out {args.fan_out}")
     print(f"{'fan_in':>6} " + " ".join(f"{name:>22}" for name in names))

@@ -1,4 +1,4 @@
-"""Writes tables and a picture from ``wmkp compare`` and ``python -m benchmarks`` into the pages: no number is typed by hand."""
+"""Writes the results of ``wmkp compare`` and ``python -m benchmarks`` into the pages, as tables and a picture."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from benchmarks import mirrors as mirrors_table
 
 ROOT = Path(__file__).parent.parent
 
-# The marked places of a page that measurements fill, each by the function of its name.
+# The marked places that measurements fill. The function of the same name writes each.
 PLACES = {
     "docs/performance.md": ("cost", "memory", "scaling", "mirror", "transforms", "peers"),
     "docs/mirror.md": ("mirrors",),
@@ -24,7 +24,7 @@ PLACES = {
 
 
 def pages(comparison: Path | None = None, every_rule: Path | None = None) -> None:
-    """Fills the marked places of the pages with measurements and addresses, and with comparisons if they are given.
+    """Fills the marked places of the pages with measurements and addresses, and with the given comparisons.
 
     Args:
       comparison: the directory that ``wmkp compare`` wrote, for the picture.
@@ -54,12 +54,12 @@ def table(head: list[str], rows: list[list[str]], numbers: int) -> str:
 
 
 def results(name: str) -> dict[str, benchmarks.Row]:
-    """The rows of one file of ``results``, by name."""
+    """Reads one file of ``results`` and returns its rows by name."""
     return {row.name: row for row in benchmarks.read(benchmarks.RESULTS / f"{name}.json")}
 
 
 def cost() -> str:
-    """Each rule's engaged step over backprop's, a row for each model of ``results/engaged.json``."""
+    """The time of each rule's engaged step relative to backprop, one row per model of ``results/engaged.json``."""
     rows, lines = results("engaged"), []
     columns = [(rule, under) for under in ("BP", "BP by patches") for rule in ("KP", "FA, WM")]
     for name in engaged.SIZES:
@@ -70,7 +70,7 @@ def cost() -> str:
 
 
 def memory() -> str:
-    """The peak memory of an engaged step over that of backprop with B, by ``results/engaged.json``."""
+    """The peak memory of an engaged step relative to backprop with B, from ``results/engaged.json``."""
     rows, lines = results("engaged"), []
     for name in engaged.SIZES:
         found = [rows.get(f"{name}: {rule}, peak bytes over BP's and B's") for rule in ("KP", "FA, WM")]
@@ -79,12 +79,12 @@ def memory() -> str:
 
 
 def mirrors() -> str:
-    """Weight mirrors and mirrored Kolen-Pollack at their defaults beside backprop."""
+    """Weight mirrors and mirrored Kolen-Pollack, at their defaults, compared with backprop."""
     return mirrors_table.table()
 
 
 def scaling() -> str:
-    """A Kolen-Pollack step over backprop's in dense layers, by ``results/scaling.json``."""
+    """The time of a Kolen-Pollack step relative to backprop in dense layers, from ``results/scaling.json``."""
     lines = []
     for name, row in results("scaling").items():
         if found := re.fullmatch(r"KP over BP, dense layers, (\w+ \d+)", name):
@@ -93,7 +93,7 @@ def scaling() -> str:
 
 
 def mirror() -> str:
-    """What mirroring costs at 224 pixels and batch 256, and the angles it holds, by ``results/mirror_cost.json``."""
+    """The cost of mirroring at 224 pixels and batch 256, and its angles, from ``results/mirror_cost.json``."""
     rows, lines = results("mirror_cost"), []
     for name in ("ResNet-18", "ResNet-50"):
         spent = [rows[f"{name} at 224, batch 256: mirror over engaged, {what}"] for what in ("operations", "time")]
@@ -116,7 +116,7 @@ def mirror() -> str:
 
 
 def transforms() -> str:
-    """A mirror step's time over that of its two matrix products, by ``results/mirror_cost.json``."""
+    """The time of a mirror step relative to its two matrix products, from ``results/mirror_cost.json``."""
     rows, lines = results("mirror_cost"), []
     for name in mirror_cost.RUNS:
         found = [
@@ -128,7 +128,7 @@ def transforms() -> str:
 
 
 def peers() -> str:
-    """Other libraries' times over wmkp's, by ``results/peers.json``."""
+    """The times of other libraries relative to wmkp, from ``results/peers.json``."""
     rows = [row for row in results("peers").values() if row.value is not None]
     return table(
         ["time", "ratio"], [[row.name, f"{row.value:.2f}"] for row in rows if "alone, by PyTorch" not in row.name], 1
@@ -136,7 +136,7 @@ def peers() -> str:
 
 
 def resnet20() -> str:
-    """The paper's comparison of the algorithms at the size of ResNet-20, by ``results/figures``."""
+    """The paper's comparison of the algorithms, with ResNet-20, from ``results/figures``."""
     lines, where = figures.section("akrout-resnet20").split("\n"), "benchmarks/results/figures/akrout-resnet20"
     table = [line for line in lines if line.startswith("|")]
     return "\n".join(
@@ -144,7 +144,7 @@ def resnet20() -> str:
     )
 
 
-# Rows of ``training``: the recipe, what is said of it, the number shown.
+# Rows of ``training``: the recipe, its description, the number shown.
 TRAINED = (
     ("decoder-characters", "Transformer, characters, 400 steps: nats", "test_loss", ".3f"),
     ("vit-mnist", "ViT-Ti, MNIST, 400 steps: test error %", "test_error_percent", ".2f"),
@@ -153,7 +153,7 @@ TRAINED = (
 
 
 def training() -> str:
-    """Short runs of ``wmkp train``, by ``results/training.json``: a number and the mean matrix angle."""
+    """Short runs of ``wmkp train``, from ``results/training.json``: a number and the mean matrix angle."""
     runs = {row["run"]: row for row in json.loads((benchmarks.RESULTS / "training.json").read_text())["rows"]}
     lines = [["run", "BP", "KP, mirrored start", "KP, random start", "WM"], ["---"] * 5]
     for base, what, name, form in TRAINED:
@@ -176,7 +176,7 @@ def programs_compiled() -> list[tuple[str, str, str, dict[str, Any]]]:
 
 
 def engaged_compiled() -> str:
-    """Engaged steps on described devices, over backprop's."""
+    """Engaged steps relative to backprop, compiled for described devices."""
     found, lines = programs_compiled(), []
     plain = {(target, model): p for target, model, step, p in found if step == "BP"}
     for target, model, step, p in found:
@@ -211,7 +211,7 @@ def engaged_compiled() -> str:
 
 
 def mirror_compiled() -> str:
-    """Mirror steps on described devices, over the engaged steps between them."""
+    """Mirror steps relative to the engaged steps between them, compiled for described devices."""
     found, lines = programs_compiled(), []
     plain = {(target, model): p for target, model, step, p in found if step == "BP"}
     for target, model, step, p in found:
@@ -226,7 +226,7 @@ def mirror_compiled() -> str:
 
 
 def largest_compiled() -> str:
-    """The largest batch of a device."""
+    """The largest batch that fits a device."""
     found = {f"{a}: {b}: {c}": p["batch"] for a, b, c, p in programs_compiled() if "batch" in p}
     lines = [
         [*key.split(": ")[:2], str(batch), str(found.get(key.replace(": BP,", ": KP,"), ""))]
@@ -237,7 +237,7 @@ def largest_compiled() -> str:
 
 
 def fill(page: str, name: str, content: str) -> None:
-    """Writes between ``<!-- name -->`` and ``<!-- end of name -->``."""
+    """Writes ``content`` between ``<!-- name -->`` and ``<!-- end of name -->``."""
     text, found = re.subn(
         rf"(<!-- {name} -->\n).*?((?:# )?<!-- end of {name} -->)",
         lambda m: f"{m[1]}{content}{m[2]}",

@@ -1,4 +1,4 @@
-"""The paper's MNIST network in NumPy, float64: 784-500-10, sigmoids, ten sigmoid cross-entropies, Kolen-Pollack."""
+"""The paper's MNIST network in NumPy (float64): 784-500-10, sigmoids, sigmoid cross-entropy, Kolen-Pollack."""
 
 import itertools
 
@@ -14,7 +14,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def init(seed: int = 0) -> dict[str, np.ndarray]:
-    """W, b and B, Gaussian of variance 1 / (fan_in + fan_out); W as (fan_in, fan_out), B as (fan_out, fan_in)."""
+    """Draws W (fan_in, fan_out), b and B (fan_out, fan_in): Gaussian, of variance 1 / (fan_in + fan_out)."""
     random = np.random.default_rng(seed)
     weights = {}
     for i, (n, m) in enumerate(itertools.pairwise(SIZES), 1):
@@ -26,7 +26,7 @@ def init(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def epoch(w: dict[str, np.ndarray], images: np.ndarray, targets: np.ndarray) -> None:
-    """An epoch in the order of the dataset, ``w`` changed in place.
+    """Trains one epoch in the order of the dataset, and changes ``w`` in place.
 
     Args:
       images: (examples, 784) in [0, 1]; targets: one-hot, (examples, 10).

@@ -1,7 +1,8 @@
-"""wmkp and other libraries in turns: the paper's equations in NumPy, PyTorch's backprop and BioTorch's rules.
+"""Compares the speed of wmkp with the paper's equations in NumPy, PyTorch's backprop and BioTorch's rules.
 
-Every number is the other library's time over wmkp's: above 1, wmkp is faster. These have no target, because XLA's kernels set
-wmkp's time on a CPU. The target is for what wmkp adds: an epoch over its two large products by the same kernels.
+Every number is the other library's time relative to wmkp. Above 1, wmkp is faster. These numbers have no target,
+because XLA's kernels set wmkp's time on a CPU. The target limits what wmkp adds: the time of an epoch relative to its
+two large products by the same kernels.
 """
 
 import contextlib
@@ -18,13 +19,13 @@ import benchmarks
 import wmkp
 from benchmarks import Part, Row, Settings, arrays, models, paper_numpy
 
-# Batch, how long all take turns, and the side of the images when trying the scripts out.
+# Batch size, seconds of turns, and the image side in a trial of the scripts.
 SIZES = {"ViT-Ti": (8, 25, 32), "LeNet": (64, 12, 32), "ResNet-20": (128, 30, 32)}
-BIOTORCH = {"fa": wmkp.feedback_alignment, "usf": wmkp.sign_symmetry}  # modes of BioTorch, and the rule here
+BIOTORCH = {"fa": wmkp.feedback_alignment, "usf": wmkp.sign_symmetry}  # modes of BioTorch, and wmkp's rules
 
 
 def parts(settings: Settings) -> dict[str, Part]:
-    """MNIST's epoch, then a step of each model."""
+    """The parts: an epoch of MNIST, then a step of each model."""
     return {
         "MNIST epoch": partial(mnist_epoch, settings),
         **{f"{name} step": partial(step, name, settings) for name in SIZES},
@@ -43,7 +44,7 @@ def sigmoid_loss(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
 
 
 def wmkp_epoch(images: np.ndarray, targets: np.ndarray) -> Callable[[], Any]:
-    """The same network by ``wmkp.kolen_pollack``, float32, an epoch in one compiled call."""
+    """The same network under ``wmkp.kolen_pollack``, in float32. One compiled call trains an epoch."""
     count = len(images) // paper_numpy.BATCH
     cut = lambda a: jnp.asarray(a[: count * paper_numpy.BATCH], jnp.float32).reshape(count, paper_numpy.BATCH, -1)
     data = cut(images), cut(targets)
@@ -63,7 +64,7 @@ def wmkp_epoch(images: np.ndarray, targets: np.ndarray) -> Callable[[], Any]:
 
 
 def reproduced_epoch(images: np.ndarray, labels: np.ndarray) -> Callable[[], Any]:
-    """The same epoch as ``wmkp reproduce akrout-mnist`` trains it: weights of pixels that a batch does not light rest."""
+    """The same epoch by ``wmkp reproduce akrout-mnist``, which skips the weights of pixels that are dark in a batch."""
     from wmkp.experiments.commands import published  # which needs tyro and Pillow
     from wmkp.experiments.data.datasets import Dataset
 
@@ -73,7 +74,7 @@ def reproduced_epoch(images: np.ndarray, labels: np.ndarray) -> Callable[[], Any
 
 
 def torch_epoch(images: np.ndarray, targets: np.ndarray) -> Callable[[], Any]:
-    """The same network by PyTorch's backprop, float32, batch after batch."""
+    """The same network by PyTorch's backprop, in float32, batch by batch."""
     import torch
     from torch.nn import functional as F
 
@@ -96,7 +97,7 @@ def torch_epoch(images: np.ndarray, targets: np.ndarray) -> Callable[[], Any]:
 
 
 def products_epoch(images: np.ndarray) -> dict[str, Callable[[], Any]]:
-    """Nothing but W1's two products of each step, which no step can do without, in float32: by XLA, and by PyTorch."""
+    """Only the two products of W1, which every step needs, in float32: by XLA, and by PyTorch."""
     count = len(images) // paper_numpy.BATCH
     x = images[: count * paper_numpy.BATCH].astype(np.float32).reshape(count, paper_numpy.BATCH, -1)
     w1 = paper_numpy.init()["W1"].astype(np.float32)
@@ -120,7 +121,7 @@ def products_epoch(images: np.ndarray) -> dict[str, Callable[[], Any]]:
 
 
 def numpy_kernel() -> list[dict[str, Any]]:
-    """What NumPy multiplies matrices with, by threadpoolctl where it is installed."""
+    """The matrix library of NumPy, from threadpoolctl if that is installed."""
     try:
         from threadpoolctl import threadpool_info
     except ImportError:
@@ -130,7 +131,7 @@ def numpy_kernel() -> list[dict[str, Any]]:
 
 
 def mnist_epoch(settings: Settings) -> Iterator[Row]:
-    """468 steps of 128: NumPy (Kolen-Pollack) and PyTorch (backprop) over wmkp (Kolen-Pollack)."""
+    """468 steps of batch 128: NumPy (Kolen-Pollack) and PyTorch (backprop) relative to wmkp (Kolen-Pollack)."""
     random = np.random.default_rng(0)
     examples = 1280 if settings.quick else 60_000
     images, labels = random.uniform(size=(examples, 784)), random.integers(10, size=examples)
@@ -174,7 +175,7 @@ def mnist_epoch(settings: Settings) -> Iterator[Row]:
 
 
 def step(name: str, settings: Settings) -> Iterator[Row]:
-    """PyTorch's backprop over Kolen-Pollack here, and BioTorch's rules over the same rules here."""
+    """PyTorch's backprop relative to wmkp's Kolen-Pollack, and BioTorch's rules relative to the same rules of wmkp."""
     if not benchmarks.installed("torch"):
         yield Row(f"{name}: PyTorch's backprop over wmkp's KP, a step", note="PyTorch is not installed")
         return

@@ -1,7 +1,7 @@
-"""How fast images are read, decoded, cropped and batched for training, against decoding them in a plain loop.
+"""Compares the speed of the input pipeline with a plain loop that decodes the same images.
 
 ``python -m benchmarks.pipeline --data-dir DIR`` streams the dataset on one core and on all, in threads and in worker
-processes, all taking turns with loops over the same encoded images, and writes ``benchmarks/results/pipeline.json``.
+processes. Streams and loops take turns. The results go to ``benchmarks/results/pipeline.json``.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from wmkp.experiments.data import images, streaming
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """The speed of the input pipeline."""
+    """Times the input pipeline."""
 
     data_dir: Path
     """Where TFDS has the dataset prepared."""
@@ -43,19 +43,19 @@ class Args:
 
 
 def decode_and_resize(encoded: list[bytes], size: int) -> None:
-    """Nothing but PIL: every image decoded and, whole, resized."""
+    """Decodes and resizes every whole image with PIL only."""
     for content in encoded:
         np.asarray(Image.open(io.BytesIO(content)).convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
 
 
 def crop(encoded: list[bytes], size: int) -> None:
-    """What the pipeline makes of each image, without the pipeline."""
+    """Decodes and crops each image as the pipeline does, in a plain loop."""
     for i, content in enumerate(encoded):
         images.random_crop(content, size, np.random.default_rng(i))
 
 
 def crop_all_decoded(encoded: list[bytes], size: int) -> None:
-    """The same crops, but every JPEG decoded at its full size."""
+    """Makes the same crops, but decodes every JPEG at its full size."""
     for i, content in enumerate(encoded):
         rng = np.random.default_rng(i)
         image = Image.open(io.BytesIO(content)).convert("RGB")
@@ -79,7 +79,7 @@ def loop_rate(loop: Callable[[list[bytes], int], None], encoded: list[bytes], si
 
 
 def stream_rate(args: Args, stream: streaming.Stream, cores: list[int], workers: int) -> float:
-    """Images per second of the pipeline on some of the cores, once what it had read ahead has been used up."""
+    """Images per second of the pipeline on ``cores``. Timing starts when the images read ahead are used up."""
     every = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)  # threads and worker processes inherit it
     try:
@@ -97,7 +97,7 @@ def stream_rate(args: Args, stream: streaming.Stream, cores: list[int], workers:
 
 
 def main(args: Args) -> None:
-    """Measures all ways in turns, prints images per second and their ratio to the first loop's, and saves them."""
+    """Measures all methods in turns. Prints and saves images per second, also relative to the first loop."""
     stream = streaming.open_stream(args.dataset, args.data_dir, args.size)
     encoded = [stream.train[i]["image"] for i in range(min(len(stream.train), args.batches * args.batch_size))]
     every = sorted(os.sched_getaffinity(0))

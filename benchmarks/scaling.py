@@ -1,4 +1,4 @@
-"""How the time of a Kolen-Pollack step relative to backprop grows with batch, depth and width, and how tracing grows."""
+"""Measures how a Kolen-Pollack step scales with batch, depth and width relative to backprop, and how tracing scales."""
 
 import math
 import statistics
@@ -22,7 +22,7 @@ LAYERS = (125, 250, 500, 1000)
 
 
 def parts(settings: Settings) -> dict[str, Part]:
-    """Batch, depth and width; tracing."""
+    """The parts: batch, depth, width and tracing."""
     return {
         **{name: partial(grows, name, values, settings) for name, values in VARIED.items()},
         "tracing": partial(traced, settings),
@@ -30,7 +30,7 @@ def parts(settings: Settings) -> dict[str, Part]:
 
 
 def chain(batch: int, depth: int, width: int) -> models.Case:
-    """``depth`` dense layers of one width, tanh between them."""
+    """Makes ``depth`` dense layers of one width, with tanh between them."""
     key = jax.random.key(0)
     params = list(jax.random.normal(key, (depth, width, width)) / math.sqrt(width))
     x = jax.random.normal(jax.random.fold_in(key, 1), (batch, width))
@@ -45,7 +45,7 @@ def chain(batch: int, depth: int, width: int) -> models.Case:
 
 
 def both(case: models.Case, mesh: Mesh | None = None) -> dict[str, Any]:
-    """A step by backprop and one by Kolen-Pollack, over a mesh if there is one."""
+    """Returns a step of backprop and one of Kolen-Pollack, over the mesh if there is one."""
     step, plain = models.backprop_step(case)
     batch = case.batch
     if mesh is not None:
@@ -60,7 +60,7 @@ def both(case: models.Case, mesh: Mesh | None = None) -> dict[str, Any]:
 
 
 def grows(name: str, values: tuple[int, ...], settings: Settings) -> Iterator[Row]:
-    """KP over BP as one size varies."""
+    """The time of KP relative to BP as one size varies."""
     for value in values[:1] if settings.quick else values:
         sizes = {**BASE, name: value}
         taken = benchmarks.in_turns(both(chain(**sizes)), 0 if settings.quick else 3)
@@ -72,7 +72,7 @@ def grows(name: str, values: tuple[int, ...], settings: Settings) -> Iterator[Ro
 
 
 def traced(settings: Settings) -> Iterator[Row]:
-    """Seconds to trace an engaged gradient of many layers, and the power of their number that it grows with."""
+    """Seconds to trace an engaged gradient, and the exponent of their growth with the number of layers."""
     layers = (10, 20) if settings.quick else LAYERS
     seconds: dict[str, list[float]] = {"KP": [], "BP": []}
     key = jax.random.key(0)

@@ -1,10 +1,13 @@
-"""Devices that need not be here: XLA compiles for their description. TPUs need ``libtpu``, GPUs JAX's CUDA plugin."""
+"""Describes devices so that XLA can compile for them without the hardware.
+
+TPUs need ``libtpu``. GPUs need JAX's CUDA plugin.
+"""
 
 import functools
 import os
 from typing import Any, NamedTuple
 
-# libtpu looks for the machine that it is on, unless it is told; and without a GPU there is nothing to time kernels on.
+# Without these settings libtpu queries its host machine, and XLA tries to time kernels on a GPU.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -20,7 +23,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 import benchmarks
 import wmkp
 
-# An H100 (SXM5, 80 GB) as its data sheet and CUDA's occupancy tables have it.
+# An H100 (SXM5, 80 GB), from its data sheet and CUDA's occupancy tables.
 H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -38,18 +41,18 @@ runtime_version { major: 12 minor: 9 }
 """
 
 
-# Of a v5e's 16 GiB what libtpu leaves to a program.
+# The part of a v5e's 16 GiB that libtpu leaves to a program.
 USABLE = 63 * 2**28
 
 
 class Target(NamedTuple):
-    """Where a step is to run.
+    """The devices that a step is compiled for.
 
     Attributes:
       platform: "tpu" or "cuda".
-      devices: which topology, and how many of its devices.
-      fsdp: whether the state is divided among them.
-      memory: bytes of one.
+      devices: the topology, and the number of its devices.
+      fsdp: whether the state is divided among the devices.
+      memory: the bytes of one device.
     """
 
     platform: str
@@ -63,11 +66,11 @@ class Target(NamedTuple):
         return described(self.platform, self.topology)[: self.count]
 
     def mesh(self) -> Mesh | None:
-        """All of them, if they are more than one."""
+        """A mesh of all devices, or None for a single device."""
         return Mesh(np.array(self.devices()), ("data",)) if self.count > 1 else None
 
     def missing(self) -> str:
-        """What must be installed first, or ""."""
+        """The package that must be installed first, or ""."""
         needed = {"tpu": "libtpu", "cuda": "jax-cuda12-plugin"}[self.platform]
         return "" if benchmarks.installed(needed) else f"{needed} is not installed"
 
@@ -83,14 +86,14 @@ TARGETS = {
 
 @functools.cache
 def described(platform: str, topology: str) -> list[Any]:
-    """All devices of a topology, made once: those of two descriptions are not the same."""
+    """All devices of a topology. The cache is needed because devices of two descriptions are not equal."""
     if platform == "tpu":
         return topologies.get_topology_desc(topology, platform="tpu").devices
     return topologies.get_topology_desc("", platform="cuda", target_config=H100, topology=topology).devices
 
 
 def placed(tree: Any, target: Target, batch: bool = False) -> Any:
-    """Shapes as arrays on a target's devices: a state's, or a batch's, which is divided among them."""
+    """Places the shapes of a state or a batch on a target's devices. A batch is divided among them."""
     mesh = target.mesh()
     if mesh is None:
         where = jax.tree.map(lambda _: SingleDeviceSharding(target.devices()[0]), tree)

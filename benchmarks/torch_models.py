@@ -1,4 +1,4 @@
-"""The same models in PyTorch, and a training step of each by PyTorch's backprop (or BioTorch's rules)."""
+"""The benchmark models in PyTorch, and a training step of each by PyTorch's backprop or BioTorch's rules."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ def conv_norm(into: int, out: int, kernel: int, stride: int = 1) -> list[nn.Modu
 
 
 class Block(nn.Module):
-    """A residual block: two 3x3 convolutions, or a bottleneck; the shortcut is padded or a 1x1 convolution."""
+    """A residual block of two 3x3 convolutions, or a bottleneck. The shortcut is padded or a 1x1 convolution."""
 
     def __init__(self, into: int, features: int, stride: int, bottleneck: bool, padded: bool):
         super().__init__()
@@ -39,7 +39,7 @@ class Block(nn.Module):
 
 
 def resnet(stages: Sequence[int], features: int, classes: int, imagenet: bool, bottleneck: bool) -> nn.Module:
-    """As ``wmkp.experiments.models.resnet.ResNet``."""
+    """The same network as ``wmkp.experiments.models.resnet.ResNet``."""
     stem = [*conv_norm(3, features, 7, 2), nn.ReLU(True), nn.MaxPool2d(3, 2, 1)] if imagenet else None
     layers = stem or [*conv_norm(3, features, 3), nn.ReLU(True)]
     into = features
@@ -52,7 +52,7 @@ def resnet(stages: Sequence[int], features: int, classes: int, imagenet: bool, b
 
 
 def lenet() -> nn.Module:
-    """As ``wmkp.experiments.models.lenet.LeNet``, for grey images and ten classes."""
+    """The same network as ``wmkp.experiments.models.lenet.LeNet``, for grey images and ten classes."""
     convolutions = [nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)]
     dense = [nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)]
     return nn.Sequential(*convolutions, nn.Flatten(), *dense)
@@ -76,7 +76,7 @@ class Attention(nn.Module):
 
 
 class ViT(nn.Module):
-    """ViT-Ti/16, as ``wmkp.experiments.models.transformer.ViT``."""
+    """ViT-Ti/16, the same network as ``wmkp.experiments.models.transformer.ViT``."""
 
     def __init__(self, size: int = 224, classes: int = 1000, width: int = 192, depth: int = 12, heads: int = 3):
         super().__init__()
@@ -109,9 +109,10 @@ def training_step(
     channels_last: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Callable[[], torch.Tensor]:
-    """A call that takes one step on a batch (NHWC images, labels) that stays where the model is; as ``models.Case``.
+    """Returns a function that takes one training step on a batch (NHWC images, labels) of ``models.Case``.
 
-    ``dtype`` is that of the forward pass's products (``torch.autocast``), float32 without it.
+    The batch stays on the model's device. ``dtype`` is the type of the forward pass's products (``torch.autocast``).
+    Without it they are in float32.
     """
     device = next(model.parameters()).device
     images = torch.tensor(x).permute(0, 3, 1, 2).contiguous().to(device)
@@ -121,7 +122,7 @@ def training_step(
             images.contiguous(memory_format=torch.channels_last),
         )
     targets = torch.tensor(labels, dtype=torch.int64, device=device)
-    fused = True if device.type == "cuda" else None  # None: as PyTorch chooses
+    fused = True if device.type == "cuda" else None  # None: PyTorch chooses
     optimizer: Any = (
         torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05, fused=fused)
         if adamw

@@ -1,7 +1,7 @@
-"""Short training runs under BP, KP and WM on a CPU: test error, and the angles of every projection.
+"""Measures test error and the angles of every projection in short CPU runs under BP, KP and WM.
 
-``python -m benchmarks.training --data-dir DIR`` runs ``wmkp train`` with each of the settings below, prints a line a
-run, and writes ``benchmarks/results/training.json``. DIR holds TFDS's cifar10, mnist and imagenet2012.
+``python -m benchmarks.training --data-dir DIR`` runs ``wmkp train`` with each of the settings below. It prints one line
+per run, and writes ``benchmarks/results/training.json``. DIR holds TFDS's cifar10, mnist and imagenet2012.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from wmkp.experiments.commands import train
 from wmkp.experiments.commands.recipes import RECIPES
 from wmkp.experiments.runs import logs
 
-# What is changed of a recipe, and the rules. BP comes last where it is slowest.
+# The changes to each recipe, and the rules. BP comes last where it is slowest.
 RUNS = {
     "decoder-characters": (("bp", "kpm", "wm"), {"steps": 400, "eval_every": 100.0}),
     "resnet20-cifar10": (
@@ -41,7 +41,7 @@ RUNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Real training at a CPU's size."""
+    """Trains real models at a size for CPUs."""
 
     data_dir: Path
     """Where TFDS has the datasets."""
@@ -54,7 +54,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    """Runs them all."""
+    """Runs all settings."""
     rows = []
     for base in args.only:
         rules, changes = RUNS[base]

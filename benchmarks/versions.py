@@ -1,10 +1,10 @@
-"""Runs the test suite under the oldest versions that pyproject.toml allows, and under the newest.
+"""Runs the test suite under the oldest or the newest versions that pyproject.toml allows.
 
     python -m benchmarks.versions oldest
     python -m benchmarks.versions newest --python python3.13
 
-Each makes a fresh virtual environment, in which ``oldest`` holds every requirement of the library and of its command line
-to its lower bound; runs the tests there; and keeps in ``results/versions.json`` what passed, and under which versions.
+Each command makes a fresh virtual environment and runs the tests there. ``oldest`` installs every requirement of the
+library and of its command line at its lower bound. The counts and the versions go to ``results/versions.json``.
 """
 
 import json
@@ -28,7 +28,7 @@ NAMED = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grain")
 
 
 def oldest() -> list[str]:
-    """``name==lower bound`` for each requirement that has one."""
+    """``name==lower bound`` for each requirement with a lower bound."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["experiments"]]
     found = [re.match(r"([\w.-]+)>=([\d.]+)", line) for line in wanted]
@@ -40,11 +40,11 @@ def versions(
     python: str = sys.executable,
     tests: tuple[str, ...] = ("tests",),
 ) -> None:
-    """Runs the tests and keeps the counts; exit code 1 if one failed.
+    """Runs the tests and stores the counts. The exit code is 1 if a test failed.
 
     Args:
-      which: of the versions that pyproject.toml allows.
-      python: the interpreter that the environment is made with.
+      which: the oldest or the newest versions that pyproject.toml allows.
+      python: the interpreter of the new environment.
       tests: files or directories, relative to the repository.
     """
     with tempfile.TemporaryDirectory() as scratch:

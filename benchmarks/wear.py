@@ -1,12 +1,12 @@
-"""Endurance: thirty random SIGKILLs do not change a bit of a run, and neither kills nor steps leave anything behind.
+"""Tests endurance: a run with thirty random SIGKILLs is bit-for-bit identical, and nothing leaks.
 
     python -m benchmarks.wear
 
-One run of ``wmkp train`` is not disturbed; its memory, open files and threads are counted after every evaluation. Another
-with the same settings is killed and resumed. Some kills come while a process starts or restores, others at a given step.
-Saves and evaluations are so frequent that many kills interrupt one. The exit code is 1 if the runs differ, if files or
-processes remain, or if memory grows. All of this runs under a weight mirror, whose second mode has random keys, and under
-Kolen-Pollack, whose B has an optimizer state.
+One run of ``wmkp train`` is not disturbed. Its memory, open files and threads are counted after every evaluation.
+Another run with the same settings is killed and resumed. Some kills come while a process starts or restores, others at
+a given step. Saves and evaluations are so frequent that many kills interrupt one. The exit code is 1 if the runs
+differ, if files or processes remain, or if memory grows. The test covers a weight mirror, whose mirror steps use random
+keys, and Kolen-Pollack, whose B has an optimizer state.
 """
 
 import os
@@ -36,11 +36,11 @@ OPTIONS = {
     "wm": f"mlp-digits-wm {COMMON} --mirror-every 3 --mirror-steps 20 --mirror-angle 20".split(),
     "kp": f"mlp-digits-kp {COMMON}".split(),
 }
-GROWTH = 0.02  # of memory, from the second quarter of the steps to the last
+GROWTH = 0.02  # the limit on memory growth, from the second quarter of the steps to the last
 
 
 def start(rule: str, out: pathlib.Path, *options: str) -> subprocess.Popen[bytes]:
-    """``wmkp train`` in a session of its own, whatever it starts included; all compile once, into one cache."""
+    """Starts ``wmkp train`` and its children in their own process session. All runs share one compilation cache."""
     command = [
         sys.executable,
         "-c",
@@ -67,12 +67,12 @@ def last_step(out: pathlib.Path, name: str = "train") -> int:
 
 
 def session(leader: int) -> list[int]:
-    """The processes of a session that still run."""
+    """The running processes of a process session."""
     found = []
     for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, _, its_session = path.read_text().rsplit(")", 1)[1].split()[:4]
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         if int(its_session) == leader and state != "Z":
             found.append(int(path.parent.name))
@@ -80,7 +80,7 @@ def session(leader: int) -> list[int]:
 
 
 def sample(process: int) -> dict[str, float]:
-    """What a process holds: MB of memory, open files, threads."""
+    """The memory (MB), open files and threads of a process."""
     where = pathlib.Path(f"/proc/{process}")
     status = dict(line.split(":", 1) for line in (where / "status").read_text().splitlines())
     return {
@@ -91,8 +91,10 @@ def sample(process: int) -> dict[str, float]:
 
 
 def undisturbed(rule: str, out: pathlib.Path) -> list[dict[str, float]]:
-    """A run from beginning to end -> after each evaluation but the last its memory, and the fewest files and threads until the
-    next: a save, which begins there, has some for a moment, and gives them back.
+    """Runs to the end, and returns a sample for each evaluation but the last.
+
+    A sample holds the memory after the evaluation, and the smallest numbers of files and threads until the next one.
+    The smallest numbers are used because a save starts there, and briefly holds some files and threads.
     """
     process = start(rule, out)
     samples: list[dict[str, float]] = []
@@ -111,9 +113,9 @@ def undisturbed(rule: str, out: pathlib.Path) -> list[dict[str, float]]:
 
 
 def killed(rule: str, out: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """A run that is killed again and again, and then ends -> one dict a kill."""
+    """Kills and resumes a run until it ends, and yields one dict per kill."""
     rng = random.Random(SEED)
-    early = set(rng.sample(range(1, KILLS), AT_START))  # the first life tells how long a start takes
+    early = set(rng.sample(range(1, KILLS), AT_START))  # the first process shows how long a start takes
     share = 0.98 * STEPS / (KILLS - AT_START)
     targets = iter([share * (i + rng.random()) for i in range(KILLS - AT_START)])  # one in each share of the run
     startup = 0.0
@@ -122,13 +124,13 @@ def killed(rule: str, out: pathlib.Path) -> Iterator[dict[str, Any]]:
         process = start(rule, out, "--resume")
         if number in early:
             stop = begin + rng.uniform(0, startup)
-            while time.perf_counter() < stop and last_step(out) <= before:  # it may be quicker now
+            while time.perf_counter() < stop and last_step(out) <= before:  # this start may be faster
                 time.sleep(0.002)
         else:
             target = max(next(targets), before)
             while process.poll() is None and last_step(out) <= before:
                 time.sleep(0.002)
-            startup = time.perf_counter() - begin  # to the first row, which comes soon after the first step
+            startup = time.perf_counter() - begin  # until the first row, soon after the first step
             while process.poll() is None and last_step(out) <= target:
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, 0.05))
@@ -148,7 +150,7 @@ def killed(rule: str, out: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 
 def arrays(out: pathlib.Path) -> list[np.ndarray]:
-    """All that the last checkpoint has of training's state."""
+    """All arrays of the training state in the last checkpoint."""
     config = settings.read(out)
     manager = checkpoints.open_manager(out / "checkpoints", config.keep, read_only=True)
     state, progress = checkpoints.restore(manager, build.like(config, build.build(config)))
@@ -158,7 +160,7 @@ def arrays(out: pathlib.Path) -> list[np.ndarray]:
 
 
 def rows(out: pathlib.Path, name: str) -> list[dict[str, float]]:
-    """A log's rows, without the one column that is of time."""
+    """The rows of a log, without the column of times."""
     return [
         {k: v for k, v in row.items() if k != "examples_per_second" and v == v}
         for row in logs.read(out / f"{name}.csv")
@@ -166,13 +168,13 @@ def rows(out: pathlib.Path, name: str) -> list[dict[str, float]]:
 
 
 def files(out: pathlib.Path) -> list[str]:
-    """What a run has left; not TensorBoard's files, of which each life begins one, nor how its arrays are stored."""
+    """The files of a run, without TensorBoard's (each process starts one) and without those inside stored arrays."""
     paths = [path.relative_to(out) for path in out.rglob("*") if path.is_file()]
     return sorted(str(path) for path in paths if not {"tensorboard", "state"} & set(path.parts))
 
 
 def worn(rule: str) -> dict[str, Any]:
-    """What was found under a rule, which is printed besides."""
+    """Tests one rule. Prints and returns the results."""
     print(rule)
     with tempfile.TemporaryDirectory() as scratch:
         one, other = pathlib.Path(scratch) / "undisturbed", pathlib.Path(scratch) / "killed"
@@ -215,7 +217,7 @@ def worn(rule: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Saves what was found."""
+    """Tests all rules and saves the results."""
     result = {rule: worn(rule) for rule in OPTIONS}
     print(f"Written: {save('wear', result)}")
     sys.exit(not all(holds for found in result.values() for holds in found["conditions"].values()))

@@ -1,4 +1,4 @@
-"""Runs the notebooks, each in its own kernel, and writes their outputs into them. --smoke only tests them.
+"""Runs the notebooks, each in its own kernel, and saves their outputs. With --smoke it only tests them.
 
 python notebooks/run.py [--smoke] [NOTEBOOK ...]
 """
@@ -19,8 +19,7 @@ import nbformat
 import papermill
 from PIL import Image
 
-# The parameters of a smoke run (in CI). All assertions of a notebook hold at this size too. papermill takes lists, not
-# tuples.
+# The parameters of a smoke run (in CI). All assertions hold at this size too. papermill takes lists, not tuples.
 SMOKE: dict[str, dict[str, object]] = {
     "1_the_idea": {"num_steps": 20},
     "2_mirrors": {"fan_in": 64, "fan_out": 64, "repeats": 1, "mirror_steps": 20},
@@ -34,7 +33,7 @@ SMOKE: dict[str, dict[str, object]] = {
 def run(path: Path, smoke: bool) -> None:
     """Executes a notebook from its first cell to its last.
 
-    Raises papermill.PapermillExecutionError, with the traceback, where a cell raises.
+    If a cell raises, this raises papermill.PapermillExecutionError with the traceback.
     """
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / path.name
@@ -81,11 +80,11 @@ def main() -> None:
     parser.add_argument("notebooks", nargs="*", type=Path, help="notebooks to run (default: all)")
     parser.add_argument("--smoke", action="store_true", help="run at a small size and write nothing")
     arguments = parser.parse_args()
-    if arguments.smoke:  # small programs, which take longer to compile than to run; XLA's flags as in tests/conftest.py
+    if arguments.smoke:  # compiling dominates small programs; XLA's flags as in tests/conftest.py
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         older = " --xla_cpu_use_fusion_emitters=false" if version("jax").startswith("0.10.") else ""
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + older + " --xla_cpu_parallel_codegen_split_count=1"
-    # At full size one after another, so that the times are a notebook's own. In processes: papermill changes directory.
+    # One at a time at full size, so that the times are comparable. Each in a process, as papermill changes directory.
     paths = arguments.notebooks or sorted(Path(__file__).parent.glob("*.ipynb"))
     with ProcessPoolExecutor(None if arguments.smoke else 1, multiprocessing.get_context("spawn")) as pool:
         for said in pool.map(partial(timed, smoke=arguments.smoke), paths):
