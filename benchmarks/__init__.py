@@ -1,6 +1,6 @@
-"""Benchmarks: timing, and results. ``python -m benchmarks`` measures speed and prints a table.
+"""Benchmarks of wmkp. ``python -m benchmarks`` measures speed and prints a table.
 
-The others are separate modules (``python -m benchmarks.drift``).
+Other benchmarks are separate modules, for example ``python -m benchmarks.drift``. This module times calls and saves results.
 """
 
 import json
@@ -26,9 +26,9 @@ def save(name: str, result: dict[str, Any]) -> pathlib.Path:
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of each call: median, least and most over rounds in which all take turns. The first call is not counted.
+    """Times each call in seconds: the median, least and most over rounds.
 
-    A call must wait for its result.
+    In each round all calls take turns. The first call of each is not counted. A call must wait for its result.
     """
     for call in calls.values():
         call()
@@ -45,14 +45,14 @@ def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, d
 
 
 class Row(NamedTuple):
-    """A number and its target.
+    """A measured number and its target.
 
     Attributes:
       name: what was measured.
       value: the number; None if it was not measured (``note`` says why).
       spread: for a ratio of medians, the quartiles of the ratios of single rounds.
       at_most, at_least: the target, if there is one.
-      note: what a reader must know.
+      note: what a reader must know about the number.
       detail: further numbers, for the JSON file.
     """
 
@@ -92,7 +92,7 @@ class Settings(NamedTuple):
     """The options of a group.
 
     Attributes:
-      quick: tiny sizes, whose numbers mean nothing, to try out the scripts.
+      quick: use tiny sizes to try out the scripts. The numbers then mean nothing.
       data_dir: where TFDS keeps its datasets, or None.
     """
 
@@ -106,8 +106,8 @@ Part = Callable[[], Iterable[Row]]
 def run_parts(name: str, parts: dict[str, Part], settings: Settings, seconds: float, where: pathlib.Path) -> None:
     """Runs a group's parts one after another, and writes ``where/<name>.json`` after each row.
 
-    A part that fails, or would start after ``seconds``, leaves a row that is not run and says why. So do the parts that a
-    killed run did not reach.
+    A part is skipped if it would start after ``seconds``. A part that fails or is skipped gets a row "not run" that says why.
+    If the run is killed, the parts that it did not reach have such a row too.
     """
     deadline = time.monotonic() + seconds
     rows = {part: [Row(part, note="not reached")] for part in parts}
@@ -147,12 +147,12 @@ def run_parts(name: str, parts: dict[str, Part], settings: Settings, seconds: fl
 def in_turns(
     calls: dict[str, Callable[[], Any]], seconds: float, least: int = 3, most: int = 100, each: float = 0.05
 ) -> dict[str, list[float]]:
-    """Seconds of every call in each round. All take turns, and each round reverses the order.
+    """Times every call in each round, in seconds. All calls take turns, and each round reverses the order.
 
     Args:
       calls: each must wait for its result. The first call of each, which may compile, is not counted.
       seconds: how long to measure, within ``least`` to ``most`` rounds.
-      each: a shorter call is repeated until its turn takes this long.
+      each: seconds that a turn takes at least. A shorter call is repeated within its turn.
     """
     repeats = {}
     for name, call in calls.items():
@@ -174,7 +174,7 @@ def in_turns(
 
 
 def ratio(name: str, seconds: dict[str, list[float]], over: str, under: str, note: str = "", **row: Any) -> Row:
-    """The ratio of medians of two calls that took turns, and the quartiles of the ratios of single rounds."""
+    """Divides the median times of two calls that took turns. The spread is the quartiles of the ratios of single rounds."""
     above, below = seconds[over], seconds[under]
     rounds = [a / b for a, b in zip(above, below, strict=True)]
     low, _, high = statistics.quantiles(rounds, n=4, method="inclusive") if len(rounds) > 1 else rounds * 3
@@ -184,6 +184,6 @@ def ratio(name: str, seconds: dict[str, list[float]], over: str, under: str, not
 
 
 def read(path: pathlib.Path) -> list[Row]:
-    """The rows that ``run_parts`` wrote."""
+    """Reads the rows that ``run_parts`` wrote."""
     rows = json.loads(path.read_text())["rows"]
     return [Row(**{name: row[name] for name in Row._fields}) for row in rows]

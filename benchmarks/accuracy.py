@@ -1,7 +1,8 @@
 """Time to accuracy: 98 % on MNIST on a CPU, and 90 % and 94 % on CIFAR-10 on a GPU, under Kolen-Pollack and weight mirrors.
 
-The time is that of training, with mirror steps, from data on the device to the end of the first epoch that reaches the test
-accuracy. It excludes compilation and testing (reported separately), initialization, and the mirror step before training.
+The time is that of training, mirror steps included. It starts with the data on the device. It ends with the first epoch that
+reaches the test accuracy. It excludes compilation (reported separately), testing, initialization, and the mirror step before
+training.
 """
 
 import statistics
@@ -20,7 +21,10 @@ from benchmarks import Part, Row, Settings, arrays, models
 
 
 class SpeedNet(nn.Module):
-    """A ResNet-9: a convolution, three stages that double the features and pool, two of them with a residual block."""
+    """A ResNet-9: a convolution, then three stages.
+
+    Each stage doubles the features and pools. The first and the third also have a residual block.
+    """
 
     width: int = 64
     dtype: Any = jnp.bfloat16
@@ -41,14 +45,18 @@ class SpeedNet(nn.Module):
 
 
 class Recipe(NamedTuple):
-    """A training.
+    """The settings of a training.
 
     Attributes:
-      dataset, model: what is trained on what; ``mode`` holds what the model is told in training and in tests.
+      dataset, model: the data and the network.
+      mode: the keyword arguments of the model in training, and those in tests.
       goals: test accuracies, percent.
-      epochs, batch_size, peak, decay, momentum: of SGD with Nesterov's momentum, its rate up to ``peak`` and to zero.
+      epochs, batch_size: the length of the training, and the images of a step.
+      peak, decay, momentum: settings of SGD with Nesterov's momentum. The learning rate rises to ``peak``, then falls to
+        almost zero.
+      smoothing: label smoothing.
       augment: whether images are flipped and shifted.
-      seeds: trainings of each rule.
+      seeds: the number of trainings of each rule.
     """
 
     dataset: str
@@ -78,7 +86,7 @@ RULES: dict[str, Callable[[], wmkp.Rule]] = {
 
 
 def parts(settings: Settings) -> dict[str, Part]:
-    """MNIST wherever there is data; CIFAR-10 on a GPU."""
+    """MNIST runs wherever there is data. CIFAR-10 runs only on a GPU."""
     return {
         "MNIST to 98%": partial(to_goals, MNIST, settings, True),
         "CIFAR-10 to 90% and 94%": partial(to_goals, CIFAR, settings, jax.default_backend() == "gpu"),
@@ -86,7 +94,7 @@ def parts(settings: Settings) -> dict[str, Part]:
 
 
 def to_goals(recipe: Recipe, settings: Settings, possible: bool) -> Iterator[Row]:
-    """Trains under each rule; the median seconds to each goal over seeds."""
+    """Trains under each rule, and yields the median over seeds of the seconds to each goal."""
     names = {(rule, goal): f"{recipe.dataset} to {goal:g}%, {rule}: seconds" for rule in RULES for goal in recipe.goals}
     if settings.quick:
         recipe = recipe._replace(epochs=1, batch_size=16, seeds=1, goals=(1.0,))
@@ -114,7 +122,7 @@ def to_goals(recipe: Recipe, settings: Settings, possible: bool) -> Iterator[Row
 
 
 def reach(recipe: Recipe, rule: wmkp.Rule, data: Any, held_out: Any, seed: int) -> dict[str, Any]:
-    """One training: seconds to each goal, the accuracy after each epoch, and seconds of compiling."""
+    """Trains once. Returns the seconds to each goal, the accuracy after each epoch, and the seconds of compilation."""
     images, _ = data
     count = len(images) // recipe.batch_size
     total = recipe.epochs * count
@@ -155,7 +163,7 @@ def reach(recipe: Recipe, rule: wmkp.Rule, data: Any, held_out: Any, seed: int) 
 
         def step(state: Any, rows: jax.Array) -> Any:
             state, metrics = steps.engaged_step(state, (x[rows], y[rows]))
-            if mirrors:  # after every step: W moves fast at these rates, and lag costs accuracy
+            if mirrors:  # after every step: W changes fast at these rates, and a B that lags costs accuracy
                 state, _ = steps.mirror_step(state)
             return state, metrics["loss"]
 

@@ -1,6 +1,6 @@
-"""The repository's public address, and everything that needs it.
+"""The repository's public address, and the texts that contain it.
 
-``python -m benchmarks.pages`` writes all of it: the README's table of notebooks, the notebooks' first cells, and the links in
+``python -m benchmarks.pages`` writes these texts: the README's table of notebooks, the notebooks' first cells, and the links in
 ``pyproject.toml`` and ``CITATION.cff``.
 """
 
@@ -8,7 +8,7 @@ import json
 import re
 from pathlib import Path
 
-# "owner/name" on GitHub, or None as long as the repository has no public address.
+# "owner/name" on GitHub, or None while the repository has no public address.
 ADDRESS: str | None = None
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +26,7 @@ SHOWS = (
 
 
 def table(address: str | None = ADDRESS) -> str:
-    """The README's table of notebooks, with a link to Colab for each once there is an address."""
+    """The README's table of notebooks. Each has a link to Colab if there is an address."""
     lines = [
         "| notebook | what it shows |" + (" |" if address else ""),
         "| --- | --- |" + (" --- |" if address else ""),
@@ -46,7 +46,7 @@ def title(path: Path) -> str:
 
 
 def first_cell(source: str, address: str | None = ADDRESS) -> str:
-    """A notebook's first cell of code, which installs wmkp from ``address``, or from the clone that holds the notebook."""
+    """A notebook's first code cell. It installs wmkp from ``address``, or without one from the notebook's own clone."""
     origin = f"wmkp[experiments] @ git+https://github.com/{address}" if address else "..[experiments]"
     where = "from its repository" if address else "from the clone that holds this notebook"
     said = f"# Installs wmkp {where}, if it is missing. The NumPy that this session may have loaded stays."
@@ -72,7 +72,7 @@ def citation(address: str | None = ADDRESS) -> str:
 
 
 def write_first_cells() -> None:
-    """Puts the address into every notebook."""
+    """Writes the address into the first code cell of every notebook."""
     for path in NOTEBOOKS:
         notebook = json.loads(path.read_text())
         cell = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")

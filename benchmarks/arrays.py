@@ -1,4 +1,4 @@
-"""MNIST, CIFAR-10 and Tiny ImageNet-100 as arrays; random ones of their shape where they are not there."""
+"""MNIST, CIFAR-10 and Tiny ImageNet-100 as arrays, or random arrays of their shapes."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ Split = tuple[np.ndarray, np.ndarray]
 
 
 def load(name: str, data_dir: Path | None, random_examples: int = 4096) -> tuple[Split, Split | None]:
-    """(train, test), each float32 images of zero mean and unit variance and int32 labels.
+    """Loads (train, test): each has float32 images of zero mean and unit variance, and int32 labels.
 
-    Reads ``<data_dir>/<name>.npz`` (train_image, train_label, test_image, test_label) where it exists, TFDS's
-    dataset otherwise. Random images, and no test set, without ``data_dir``.
+    Reads ``<data_dir>/<name>.npz`` (train_image, train_label, test_image, test_label) if it exists, and TFDS's dataset
+    otherwise. Without ``data_dir`` the images are random, and the test set is None.
     """
     side, channels, classes = SHAPES[name]
     if data_dir is None:
@@ -25,7 +25,7 @@ def load(name: str, data_dir: Path | None, random_examples: int = 4096) -> tuple
         with np.load(stored) as arrays:
             train, test = ((arrays[f"{s}_image"], arrays[f"{s}_label"]) for s in ("train", "test"))
     else:
-        from wmkp.experiments.data import datasets  # needs what the command line needs
+        from wmkp.experiments.data import datasets  # imported here: it needs the packages of the command line
 
         versions = sorted((data_dir / name).glob("*")) if name == "tiny_imagenet100" else []
         dataset = datasets.load(str(versions[-1]) if versions else name, data_dir)
@@ -37,7 +37,7 @@ def load(name: str, data_dir: Path | None, random_examples: int = 4096) -> tuple
 
 
 def batches(split: Split, batch_size: int, count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
-    """``count`` batches of examples drawn at random."""
+    """Draws ``count`` batches of examples at random."""
     x, y = split
     random = np.random.default_rng(seed)
     rows = [random.choice(len(x), batch_size, replace=False) for _ in range(count)]

@@ -1,8 +1,8 @@
-"""Engaged and mirror steps compiled for TPUs and GPUs, without the devices: XLA's programs, counted.
+"""Compiles engaged and mirror steps for TPUs and GPUs, without the devices, and compares the programs with backprop's.
 
-Each program is compiled for the description of a device and compared with backprop's: operations, bytes, memory, products,
-copies and collectives. Nothing is run. A program that ``results/tpu.json`` or ``results/gpu_compiled.json`` already has (the
-same operations by the same compiler) is not compiled again.
+The comparison counts operations, bytes, memory, products, copies and collectives. XLA compiles each program for the
+description of a device, and nothing is run. ``results/tpu.json`` and ``results/gpu_compiled.json`` keep the counts. A program
+that they already have (the same operations, the same compiler) is not compiled again.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import benchmarks
-from benchmarks import Row, hlo, models, targets  # targets first: what it sets is read when JAX starts
+from benchmarks import Row, hlo, models, targets  # targets first: JAX reads its settings when it starts
 
 import flax.linen as nn  # isort: skip
 import jax
@@ -51,15 +51,15 @@ class GPT2(nn.Module):
 
 
 class Model(NamedTuple):
-    """Something to train in bf16.
+    """A model to train in bf16.
 
     Attributes:
       build: the module.
       optimizer: as ``wmkp.make_steps`` takes it.
-      batch: examples a device.
-      every: engaged steps to a mirror step, as the recipes have it for its kind.
-      shape: of an image, or of the tokens.
-      mode: whether it is told that it trains.
+      batch: examples on each device.
+      every: engaged steps between mirror steps, as in the recipes for this kind of model.
+      shape: the shape of an image, or of the tokens.
+      mode: keyword arguments of the model in training.
     """
 
     build: Callable[[], nn.Module]
@@ -87,7 +87,7 @@ MIRRORED = ("MKP", "WM", "WM, orthogonal")
 
 
 def case(name: str, batch_size: int) -> models.Case:
-    """The model with shapes in place of arrays."""
+    """The model, with shapes instead of arrays."""
     model = MODELS[name]
     example = jax.ShapeDtypeStruct((batch_size, *model.shape), jnp.int32 if len(model.shape) == 1 else jnp.float32)
     labels = example if len(model.shape) == 1 else jax.ShapeDtypeStruct((batch_size,), jnp.int32)
@@ -98,7 +98,7 @@ def case(name: str, batch_size: int) -> models.Case:
 
 
 def lowered(target: Target, name: str, step: str, batch_size: int | None = None) -> Any:
-    """A step for a target, not compiled yet: "BP", a rule's name, or that and "mirror"."""
+    """Lowers a step for a target, without compiling it. The step is "BP", a rule's name, or a rule's name and "mirror"."""
     this = case(name, (batch_size or MODELS[name].batch) * target.count)
     batch = targets.placed(this.batch, target, batch=True)
     if step == "BP":
@@ -113,7 +113,7 @@ def lowered(target: Target, name: str, step: str, batch_size: int | None = None)
 
 
 def backprop(this: models.Case, target: Target) -> tuple[Any, Any]:
-    """Backprop's step for a target, jitted, and its state's shapes."""
+    """Returns backprop's jitted step for a target, and the shapes of its state."""
     found = []
 
     def start(params: Any, model_state: Any) -> Any:
@@ -135,7 +135,7 @@ def backprop(this: models.Case, target: Target) -> tuple[Any, Any]:
 
 
 def inside(target: Target, name: str, how: str) -> Any:
-    """A Kolen-Pollack step inside a ``jax.pmap`` or ``jax.shard_map`` of one's own, not compiled yet."""
+    """Lowers a Kolen-Pollack step inside the user's own ``jax.pmap`` or ``jax.shard_map``, without compiling it."""
     this = case(name, MODELS[name].batch)
     mesh = target.mesh()
     assert mesh is not None
@@ -167,7 +167,7 @@ ENGAGED = ("BP", "FA", "KP", "MKP", "WM")
 MIRRORS = tuple(f"{rule} mirror" for rule in ("MKP", "WM", "WM, orthogonal"))
 FEW = ("BP", "KP")
 
-# What is compiled, the most telling first: target, model, steps.
+# What is compiled, most informative first: target, model, steps.
 JOBS: list[tuple[str, str, tuple[str, ...]]] = [
     ("H100", "ResNet-50", (*ENGAGED, *MIRRORS)),
     ("v5e", "ResNet-50", (*ENGAGED, *MIRRORS)),
@@ -188,12 +188,12 @@ JOBS: list[tuple[str, str, tuple[str, ...]]] = [
     ("v5e 4x4", "ViT-B/16", (*ENGAGED, *MIRRORS)),
     ("v5e 4x4, fsdp", "ViT-B/16", (*ENGAGED, *MIRRORS)),
 ]
-# For which the largest batch is looked for: target, model, and of what the batch is a multiple.
+# Cases in which the largest batch is searched for: target, model, and the number that the batch is a multiple of.
 LARGEST = [("v5e", "ResNet-50", 8), ("H100", "ResNet-50", 8), ("H100", "ViT-B/16", 8), ("H100", "GPT-2 small", 1)]
 
 
 class Kept:
-    """The programs that a file of results holds, written anew after each."""
+    """The programs in a file of results. The file is rewritten after each program."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -209,7 +209,7 @@ class Kept:
 
 @cache
 def compiler() -> dict[str, str]:
-    """Versions of what compiles."""
+    """The versions of the compilers."""
     names = (
         "jax",
         "jaxlib",
@@ -223,26 +223,26 @@ def compiler() -> dict[str, str]:
 
 
 def digest(target: Target, low: Any) -> str:
-    """What a program and its compiler are known by."""
+    """A hash that identifies a program and its compiler."""
     text = "\n".join((low.as_text(), repr(target), repr(compiler()), os.environ.get("XLA_FLAGS", ""), targets.H100))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def measure(kept: Kept, where: str, name: str, step: str) -> None:
-    """One program's figures, unless they are kept already."""
+    """Counts one program's figures, unless they are kept already."""
     key, target = f"{where}: {name}: {step}", TARGETS[where]
     low = inside(target, name, step) if step in ("pmap", "shard_map") else lowered(target, name, step)
     known = digest(target, low)
     if kept.programs.get(key, {}).get("digest") == known:
         return
     same = next((k for k, p in kept.programs.items() if p.get("digest") == known), None)
-    if same is not None:  # as a weight mirror's engaged step is feedback alignment's
+    if same is not None:  # for example a weight mirror's engaged step, which equals feedback alignment's
         kept.put(key, {**kept.programs[same], "same as": kept.programs[same].get("same as", same)})
         return
     start = time.perf_counter()
     compiled = low.compile()
     seconds = time.perf_counter() - start
-    if folder := os.environ.get("WMKP_HLO"):  # to look things up in
+    if folder := os.environ.get("WMKP_HLO"):  # keeps the program texts for inspection
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / f"{key.replace('/', '')}.txt").write_text(compiled.as_text())
     shapes = {x.shape for x in jax.tree.leaves(case(name, 1).params) if x.ndim > 1}
@@ -251,7 +251,7 @@ def measure(kept: Kept, where: str, name: str, step: str) -> None:
 
 
 def run(settings: benchmarks.Settings, where: Path, seconds: float) -> int:
-    """Compiles what is not kept yet, for as long as ``seconds`` allow; 1 if something failed."""
+    """Compiles what is not kept yet, for at most about ``seconds``. Returns 1 if something failed."""
     deadline, failed = time.monotonic() + seconds, 0
     kept = {platform: Kept(where / f"{file}.json") for platform, file in FILES.items()}
     jobs = [("v5e", "ResNet-18", FEW), ("H100", "ResNet-18", FEW)] if settings.quick else JOBS
@@ -285,7 +285,7 @@ def run(settings: benchmarks.Settings, where: Path, seconds: float) -> int:
 
 
 def rows_of(programs: dict[str, Any]) -> list[Row]:
-    """Every program beside backprop's of the same target and model."""
+    """Compares every program with backprop's for the same target and model."""
     rows: list[Row] = []
     for key, program in programs.items():
         place, name, step = key.split(": ")
@@ -301,9 +301,9 @@ def rows_of(programs: dict[str, Any]) -> list[Row]:
 
 
 def engaged_rows(key: str, program: dict[str, Any], plain: dict[str, Any]) -> list[Row]:
-    """Operations, memory, copies, bytes and collectives of an engaged step over backprop's."""
+    """Compares an engaged step with backprop's: operations, memory, copies, bytes and collectives."""
     own = program["arguments"] - plain["arguments"]  # B and its optimizer's state, on one device
-    # B is read for the error; what learns is read and written by its optimizer, and then B has moments or is all of it.
+    # The error path reads B. If B learns, the optimizer also reads and writes B and its moments.
     moved = own if key.endswith((": FA", ": WM")) else 2 * own
     ours, theirs = (sum(p["products"].values()) for p in (program, plain))
     over = lambda what: program[what] / plain[what]
@@ -327,12 +327,12 @@ def engaged_rows(key: str, program: dict[str, Any], plain: dict[str, Any]) -> li
 
 
 def copied(program: dict[str, Any]) -> int:
-    """How many copies a program makes of float32 arrays with the shape of a weight."""
+    """Counts the copies that a program makes of float32 arrays with the shape of a weight."""
     return int(program["copies"]["of weights"])
 
 
 def mirror_rows(key: str, name: str, program: dict[str, Any], plain: dict[str, Any]) -> list[Row]:
-    """A mirror step over the engaged steps from one to the next."""
+    """Compares a mirror step with the engaged steps between two mirror steps."""
     every = MODELS[name].every
     share = lambda what: program[what] / (every * plain[what])
     return [
@@ -345,10 +345,10 @@ def mirror_rows(key: str, name: str, program: dict[str, Any], plain: dict[str, A
 
 
 def held(target: Target, name: str, step: str, batch_size: int) -> int:
-    """The bytes that a step of this batch takes at its peak on one device."""
+    """The peak memory of a step with this batch on one device, in bytes."""
     try:
         return peak_bytes(lowered(target, name, step, batch_size).compile())
-    except jax.errors.JaxRuntimeError as error:  # a TPU's compiler gives up, and says how much it would have been
+    except jax.errors.JaxRuntimeError as error:  # a TPU's compiler fails, and says how much memory it needs
         used = re.search(r"Used ([\d.]+)([GM]) of", str(error))
         if used is None:
             raise
@@ -356,7 +356,10 @@ def held(target: Target, name: str, step: str, batch_size: int) -> int:
 
 
 def largest(kept: Kept, place: str, name: str, step: str, multiple: int, tries: int = 4) -> None:
-    """The largest batch a device that fits, by as many compilations: each goes where a line through two of them leads."""
+    """Searches for the largest batch per device that fits in memory.
+
+    Each compilation tries the batch that a line through two earlier ones predicts.
+    """
     target, key = TARGETS[place], f"{place}: {name}: {step}, largest batch"
     if key in kept.programs:
         return

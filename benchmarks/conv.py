@@ -1,7 +1,7 @@
-"""A convolution's weight gradient on a CPU: by patches (wmkp/program/patches.py) against XLA's own.
+"""Times a convolution's weight gradient on a CPU: by patches (wmkp/program/patches.py), compared with XLA's own.
 
-``python -m benchmarks.conv`` times both in turns on layers of ResNet-20 (batch 128), ResNet-18 (8) and ResNet-50 (4), says
-where wmkp goes by patches, and writes ``benchmarks/results/conv.json``.
+``python -m benchmarks.conv`` times both in turns on layers of ResNet-20 (batch 128), ResNet-18 (8) and ResNet-50 (4). It says
+which layers wmkp computes by patches. It writes ``benchmarks/results/conv.json``.
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax
 import benchmarks
 from wmkp.program import patches
 
-# Images, their size, features in and out, the kernel's size, stride.
+# Number of images, their side, features in and out, the kernel's side, stride.
 SHAPES = [
     (128, 32, 3, 16, 3, 1),
     (128, 32, 16, 16, 3, 1),
@@ -31,7 +31,7 @@ SHAPES = [
 
 
 def measure(count: int, size: int, features: int, outputs: int, taps: int, stride: int) -> dict[str, object]:
-    """Seconds of both, for ``count`` images of ``size`` squared."""
+    """Times both ways, in seconds, on ``count`` images of ``size`` x ``size``."""
     x = jax.random.normal(jax.random.key(0), (count, size, size, features))
     w = jax.random.normal(jax.random.key(2), (taps, taps, features, outputs))
 
@@ -58,7 +58,7 @@ def measure(count: int, size: int, features: int, outputs: int, taps: int, strid
 
 
 def main() -> None:
-    """Measures all shapes, prints a line each, and saves them."""
+    """Measures all layers, prints a line for each, and saves the results."""
     rows = []
     for shape in SHAPES:
         row = measure(*shape)

@@ -1,6 +1,6 @@
 """How the time of a Kolen-Pollack step relative to backprop grows with the number of devices.
 
-The devices are virtual and share the CPU's cores. So this measures what dividing the work costs, not what it gains.
+The devices are virtual and share the CPU's cores. So the benchmark measures the cost of dividing the work, not the gain.
 """
 
 import os
@@ -24,12 +24,12 @@ DEVICES = (1, 2, 4, 8)
 
 
 def parts(settings: Settings) -> dict[str, Part]:
-    """All of them."""
+    """The only part of this group."""
     return {"devices": partial(divided, settings)}
 
 
 def divided(settings: Settings) -> Iterator[Row]:
-    """KP over BP, both over 1, 2, 4 and 8 virtual devices."""
+    """Times KP relative to BP, both divided over 1, 2, 4 and 8 virtual devices."""
     for count in DEVICES[:2] if settings.quick else DEVICES:
         mesh = Mesh(np.array(jax.devices()[:count]), ("data",))
         taken = benchmarks.in_turns(both(chain(**BASE), mesh), 0 if settings.quick else 3)

@@ -1,7 +1,7 @@
 """How far B drifts from W^T under Kolen-Pollack after an exact mirror step, and what further mirror steps cost and gain.
 
-``python -m benchmarks.drift`` trains a ReLU MLP for 20,000 steps under each optimizer and precision, measures the largest
-matrix angle at every step, and writes ``benchmarks/results/drift.json``.
+``python -m benchmarks.drift`` trains a ReLU MLP for 20,000 steps under each optimizer and precision. It measures the largest
+matrix angle at every step. It writes ``benchmarks/results/drift.json``.
 """
 
 import os
@@ -26,7 +26,7 @@ import wmkp
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """The drift of Kolen-Pollack's B from an exact mirror."""
+    """Measures how far Kolen-Pollack's B drifts from an exact mirror."""
 
     steps: int = 20_000
     """Engaged steps of each run."""
@@ -46,7 +46,7 @@ class Args:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One row of the table."""
+    """The settings of one row of the table."""
 
     optimizer: str
     decay: bool
@@ -54,7 +54,7 @@ class Run:
     params: str = "float32"
     devices: int = 1
     again: int = 0
-    learns: bool = True  # False: B stays as the mirror left it, for comparison
+    learns: bool = True  # False: B stays fixed after the mirror step, for comparison
 
 
 RATE = {"sgd": 0.02, "adamw": 1e-3}
@@ -62,7 +62,7 @@ DECAY = {"sgd": 5e-4, "adamw": 1e-2}
 
 
 def optimizer(run: Run) -> optax.GradientTransformation:
-    """SGD with momentum 0.9 and decay in its gradient, or AdamW."""
+    """SGD with momentum 0.9 and weight decay in the gradient, or AdamW."""
     decay = DECAY[run.optimizer] if run.decay else 0.0
     if run.optimizer == "adamw":
         return optax.adamw(RATE["adamw"], weight_decay=decay)
@@ -89,7 +89,7 @@ def initial(args: Args, dtype: Any) -> Any:
 
 
 def draw(args: Args, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A batch without end: clusters about centres, one in ten labelled at random, so that learning does not stop."""
+    """Draws a batch of points in clusters. One label in ten is random, so that learning does not stop."""
     classes, inputs = args.widths[-1], args.widths[0]
     centres = jax.random.normal(jax.random.key(args.seed), (classes, inputs))
     keys = jax.random.split(key, 4)
@@ -100,9 +100,9 @@ def draw(args: Args, key: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def measure(args: Args, run: Run) -> dict[str, Any]:
-    """Trains one run; its angles, losses and time a step."""
+    """Trains one run. Returns its angles, its losses and the time of a step."""
     rule = wmkp.kolen_pollack(start="mirror")
-    if run.again:  # the same mirror, as often as it is called
+    if run.again:  # every call applies the same mirror
         rule = rule._replace(mirror=rule.mirror._replace(each_step=True))
     if not run.learns:
         rule = rule._replace(name="fixed", signal=None)
@@ -156,7 +156,10 @@ def measure(args: Args, run: Run) -> dict[str, Any]:
 
 
 def cost(args: Args, run: Run, steps_each: int = 200, rounds: int = 9) -> dict[str, Any]:
-    """Seconds of a loop of engaged steps and of one of mirror steps, in turns: what mirroring again every k costs."""
+    """Times a loop of engaged steps and a loop of mirror steps, in turns.
+
+    The result is the cost of a mirror step after every k engaged steps.
+    """
     rule = wmkp.kolen_pollack(start="mirror")
     rule = rule._replace(mirror=rule.mirror._replace(each_step=True))
     params = initial(args, run.params)
@@ -176,7 +179,10 @@ def cost(args: Args, run: Run, steps_each: int = 200, rounds: int = 9) -> dict[s
 
 
 def plan(args: Args) -> list[Run]:
-    """All rows: the four precisions and devices under each optimizer; then where drift shows, mirroring again."""
+    """All rows of the table.
+
+    First the four precisions and devices under each optimizer. Then further mirror steps, for the runs with visible drift.
+    """
     every = [(name, decay) for name in ("sgd", "adamw") for decay in (False, True)]
     runs = [Run(name, decay, compute) for compute in ("float32", "bfloat16") for name, decay in every]
     runs += [Run(name, decay, devices=8) for name, decay in every]
@@ -207,7 +213,7 @@ def line(r: dict[str, Any]) -> str:
 
 
 def main(args: Args) -> None:
-    """Runs all rows, prints them as a table and saves them."""
+    """Runs all rows, prints them as a table, and saves them."""
     print(f"{args.steps} steps; angles in degrees, the worst over projections\n{HEADER}")
     rows = []
     for run in plan(args):

@@ -1,8 +1,8 @@
-"""An engaged step relative to a backprop step: time, peak memory, products and copies of the compiled programs.
+"""Compares an engaged step with a backprop step: time, peak memory, products and copies of the compiled programs.
 
 Backprop is ``jax.value_and_grad`` with the same model, optimizer and batch. Both are compiled with a donated state. On CPUs
-wmkp computes some convolutions' weight gradients by patches, and XLA's backprop does not. So convolutional networks are
-also compared with backprop by patches, which is an engaged step with B = W.
+wmkp computes some convolutions' weight gradients by patches, but XLA's backprop does not. So convolutional networks are also
+compared with backprop by patches: an engaged step with B = W.
 """
 
 import statistics
@@ -18,10 +18,10 @@ import benchmarks
 import wmkp
 from benchmarks import Part, Row, Settings, models, programs
 
-# Weight mirrors' engaged step is feedback alignment's, and a mirrored start's is Kolen-Pollack's: the same program.
+# A weight mirror's engaged step is the same program as feedback alignment's. Kolen-Pollack's does not depend on its start.
 RULES = {"FA, WM": wmkp.feedback_alignment, "SS": wmkp.sign_symmetry, "KP": wmkp.kolen_pollack}
 
-# Batch, how long all take turns, and which rules. The last: images of this side when trying the scripts out.
+# Batch, seconds of measurement, and rules. Last: the side of the images when the scripts are tried out.
 SIZES: dict[str, tuple[int, float, tuple[str, ...], int]] = {
     "MLP 784-500-10": (128, 12, tuple(RULES), 28),
     "ResNet-50": (4, 60, ("FA, WM", "KP"), 32),
@@ -32,12 +32,12 @@ SIZES: dict[str, tuple[int, float, tuple[str, ...], int]] = {
 
 
 def parts(settings: Settings) -> dict[str, Part]:
-    """A part a model."""
+    """One part for each model."""
     return {name: partial(measure, name, settings) for name in SIZES}
 
 
 def measure(name: str, settings: Settings) -> Iterator[Row]:
-    """All rules of a model, in turns with backprop."""
+    """Times all rules of a model, in turns with backprop."""
     batch_size, seconds, rules, side = SIZES[name]
     case = models.make(name, batch_size)
     if settings.quick:
@@ -65,7 +65,7 @@ def measure(name: str, settings: Settings) -> Iterator[Row]:
     rate = pass_rate(2**20 if settings.quick else 2**26)
     for rule in rules:
         at = f"batch {batch_size}"
-        if rule == "KP":  # each step reads and writes B and its optimizer's state, and reads the signal
+        if rule == "KP":  # each step reads and writes B and its optimizer's state, and reads B's learning signal
             moved = 2 * own_bytes[rule] + b_bytes[rule]
             share = moved / rate / statistics.median(taken["BP"])
             at += f"; B's update moves {moved / 1e6:.0f} MB, {share:.3f} of BP's step at the speed of a pass"
@@ -82,7 +82,7 @@ def measure(name: str, settings: Settings) -> Iterator[Row]:
         yield Row(
             f"{name}: {rule}, peak bytes over BP's and B's",
             ours / (theirs + own_bytes[rule]),
-            at_most=1.001,  # the results' table of addresses and alignment: some hundred bytes
+            at_most=1.001,  # allows a few hundred bytes for the table of result addresses and for alignment
             note=held,
             detail={"bytes": ours, "backprop": theirs, "B and its optimizer state": own_bytes[rule]},
         )
@@ -103,14 +103,14 @@ def measure(name: str, settings: Settings) -> Iterator[Row]:
 
 
 def pass_rate(entries: int) -> float:
-    """Bytes a second, read and written, of a pass over so many float32 in place."""
+    """Bytes per second, read and written, of an in-place pass over this many float32 numbers."""
     add = models.chained(jax.jit(lambda x: (x + 1, 0), donate_argnums=0), jnp.ones(entries))
     (seconds,) = benchmarks.in_turns({"pass": add}, 0, least=5).values()
     return 8 * entries / statistics.median(seconds)
 
 
 def with_patches(case: models.Case) -> tuple[Any, models.Plain]:
-    """Backprop as an engaged step whose B is W, not compiled, and its state."""
+    """Backprop as an engaged step with B = W. Returns the step, not compiled, and its state."""
     rule = wmkp.feedback_alignment()
     key = jax.random.key(0)
     feedback = wmkp.init_feedback(key, rule, case.loss_fn, case.params, case.model_state, case.batch, key)

@@ -1,8 +1,8 @@
-"""Collects the results of ``wmkp reproduce``, and writes RESULTS.md from them: no number is typed by hand.
+"""Collects the results of ``wmkp reproduce``, and writes RESULTS.md from them. No number is typed by hand.
 
 ``python -m benchmarks.figures runs/akrout-mnist ...`` copies the CSV files, pictures and provenance of these directories
-to ``benchmarks/results/figures``. Then it writes RESULTS.md from that directory. Without arguments it only writes. Runs
-join earlier ones with the same settings, from any commit and day.
+to ``benchmarks/results/figures``. Then it writes RESULTS.md from that directory. Without arguments it only writes RESULTS.md.
+New runs are added to earlier runs with the same settings, whatever their commit and day.
 """
 
 import csv
@@ -23,7 +23,7 @@ from wmkp.experiments.runs import logs
 ROOT = Path(__file__).parent.parent
 KEPT = benchmarks.RESULTS / "figures"
 
-# What each figure is, in the order of the page.
+# What each figure shows, in the order of the page.
 TEXTS = {
     "language": (
         "Language: a Transformer on characters",
@@ -131,7 +131,7 @@ APPENDIX_HEAD = (
 
 
 def take(directory: Path) -> None:
-    """Copies a figure's CSV files, pictures and provenance, the paths of the machine it ran on taken out."""
+    """Copies a figure's CSV files, pictures and provenance. Removes the paths of the machine that it ran on."""
     if (directory / "comparison.md").exists():
         (KEPT / "compare").mkdir(parents=True, exist_ok=True)
         for name in ("comparison.md", "comparison.csv", "comparison.png"):
@@ -161,7 +161,7 @@ def take(directory: Path) -> None:
             record["runs"] = {name: x for name, x in record["runs"].items() if name not in run["runs"]}
         run["also"] = [record for record in also if record["runs"]]
     files = list(directory.glob("*.csv"))
-    curves = not any(settings.get("steps") for settings in run.get("runs", {}).values())  # one point is none
+    curves = not any(settings.get("steps") for settings in run.get("runs", {}).values())  # one point is no curve
     if curves:
         files += directory.glob("*.png")
     others = [name for record in run.get("also", []) for name in record["runs"]]
@@ -185,13 +185,13 @@ def take(directory: Path) -> None:
 
 
 def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two figures' runs have the same settings, but for the rule."""
+    """Whether two figures' runs have the same settings, except the rule."""
     first, second = (next(iter(run["runs"].values())) | {"rule": ""} for run in (one, other))
     return first == second
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """A figure's summary."""
+    """The lines of a figure's summary."""
     with path.open() as file:
         return [
             {name: x if name in ("run", "what", "dataset") else float(x or "nan") for name, x in row.items()}
@@ -207,7 +207,7 @@ def section(figure: str) -> str:
     if figure in reproduce.BATTERIES:
         summary.sort(key=lambda line: reproduce.BATTERIES[figure].runs.index(line["run"]))
     title, text = TEXTS[figure]
-    if figure != "akrout-imagenet":  # throughput is benchmarks' business: these runs may have had company
+    if figure != "akrout-imagenet":  # only benchmarks measure throughput: these runs may have shared their machine
         summary = [{name: x for name, x in line.items() if name != "examples_per_second"} for line in summary]
     headings, *lines = reproduce.table(summary)
     whats = [line["what"] for line in summary]
@@ -239,7 +239,7 @@ def section(figure: str) -> str:
 
 
 def _made(run: dict[str, Any]) -> str:
-    """By which command, from what, where and when runs were made."""
+    """Says which command made the runs, from which code, where and when."""
     machine = run["machine"]
     begun = "".join(f", begun at {record['commit']}" for record in run.get("before", [])[:1])
     return (
@@ -249,7 +249,7 @@ def _made(run: dict[str, Any]) -> str:
 
 
 def _length(figure: str, run: dict[str, Any], summary: list[dict[str, Any]]) -> str:
-    """How much of the whole was run."""
+    """Says how much of the full experiment was run."""
     if figure not in reproduce.BATTERIES:
         took = f" All trained in {run['seconds']} s." if "seconds" in run else ""
         return f"{run['epochs']} epochs; the published curves have {published.EPOCHS}.{took}"
@@ -261,10 +261,10 @@ def _length(figure: str, run: dict[str, Any], summary: list[dict[str, Any]]) -> 
 
 
 def main(directories: tyro.conf.Positional[tuple[Path, ...]] = ()) -> None:
-    """Takes in directories of ``wmkp reproduce``, and writes RESULTS.md.
+    """Collects directories of ``wmkp reproduce``, and writes RESULTS.md.
 
     Args:
-      directories: each with its run.json, or of ``wmkp compare``; none, and the pages are only written.
+      directories: each has a run.json, or comes from ``wmkp compare``. With none, the pages are only written.
     """
     for directory in directories:
         take(directory)
@@ -282,7 +282,7 @@ def main(directories: tyro.conf.Positional[tuple[Path, ...]] = ()) -> None:
 
 
 def compared() -> str:
-    """What ``wmkp compare`` found, by its own files."""
+    """The section about ``wmkp compare``, from the files that it wrote."""
     kept = KEPT / "compare"
     picture = f"![wmkp compare]({(kept / 'comparison.png').relative_to(ROOT)})"
     text = (

@@ -1,8 +1,11 @@
-"""On a GPU: ResNet-50 at 224 in bf16 relative to backprop in JAX and PyTorch, ResNet-20's epochs, and the GPU's peak."""
+"""GPU benchmarks: ResNet-50 on 224x224 images in bf16, ResNet-20's epochs, and the GPU's peak throughput.
+
+ResNet-50 is compared with backprop in JAX and in PyTorch.
+"""
 
 import os
 
-# JAX would take three quarters of the memory, and PyTorch beside it needs room for its activations and workspaces.
+# By default JAX takes three quarters of the memory. PyTorch needs room for its activations and workspaces.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
 
 import statistics
@@ -19,7 +22,7 @@ import wmkp
 from benchmarks import Part, Row, Settings, models, programs
 
 BATCH = 256
-EVERY = 4  # engaged steps to a mirror step of ResNet-50, as its recipe has it; ResNet-20's has one after each
+EVERY = 4  # engaged steps for each mirror step of ResNet-50, as in its recipe; ResNet-20's recipe has 1
 RULES: dict[str, Callable[[], wmkp.Rule]] = {
     "KP": wmkp.kolen_pollack,
     "WM": wmkp.weight_mirror,
@@ -27,7 +30,7 @@ RULES: dict[str, Callable[[], wmkp.Rule]] = {
 
 
 def parts(settings: Settings) -> dict[str, Part]:
-    """ResNet-50 and ResNet-20; on a CPU only to try the script out."""
+    """ResNet-50 and ResNet-20. On a CPU they only try the script out."""
     return {"ResNet-50": partial(resnet50, settings), "ResNet-20": partial(resnet20, settings)}
 
 
@@ -36,7 +39,10 @@ def here(settings: Settings) -> bool:
 
 
 def calls_of(case: models.Case, count: int, every: int) -> tuple[dict[str, Callable[[], Any]], float]:
-    """Each call takes ``count`` engaged steps, under WM a mirror step after ``every``; and BP's operations a step."""
+    """Returns a call for each rule, and the operations of a BP step.
+
+    Each call takes ``count`` engaged steps. Under WM a mirror step follows every ``every`` engaged steps.
+    """
     step, plain = models.backprop_step(case)
     lowered = jax.jit(step, donate_argnums=0).lower(plain, case.batch)
 
@@ -64,7 +70,7 @@ def calls_of(case: models.Case, count: int, every: int) -> tuple[dict[str, Calla
 
 
 def torch_call(name: str, case: models.Case, count: int) -> Callable[[], Any]:
-    """PyTorch's backprop: compiled, channels last, bf16 where there is a GPU. It has run once."""
+    """PyTorch's backprop: compiled, channels last, bf16 on a GPU. It has already run once."""
     import torch
 
     from benchmarks import torch_models
@@ -73,7 +79,7 @@ def torch_call(name: str, case: models.Case, count: int) -> Callable[[], Any]:
     x, labels = np.array(case.batch["image"], np.float32), np.array(case.batch["label"])
     model = torch_models.MODELS[name](x.shape[1]).to("cuda" if cuda else "cpu")
     torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True  # as XLA, it tries its convolutions out
+    torch.backends.cudnn.benchmark = True  # like XLA, cuDNN times its algorithms and picks the fastest
     model = model.to(memory_format=torch.channels_last)
     step = torch_models.training_step(
         torch.compile(model) if cuda else model, x, labels, channels_last=True, dtype=torch.bfloat16
@@ -90,7 +96,7 @@ def torch_call(name: str, case: models.Case, count: int) -> Callable[[], Any]:
 
 
 def matmul_peak(size: int) -> float:
-    """Operations a second of a product of two square bf16 matrices."""
+    """Operations per second of a product of two square bf16 matrices."""
     a = jax.random.normal(jax.random.key(0), (size, size)).astype(jnp.bfloat16)
     many = jax.jit(lambda a: jax.lax.fori_loop(0, 20, lambda i, x: (x @ a) * jnp.bfloat16(0.01), a))
     taken = benchmarks.in_turns({"products": lambda: many(a).block_until_ready()}, 1)
@@ -98,7 +104,7 @@ def matmul_peak(size: int) -> float:
 
 
 def resnet50(settings: Settings) -> Iterator[Row]:
-    """Images a second of BP, KP and WM (a mirror step after every fourth), and of PyTorch's BP."""
+    """Images per second of BP, KP, WM (a mirror step after every fourth step) and PyTorch's BP."""
     name = f"ResNet-50 at 224, bf16, batch {BATCH}"
     targets: dict[str, Any] = {"KP": {"at_least": 0.98}, "WM": {"at_least": 0.98}}
     if not here(settings):
@@ -114,7 +120,7 @@ def resnet50(settings: Settings) -> Iterator[Row]:
     if benchmarks.installed("torch"):
         try:
             calls["PyTorch"] = torch_call("ResNet-50", case, EVERY)
-        except Exception as error:  # of memory or its compiler: JAX's own figures stand without it
+        except Exception as error:  # PyTorch may lack memory or fail to compile; JAX's figures are still valid
             missing = f"PyTorch: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
     taken = benchmarks.in_turns(calls, 0 if settings.quick else 120, least=3 if settings.quick else 10)
     images = {c: EVERY * batch_size / statistics.median(s) for c, s in taken.items()}
@@ -138,7 +144,7 @@ def resnet50(settings: Settings) -> Iterator[Row]:
 
 
 def resnet20(settings: Settings) -> Iterator[Row]:
-    """Seconds of an epoch of 50,000 CIFAR-sized images at batch 128."""
+    """Seconds of an epoch: 50,000 CIFAR-sized images in batches of 128."""
     name = "ResNet-20, bf16, batch 128"
     if not here(settings):
         for rule in RULES:

@@ -1,4 +1,4 @@
-"""What the text of a compiled program (HLO) says: its products, copies, collectives, and the bytes that its kernels move."""
+"""Reads the text of a compiled program (HLO): products, copies, collectives, and the bytes that its kernels move."""
 
 import collections
 import math
@@ -11,7 +11,7 @@ from benchmarks import programs
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 LIBRARY = re.compile(r'custom_call_target="[^"]*(conv|gemm|matmul)', re.IGNORECASE)
 
-# These name a value, or wait for one: nothing is moved.
+# These only name a value or wait for one. They move no data.
 FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all opt-barrier partition-id replica-id iota".split()
 )
@@ -20,13 +20,13 @@ WIDTH = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16, "token": 0, "opaque": 0}
 
 
 class Op(NamedTuple):
-    """An instruction.
+    """An instruction of a program.
 
     Attributes:
-      name, kind: ``%fusion.3`` and ``fusion``.
-      type: as it stands there, with layouts; of several results, a tuple.
+      name, kind: for example ``%fusion.3`` and ``fusion``.
+      type: the text of its type, with layouts. It is a tuple if there are several results.
       operands: the names of its operands.
-      rest: what follows them.
+      rest: the text after the operands.
     """
 
     name: str
@@ -51,13 +51,13 @@ def size(kind: str) -> int:
 
 
 def width(dtype: str) -> int:
-    """Bytes of a number."""
+    """The bytes of a number of this dtype."""
     bits = re.match(r"[a-z]+(\d+)", dtype)
     return WIDTH.get(dtype) if dtype in WIDTH else max(1, int(bits[1]) // 8)  # type: ignore[return-value, index]
 
 
 def closing(text: str, start: int) -> int:
-    """Where the parenthesis closes that opens at ``start``."""
+    """The position of the parenthesis that closes the one at ``start``."""
     depth = 0
     for i in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[i], 0)
@@ -67,7 +67,7 @@ def closing(text: str, start: int) -> int:
 
 
 def instruction(line: str) -> Op | None:
-    """The instruction of a line, if it is one."""
+    """The instruction on a line, or None if there is none."""
     head = re.match(r"\s+(?:ROOT )?(%?[\w.\-]+) = ", line)
     if head is None:
         return None
@@ -83,7 +83,7 @@ def instruction(line: str) -> Op | None:
 
 
 def parse(text: str) -> Program:
-    """The computations of a program; that under ``""`` is the one that runs."""
+    """Returns the computations of a program by name. The entry computation has the name ``""``."""
     program: Program = {}
     name = None
     for line in text.split("\n"):
@@ -100,7 +100,7 @@ def parse(text: str) -> Program:
 
 
 def kernels(program: Program, name: str = "", times: int = 1) -> Iterator[tuple[Op, dict[str, str], int]]:
-    """What is run, one after another: each instruction, the types of its computation, how often. Fusions are one each."""
+    """Yields what runs: each instruction, the types in its computation, and how often it runs. A fusion counts as one."""
     types = {op.name: op.type for op in program[name]}
     for op in program[name]:
         called = CALLED.findall(op.rest)
@@ -114,7 +114,7 @@ def kernels(program: Program, name: str = "", times: int = 1) -> Iterator[tuple[
 
 
 def traffic(program: Program) -> int:
-    """Bytes of operands and results of all kernels: what they would move if each read and wrote all of them once."""
+    """The bytes of all kernels' operands and results: what they move if each reads and writes every array once."""
     return sum(
         times * (size(op.type) + sum(size(types.get(o, "")) for o in op.operands))
         for op, types, times in kernels(program)
@@ -122,7 +122,7 @@ def traffic(program: Program) -> int:
 
 
 def products(program: Program) -> dict[str, int]:
-    """How many convolutions, dots and calls of a library's products there are, those inside fusions included."""
+    """Counts the convolutions, dots and calls of library products, including those inside fusions."""
     ops = [op for name, ops in program.items() if name for op in ops]
     return {
         "convolution": sum(op.kind == "convolution" for op in ops),
@@ -132,7 +132,7 @@ def products(program: Program) -> dict[str, int]:
 
 
 def flops(program: Program, name: str = "") -> int:
-    """Operations of a program's products; those of a loop's body as often as it runs."""
+    """The operations of a program's products. A loop's body counts as often as it runs."""
     types, total = {op.name: op.type for op in program[name]}, 0
     for op in program[name]:
         inner = sum(flops(program, called) for called in CALLED.findall(op.rest))
@@ -141,13 +141,13 @@ def flops(program: Program, name: str = "") -> int:
 
 
 def trips(op: Op) -> int:
-    """How often what an instruction calls is run: of a loop, if that is known."""
+    """How often the computation that an instruction calls is run. For a loop, its trip count if known."""
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', op.rest)
     return int(known[1]) if known and op.kind == "while" else 1
 
 
 def one_product(op: Op, types: dict[str, str]) -> int:
-    """2 x (numbers of the output) x (products summed for each)."""
+    """The operations of one product: 2 x (numbers in the output) x (products summed for each)."""
     if op.kind == "dot":
         left = arrays(types[op.operands[0]])[0][1]
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)
@@ -156,7 +156,7 @@ def one_product(op: Op, types: dict[str, str]) -> int:
     labels = re.search(r"dim_labels=\w+_(\w+)->", op.rest)
     if labels is None or not (op.kind == "convolution" or LIBRARY.search(op.rest)):
         return 0
-    # Of the three arrays (result, left, right) the output of the forward pass and the filter.
+    # Picks two of the three arrays (result, left, right): the output of the forward pass, and the filter.
     result, left, right = (arrays(t)[0][1] for t in (op.type, types[op.operands[0]], types[op.operands[1]]))
     output, kernel = result, right
     if "BackwardInput" in op.rest:
@@ -167,8 +167,10 @@ def one_product(op: Op, types: dict[str, str]) -> int:
 
 
 def copies(program: Program, shapes: set[tuple[int, ...]]) -> dict[str, int]:
-    """Copies that run by themselves, within the device's main memory: how many, of how many bytes; and those of float32
-    arrays with the shape of a weight (one of ``shapes``)."""
+    """Counts the copies that run as kernels of their own within the device's main memory, and their bytes.
+
+    Also counts those of float32 arrays with the shape of a weight (one of ``shapes``).
+    """
     every = [(op, n) for op, _, n in kernels(program) if op.kind in ("copy", "copy-start") and "S(" not in op.type]
     of_weights = [(op, n) for op, n in every if arrays(op.type)[0][0] == "f32" and arrays(op.type)[0][1] in shapes]
     total = lambda found: sum(n * math.prod(arrays(op.type)[0][1]) * width(arrays(op.type)[0][0]) for op, n in found)
@@ -181,16 +183,17 @@ def copies(program: Program, shapes: set[tuple[int, ...]]) -> dict[str, int]:
 
 
 def collectives(program: Program) -> dict[str, dict[str, int]]:
-    """Of each kind how many there are, and the bytes of the arrays that enter or leave one device, whichever are more.
+    """Counts the collectives of each kind, and their bytes on one device.
 
-    An asynchronous one (``-start`` and ``-done``, or wrapped in an ``async-start``) counts once.
+    The bytes are those of the operands or of the results, whichever are more. An asynchronous collective (``-start`` and
+    ``-done``, or wrapped in an ``async-start``) counts once.
     """
     found: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
     for op, types, times in kernels(program):
         kind = op.kind.removesuffix("-start")
         if kind in COLLECTIVES:
             before, after = sum(size(types.get(o, "")) for o in op.operands), size(op.type)
-            if op.kind != kind and kind != "all-reduce":  # the type holds the operands too
+            if op.kind != kind and kind != "all-reduce":  # this type also contains the operands
                 after -= before
             found[kind]["count"] += times
             found[kind]["bytes"] += times * max(before, after)
@@ -198,10 +201,10 @@ def collectives(program: Program) -> dict[str, dict[str, int]]:
 
 
 def figures(compiled: Any, shapes: set[tuple[int, ...]]) -> dict[str, Any]:
-    """All of it, of a compiled program.
+    """Returns all figures of a compiled program.
 
-    ``flops`` and ``bytes`` are XLA's own count where it has one (on TPUs); it counts a loop's body once. ``products' flops``
-    and ``kernels' bytes`` are counted here.
+    ``flops`` and ``bytes`` are XLA's own counts where it has them (on TPUs). XLA counts a loop's body once. This module counts
+    ``products' flops`` and ``kernels' bytes``.
     """
     program, memory = parse(compiled.as_text()), compiled.memory_analysis()
     cost = compiled.cost_analysis()

@@ -1,10 +1,10 @@
 """The cost of mirror mode: a mirror step relative to its two products, and the cheapest schedule for 6 degrees.
 
 A schedule is a kind of noise, the samples N of each projection, a rate a, and a mirror step after every k engaged steps.
-Its angle is predicted from the law of angles and from the path of W under backprop. (B is a leaky average of past W, so its
-lag follows from inner products of W at different steps.) The cheapest schedule that holds the worst projection at every
-step is then trained. The angle is that of W and B in an engaged step. The larger angle just before the next mirror step is
-reported too.
+The law of angles and the path of W under backprop predict its angle. (B is a leaky average of past W. So its lag follows from
+inner products of W at different steps.) A schedule holds 6 degrees if the worst projection stays below them at every step.
+The benchmark trains with the cheapest schedule that is predicted to hold. The angle is that between W and B in an engaged
+step. The benchmark also reports the larger angle just before the next mirror step.
 """
 
 import itertools
@@ -26,12 +26,12 @@ from benchmarks import Part, Row, Settings, arrays, models, programs
 from wmkp import checks
 from wmkp.noise import draw_noise
 
-ANGLE = 6.0  # degrees, to be held by every projection at every step
-MARGIN = 0.85  # the share of it that a schedule may use up by prediction
+ANGLE = 6.0  # degrees: the largest angle allowed, for every projection at every step
+MARGIN = 0.85  # a schedule's predicted angle may be at most this share of ANGLE
 EVERY = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
-# The noise, the degrees that it alone leaves, and the rate; N follows by the law of angles. Orthogonal noise at rate 1
-# leaves none from N = fan_in.
+# The kind of noise, the degrees that noise alone leaves, and the rate. N follows from the law of angles. Orthogonal noise at
+# rate 1 leaves 0 degrees if N >= fan_in.
 ESTIMATES = [
     *(
         (noise, degrees, rate)
@@ -44,14 +44,14 @@ ESTIMATES = [
 
 
 class Run(NamedTuple):
-    """A training whose schedule is sought.
+    """A training for which the benchmark searches a schedule.
 
     Attributes:
-      dataset: of ``arrays.SHAPES``.
-      batch_size, steps: of the training.
-      large: batch to time at 224 beside it, or 0.
-      warm: where the recipe warms up (over far more steps), the optimizer and the learning rate that it rises to within
-        the run; None where the rate is constant.
+      dataset: a name in ``arrays.SHAPES``.
+      batch_size, steps: the batch size and the number of steps of the training.
+      large: the batch size to time on 224x224 images as well, or 0.
+      warm: the optimizer, and the learning rate that it reaches within the run, if the recipe warms up. (The recipe itself
+        warms up over far more steps.) None if the rate is constant.
     """
 
     dataset: str
@@ -71,7 +71,7 @@ RUNS = {
 
 
 def parts(settings: Settings) -> dict[str, Part]:
-    """A default mirror step against a Kolen-Pollack step; mirror steps against their products; then the schedules."""
+    """Default mirror steps against Kolen-Pollack steps, then mirror steps against their products, then the schedules."""
     runs = {name: run._replace(batch_size=2, steps=4) if settings.quick else run for name, run in RUNS.items()}
     every: dict[str, Part] = {"MLP: Kolen-Pollack": partial(against_kolen_pollack, settings)}
     every |= {f"{name}: products": partial(against_products, name, settings) for name in runs}
@@ -85,13 +85,13 @@ def case_of(name: str, batch_size: int, dataset: str) -> models.Case:
 
 
 def mirror_steps(case: models.Case, rule: wmkp.Rule, first: int = 0) -> tuple[wmkp.Steps, wmkp.TrainState]:
-    """The steps under a rule, and a state after so many mirror steps for a start."""
+    """Returns the steps under a rule, and a state after this many mirror steps at the start."""
     steps = wmkp.make_steps(case.loss_fn, rule, case.optimizer, case.params, case.batch, model_state=case.model_state)
     return steps, steps.init(jax.random.key(1), case.params, case.model_state, mirror_steps=first)
 
 
 def projections(case: models.Case) -> dict[str, tuple[int, int]]:
-    """(fan_in, fan_out) of each projection that mirrors."""
+    """The (fan_in, fan_out) of each projection that is mirrored."""
     found = wmkp.projections(case.loss_fn, case.params, case.model_state, case.batch, jax.random.key(0))
     return {path: (p.fan_in, p.fan_out) for path, p in found.items() if p.feedback}
 
@@ -100,10 +100,11 @@ def projections(case: models.Case) -> dict[str, tuple[int, int]]:
 
 
 def against_kolen_pollack(settings: Settings) -> Iterator[Row]:
-    """What a mirror step of the default weight mirror costs where batches are small beside it: in a wide MLP.
+    """Times a mirror step of the default weight mirror in a wide MLP, where the batch is small compared with fan_in.
 
-    Its signals take two products of N = fan_in samples with W, 4 N |W| operations (transforms take fewer). The lag that it
-    reports adds a third, smaller product: ``2 * 64 * 64 * fan_in`` operations for each weight, and two passes over B.
+    The signals of the mirror step take two products of N = fan_in samples with W: 4 N |W| operations (transforms take fewer).
+    The mirror step also reports a lag. The lag takes a third, smaller product (``2 * 64 * 64 * fan_in`` operations for each
+    weight), and two passes over B.
     """
     case, batch_size = wide_mlp(settings.quick)
     steps, state = mirror_steps(case, wmkp.weight_mirror())
@@ -118,7 +119,7 @@ def against_kolen_pollack(settings: Settings) -> Iterator[Row]:
 
 
 def wide_mlp(quick: bool) -> tuple[models.Case, int]:
-    """The MLP (with ``quick`` an eighth as wide), and the size of its batch."""
+    """Returns the MLP and its batch size. With ``quick`` the MLP is an eighth as wide."""
     sizes, batch_size = ([256, 128, 128, 128, 10], 16) if quick else ([2048, 1024, 1024, 1024, 10], 256)
     keys = jax.random.split(jax.random.key(0), len(sizes))
     pairs = zip(keys, itertools.pairwise(sizes), strict=False)
@@ -137,15 +138,18 @@ def wide_mlp(quick: bool) -> tuple[models.Case, int]:
 
 
 def against_products(name: str, settings: Settings) -> Iterator[Row]:
-    """A mirror step of N = fan_in samples, all projections, over the two products it is made of, their noise given; the
-    noise alone, and all else alone (B read and written, the state passed on); and the memory of the default rule's."""
+    """Times a mirror step of N = fan_in samples in all projections, relative to its two products on given noise.
+
+    Also times the noise alone, and the rest alone (reading and writing B, and passing the state on). Also measures the memory of
+    the default rule's mirror step.
+    """
     run = RUNS[name]
     case = case_of(name, 2, run.dataset)
     shapes = list(projections(case).values())
     weights = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
     products = jax.jit(lambda noise, weights: [x.T @ (x @ w) for x, w in zip(noise, weights, strict=True)])
     update = jax.jit(without_signals, donate_argnums=0)
-    # By the law of angles N = fan_in Gaussian samples leave 45 degrees, orthogonal ones none.
+    # By the law of angles, N = fan_in Gaussian samples leave 45 degrees, and orthogonal samples leave 0.
     for noise, degrees in (("orthogonal", 1e-3), ("rademacher", 45.0), ("gaussian", 45.0)):
         rule = wmkp.weight_mirror(noise, target_angle=degrees, rate=1.0)
         steps, state = mirror_steps(case, rule)
@@ -179,7 +183,7 @@ def against_products(name: str, settings: Settings) -> Iterator[Row]:
 
 
 def without_signals(state: wmkp.TrainState) -> tuple[wmkp.TrainState, dict[str, jax.Array]]:
-    """A mirror step with W in the place of its signals."""
+    """A mirror step with W instead of its signals."""
     nowhere = lambda b: b is None
     feedback = jax.tree.map(lambda b, w: b if b is None else (b + w) / 2, state.feedback, state.params, is_leaf=nowhere)
     return state._replace(feedback=feedback), {}
@@ -189,7 +193,10 @@ def without_signals(state: wmkp.TrainState) -> tuple[wmkp.TrainState, dict[str, 
 
 
 def paths_gram(case: models.Case, batches: list[Any]) -> dict[str, np.ndarray]:
-    """Trains by backprop; for each projection the inner products of W at all steps, (steps + 1, steps + 1), float64."""
+    """Trains by backprop, and returns the inner products of W at all pairs of steps.
+
+    Each projection has a float64 array of shape (steps + 1, steps + 1).
+    """
     step, state = models.backprop_step(case)
     compiled = jax.jit(step)
     wanted = projections(case)
@@ -214,12 +221,12 @@ def paths_gram(case: models.Case, batches: list[Any]) -> dict[str, np.ndarray]:
 
 
 def predicted(grams: dict[str, np.ndarray], rate: float, every: int, noise_degrees: float) -> float:
-    """The worst angle between B and W over projections and engaged steps, B starting exact; degrees."""
+    """Predicts the largest angle between B and W over projections and engaged steps, in degrees. B starts exact."""
     worst = 0.0
     for gram in grams.values():
         b = np.zeros(len(gram))  # B as a combination of W at its past steps
         b[0] = 1.0
-        for t in range(1, len(gram) - 1):  # what the last step leaves meets no error
+        for t in range(1, len(gram) - 1):  # no error passes through B after the last step
             if t % every == 0:
                 b *= 1 - rate
                 b[t] += rate
@@ -229,7 +236,10 @@ def predicted(grams: dict[str, np.ndarray], rate: float, every: int, noise_degre
 
 
 def mirror_operations(shapes: dict[str, tuple[int, int]], rule: wmkp.Rule) -> float:
-    """4 N |W| over projections: a product with W, and one of the response with the noise."""
+    """The operations of a mirror step, 4 N |W| summed over projections.
+
+    They are a product of the noise with W, and a product of the response with the noise.
+    """
     mirror = rule.mirror
     assert mirror is not None
     return sum(
@@ -239,13 +249,16 @@ def mirror_operations(shapes: dict[str, tuple[int, int]], rule: wmkp.Rule) -> fl
 
 
 def cheapest(case: models.Case, grams: dict[str, np.ndarray]) -> tuple[Any, list[dict[str, Any]]]:
-    """The cheapest schedule that is predicted to hold (or the one that comes nearest), and the best of each noise."""
+    """Returns the cheapest schedule that is predicted to hold, and the best one for each kind of noise.
+
+    If none is predicted to hold, it returns the one that comes nearest.
+    """
     tried, shapes = [], projections(case)
     for noise, degrees, rate in ESTIMATES:
         rule = wmkp.weight_mirror(noise, target_angle=degrees, rate=rate)
         cost = mirror_operations(shapes, rule)
         for every in EVERY:
-            if every > (len(next(iter(grams.values()))) - 1) // 4:  # it is to mirror a few times within the run
+            if every > (len(next(iter(grams.values()))) - 1) // 4:  # the run must contain a few mirror steps
                 break
             angle = predicted(grams, rate, every, degrees)
             about = {"noise": noise, "noise_degrees": degrees, "rate": rate, "every": every}
@@ -260,7 +273,7 @@ def cheapest(case: models.Case, grams: dict[str, np.ndarray]) -> tuple[Any, list
 
 
 def schedules(name: str, run: Run, settings: Settings) -> Iterator[Row]:
-    """Finds a model's schedule, trains with it, and says what it holds and costs."""
+    """Finds a model's schedule, trains with it, and reports its angles and its cost."""
     case = case_of(name, run.batch_size, run.dataset)
     if run.warm is not None:
         make, rate = run.warm
@@ -292,7 +305,7 @@ def schedules(name: str, run: Run, settings: Settings) -> Iterator[Row]:
         note=f"of an engaged step's; batch {run.batch_size}, {run.dataset}'s size",
         detail={"engaged_operations": operations},
     )
-    taken = {"mirror": mirror, "engaged": engaged[every - 1 :: every]}  # each with the one before it
+    taken = {"mirror": mirror, "engaged": engaged[every - 1 :: every]}  # each with the engaged step before it
     once = benchmarks.ratio("", taken, "mirror", "engaged", detail={"every": every})
     assert once.value is not None and once.spread is not None
     low, high = once.spread
@@ -309,9 +322,12 @@ def schedules(name: str, run: Run, settings: Settings) -> Iterator[Row]:
 def trained(
     case: models.Case, rule: wmkp.Rule, every: int, batches: list[Any]
 ) -> tuple[float, float, list[float], list[float]]:
-    """Trains with a mirror step after every k: worst angles at and after an engaged step, and seconds of both steps."""
+    """Trains with a mirror step after every k engaged steps.
+
+    Returns the worst angles at and after an engaged step, and the seconds of both kinds of steps.
+    """
     assert rule.mirror is not None
-    # As many for a start, of which B is the mean, as leave the noise that a leaky average of this rate settles at.
+    # The mean over this many mirror steps at the start has as much noise as a leaky average of this rate in the long run.
     steps, state = mirror_steps(case, rule, math.ceil((2 - rule.mirror.rate) / rule.mirror.rate))
     angles = jax.jit(lambda params, feedback: jnp.stack([*wmkp.matrix_angles(params, feedback).values()]).max())
     engaged_step = steps.engaged_step.lower(state, batches[0]).compile()
@@ -327,7 +343,7 @@ def trained(
 
 
 def timed(seconds: list[float], step: Callable[[], tuple[Any, Any]]) -> Any:
-    """The state after a step, whose seconds are noted."""
+    """Runs a step, appends its seconds to a list, and returns the new state."""
     start = time.perf_counter()
     state, _ = jax.block_until_ready(step())
     seconds.append(time.perf_counter() - start)
@@ -335,7 +351,7 @@ def timed(seconds: list[float], step: Callable[[], tuple[Any, Any]]) -> Any:
 
 
 def at_224(name: str, batch_size: int, rule: wmkp.Rule, every: int, settings: Settings) -> Iterator[Row]:
-    """A mirror step over an engaged step of 256 images of 224, once in ``every``."""
+    """The cost of a mirror step relative to ``every`` engaged steps of 256 images of 224x224."""
     target = 0.05
     case = models.make(name, 1 if settings.quick else batch_size, size=32 if settings.quick else None)
     steps, state = mirror_steps(case, rule)
