@@ -140,8 +140,8 @@ def wide_mlp(quick: bool) -> tuple[models.Case, int]:
 def against_products(name: str, settings: Settings) -> Iterator[Row]:
     """Times a mirror step of N = fan_in samples in all projections, relative to its two products on given noise.
 
-    Also times the noise alone, and the rest alone (reading and writing B, and passing the state on). Also measures the memory of
-    the default rule's mirror step.
+    Also times the noise alone, and the rest alone (reading and writing B, and passing the state on). Also measures the memory of a
+    mirror step with Gaussian noise at 6 degrees.
     """
     run = RUNS[name]
     case = case_of(name, 2, run.dataset)
