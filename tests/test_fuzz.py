@@ -71,7 +71,6 @@ class Builder:
         self.rng = np.random.default_rng(draw(st.integers(0, 2**20)))
         self.active = False  # whether the current activation depends on a parameter
         self.drawn = 0  # how often a parameter was taken
-        self.stacks = []  # lengths of the scans around the current block
         self.names = set()  # the parameters of the current weight
         self.chosen, self.again = set(), set()  # parameters that data selects from, and shared parameters
 

@@ -59,8 +59,8 @@ class Rule(NamedTuple):
         differentiate an engaged function by hand, ``backward`` must read W behind ``jax.lax.stop_gradient``.
       signal: what B descends in engaged mode: a function of ``wmkp.Synapses`` that returns an array in W's layout,
         which is differentiated through ``backward`` to B. If B is no array, it may also return a pytree of B's
-        structure, with None where nothing learns. It is summed over uses, as W's gradient is. None: B does not learn in engaged mode. ``wmkp.hebbian``:
-        Kolen-Pollack's signal.
+        structure, with None where nothing learns. It is summed over uses, as W's gradient is. None: B does not learn in
+        engaged mode. ``wmkp.hebbian``: Kolen-Pollack's signal.
       optimizer: the optax transformation that turns the signal into B's change. None: the optimizer that trains W.
       error: ``(delta, key) -> array`` of delta's shape, which travels back through B. W's own gradient keeps delta.
         None: delta itself. ``key`` is None if no key was given.

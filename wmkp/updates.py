@@ -185,8 +185,7 @@ def _try(optimizer: optax.GradientTransformation, tree: Any, dtype: Any) -> None
                 raise ValueError(
                     "optimizer cannot train Kolen-Pollack's B: given the same signal, it changes W and B differently by more than "
                     "a common decay, so W - B^T does not shrink (eq. 14). LAMB, LARS and others scale updates by the size of "
-                    "the weights; L2 inside Adam divides the decay by a gradient's moments. Use SGD, momentum, Adam, or AdamW "
-                    "with decoupled weight decay."
+                    "the weights; L2 inside Adam divides the decay by a gradient's moments. Use SGD, momentum, Adam or AdamW."
                 )
             if shrink * np.max(np.abs(difference)) > 1e-5 * size or shrink < -2:
                 raise ValueError(

@@ -260,12 +260,12 @@ def start(name: str, config: Compare, epochs: int, dataset: data.Dataset) -> Tri
         )
 
     mirror_steps = config.mirror_steps if mirrors else None
-    feedback = jax.jit(partial(steps.init, mirror_steps=mirror_steps), compiler_options=QUICK)
+    first_state = jax.jit(partial(steps.init, mirror_steps=mirror_steps), compiler_options=QUICK)
 
     def init(key: jax.Array) -> wmkp.TrainState:
         params_key, state_key = jax.random.split(key)
         with refusals(f"--rules {name} cannot train this network"):
-            return feedback(state_key, initial(params_key))
+            return first_state(state_key, initial(params_key))
 
     # On CPUs XLA's convolutions are slow inside its loops.
     slow = config.model == "conv" and jax.default_backend() == "cpu"
