@@ -81,9 +81,8 @@ RULES: dict[str, Callable[[], wmkp.Rule]] = {
     "KP": wmkp.kolen_pollack,
     "MKP": wmkp.mirrored_kolen_pollack,
     "WM": wmkp.weight_mirror,
-    "WM, orthogonal": partial(wmkp.weight_mirror, "orthogonal", target_angle=0.01, rate=1.0),
+    "WM, Gaussian": partial(wmkp.weight_mirror, "gaussian"),
 }
-MIRRORED = ("MKP", "WM", "WM, orthogonal")
 
 
 def case(name: str, batch_size: int) -> models.Case:
@@ -164,7 +163,7 @@ def inside(target: Target, name: str, how: str) -> Any:
 
 FILES = {"tpu": "tpu", "cuda": "gpu_compiled"}
 ENGAGED = ("BP", "FA", "KP", "MKP", "WM")
-MIRRORS = tuple(f"{rule} mirror" for rule in ("MKP", "WM", "WM, orthogonal"))
+MIRRORS = tuple(f"{rule} mirror" for rule in ("MKP", "WM", "WM, Gaussian"))
 FEW = ("BP", "KP")
 
 # What is compiled, most informative first: target, model, steps.

@@ -461,6 +461,7 @@ ROLES = {
     "a layer norm of data": (lambda p, x, i: standardized(x) * p["v"], {"v": "first layer"}),
     "a bias of data": (lambda p, x, i: x + p["v"], {"v": "added"}),
     "a first layer by hand": (lambda p, x, i: (x[:, :, None] * p["w"]).sum(1), {"w": "first layer"}),
+    "a matrix that data scale, bent": (lambda p, x, i: jnp.tanh(p["w"] * x[:1].T), {"w": "first layer"}),
     "rows looked up, summed": (lambda p, x, i: p["w"][jnp.stack([i, i], 1)].sum(1), {"w": "added"}),
     "rows looked up, with gains": (lambda p, x, i: p["w"][i] * p["v"], {"v": "gain", "w": "added"}),
     "data with places, with gains": (lambda p, x, i: (x + p["w"][:3]) * p["v"], {"v": "gain"}),

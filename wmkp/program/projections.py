@@ -410,12 +410,13 @@ def roles(fun: Callable[..., Any], params: Any, *args: Any) -> Roles:
     A parameter can have several roles, one for each kind of use:
 
     - "projection": it multiplies an activation that an error must reach. The backward pass reads B.
-    - "first layer": it multiplies data. No error passes, and the backward pass reads nothing.
+    - "first layer": it multiplies data, or data scales, shifts or selects from it first. No error passes, and the
+      backward pass reads nothing.
     - "added": it is added to activations, joined to them, looked up, or used as a threshold. The backward pass reads
       nothing.
     - "gain": it scales activations neuron by neuron. The backward pass reads the parameter itself.
     - "refused": an error would pass through it. Give it ``wmkp.local()`` or ``wmkp.backprop()``.
-    - "unused": it does not enter what ``fun`` returns through any activation.
+    - "unused": no gradient reaches it.
 
     Args:
       fun: any JAX function ``fun(params, *args)``.
@@ -442,6 +443,9 @@ def roles(fun: Callable[..., Any], params: Any, *args: Any) -> Roles:
             "refused" if p.obstacle and p.needs_feedback else "projection" if p.needs_feedback else "first layer"
             for p in sites.get(path, [])
         } | analysis.others.get(leaf, set())
+        if not names and leaf in analysis.shared:  # no other parameter meets it before data do, or nothing does
+            alone = any(leaf in kind.params and kind.static for kind in analysis.plan.outputs)
+            names = {"added" if alone else "first layer"}
         found[path] = tuple(name for name in READS if name in names) or ("unused",)
     return found
 
