@@ -41,7 +41,7 @@ TEXTS = {
     ),
     "hundred-classes": (
         "A hundred classes of ImageNet photographs",
-        "A ResNet-18 of a quarter of the width on Tiny ImageNet-100, at 32x32. SGD, learning rate 0.1, cosine, decay 5e-4.",
+        "A ResNet-18 of a quarter of the width on Tiny ImageNet-100, at 16x16. SGD, learning rate 0.1, cosine, decay 5e-4.",
     ),
     "akrout-mnist": (
         "The curves published with the paper's code: MNIST",

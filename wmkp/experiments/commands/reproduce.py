@@ -77,7 +77,7 @@ _ALIGNING = {
 # Runs for an hour on two CPU cores: a fraction of the published length.
 _SMALL_TEXT = {"width": 64, "depth": 2, "batch_size": 8, "epochs": 1.0, "eval_every": 0.2, "learning_rate": 2e-3}
 _SMALL_RESIDUAL = {"batch_size": 256, "epochs": 3.0, "eval_every": 0.5, "save_every": 3.0}
-_SMALL_CLASSES = {"width": 16, "image_size": 32, "epochs": 4.0}
+_SMALL_CLASSES = {"width": 16, "image_size": 16, "epochs": 8.0}
 
 BATTERIES = {
     "akrout-resnet20": Battery(_runs("resnet20-cifar10", "bp wm kp kpm ss fa"), _ALIGNING),
