@@ -5,7 +5,6 @@ import functools
 import itertools
 import math
 import pickle
-from collections.abc import Mapping
 
 import chex
 import jax
@@ -14,6 +13,7 @@ import jitted
 import numpy as np
 import optax
 import pytest
+from arrays import drawn_feedback
 from jax import lax
 from marks import some_slow
 
@@ -295,7 +295,7 @@ MIRROR: dict = {**NOISY, "rate": 0.1, "start": 0}
 ALIGN = functools.partial(wmkp.alignment, on="activity")
 TERMS = {"amplitude": 0.9, "decay": 0.4, "null": 0.3, "sparse": 0.2, "self_alignment": 0.1}
 
-# name: (rule or a mapping, the equations of each projection but the first)
+# name: (rule, its equations)
 CASES = {
     "backprop": (wmkp.backprop(), BP()),
     "FA": (wmkp.feedback_alignment(), FA()),
@@ -345,14 +345,8 @@ CASES = {
         wmkp.weight_mirror("gaussian", 0.3, **MIRROR, activation=jnp.tanh, bias="kept"),
         WM(0.1, wmkp.mirror_gain(wmkp.weight_mirror(noise_std=0.3, activation=jnp.tanh)), np.tanh, bias=True),
     ),
-    "KP under PFA": ({"1": wmkp.kolen_pollack(), ".*": wmkp.product_feedback_alignment()}, [BP(), KP(), PFA()]),
-    "WM under AA": (
-        {"0|1": wmkp.weight_mirror("gaussian", **MIRROR), "2": wmkp.activation_alignment()},
-        [BP(), WM(0.1), Kunin(1.0, amplitude=1, sparse=1, on="activity", normalize="total")],
-    ),
-    "DFA under KP": ({"0|1": wmkp.direct_feedback_alignment(), "2": wmkp.kolen_pollack()}, [BP(), DFA(), KP()]),
 }  # fmt: skip
-# Each pair stands in one network, one rule below the other. This halves the number of programs.
+# Each pair stands in one network, the first rule below the second.
 PAIRS = [
     ("backprop", "FA"),
     ("PFA", "brSF"),
@@ -361,29 +355,24 @@ PAIRS = [
     ("WM", "WM, orthogonal"),
     ("WM, a kept bias", "WM, tanh and a kept bias"),
     ("KP, mirrored start", "WM, relu"),
+    ("DFA", "KP"),
+    ("DKP", "uSF"),
+    ("frSF", "all five, whitened"),
+    ("KP, transported", "amplitude + decay on orthogonal noise"),
+    ("SA", "WM, other noise"),
+    ("activity mirror", "all five, over the mean square"),
 ]
-for below, above in PAIRS:
-    (first, ours), (second, theirs) = CASES[below], CASES[above]
-    CASES[f"{below} under {above}"] = {"0|1": first, "2": second}, [BP(), ours, theirs]
-
-
-def rule_of(rule, i):
-    """Return the rule of projection i. The patterns of these cases are numbers of projections."""
-    if not isinstance(rule, Mapping):
-        return rule
-    return next(r for pattern, r in rule.items() if pattern == ".*" or str(i) in pattern.split("|"))
 
 
 def unpacked(b):
     return b.b[0] if isinstance(b, ProductFeedback) else b.array if isinstance(b, Direct) else b
 
 
-@pytest.mark.parametrize("name", some_slow(CASES, set(CASES) - {f"{a} under {b}" for a, b in PAIRS} - {"DFA under KP"}))
-def test_training_equals_numpy(float64, name):
+@pytest.mark.parametrize("pair", some_slow(PAIRS, PAIRS[8:]), ids=" under ".join)
+def test_training_equals_numpy(float64, pair):
     """After engaged steps and mirror steps, W, biases and B equal those of the equations to 1e-9."""
-    rule, equations = CASES[name]
-    equations = equations if isinstance(equations, list) else [equations] * len(SIZES[1:])
-    rules = [rule_of(rule, i) for i in range(len(SIZES) - 1)]
+    (first, ours), (second, theirs) = (CASES[name] for name in pair)
+    rule, rules, equations = {"0|1": first, "2": second}, [first, first, second], [BP(), ours, theirs]
     params, data = network()
     batches = list(zip(*data, strict=True))
     steps = wmkp.make_steps(as_step(mlp_loss), rule, optimizer(), params, batches[0])
@@ -425,10 +414,8 @@ def test_training_equals_numpy(float64, name):
 
 def test_every_factory_has_a_case():
     """Each rule that the library exports has a case here or tests of its own."""
-    found = set()
-    for rule, _ in CASES.values():
-        for r in rule.values() if isinstance(rule, Mapping) else [rule]:
-            found.add(r.name.split("(")[0])
+    assert sorted(name for pair in PAIRS for name in pair) == sorted(CASES)
+    found = {rule.name.split("(")[0] for rule, _ in CASES.values()}
     assert found == {
         "backprop", "feedback_alignment", "sign_symmetry",
         "kolen_pollack", "kolen_pollack_transported", "product_feedback_alignment", "direct_feedback_alignment",
@@ -504,8 +491,8 @@ def test_mirrored_start_is_exact_and_is_backprop(float64):
 WIDE = [
     {"w": normal(i, m, n, fan_in=m), "b": np.zeros(n)} for i, (m, n) in enumerate([(20, 300), (300, 200), (200, 50)])
 ]
-WIDE = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), WIDE)
-WIDE_DATA = jnp.ones((4, 20)), jnp.ones((4, 50))
+WIDE = jax.tree.map(np.float32, WIDE)
+WIDE_DATA = np.ones((4, 20), np.float32), np.ones((4, 50), np.float32)
 
 
 @pytest.mark.parametrize("rule", [wmkp.feedback_alignment, functools.partial(wmkp.weight_mirror, start=0),
@@ -545,7 +532,7 @@ def test_a_matrix_in_two_places_starts_at_the_scale_of_the_larger_fan_in():
 @pytest.mark.slow
 def test_product_feedback_has_r_near_orthogonal():
     """R R^T is the identity up to 1 / sqrt(hidden) for each entry, and ``effective`` returns R B."""
-    feedback = wmkp.init_feedback(KEY, wmkp.product_feedback_alignment(8.0), mlp_loss, WIDE, *WIDE_DATA)
+    feedback = jitted.init_feedback(KEY, wmkp.product_feedback_alignment(8.0), mlp_loss, WIDE, *WIDE_DATA)
     b = feedback[1]["w"]
     assert b.r.shape == (1, 300, 2400) and b.b.shape == (1, 2400, 200)
     gram = np.asarray(b.r[0] @ b.r[0].T, np.float64)
@@ -555,7 +542,7 @@ def test_product_feedback_has_r_near_orthogonal():
     np.testing.assert_allclose(b.effective(), np.asarray(b.r[0]) @ np.asarray(b.b[0]), rtol=0, atol=1e-5)
     for expansion, hidden in ((0.0295, 9), (0.001, 1)):  # the nearest number of neurons, and at least one
         rule = wmkp.product_feedback_alignment(expansion)
-        assert wmkp.init_feedback(KEY, rule, mlp_loss, WIDE, *WIDE_DATA)[1]["w"].b.shape == (1, hidden, 200)
+        assert drawn_feedback(rule, mlp_loss, WIDE, *WIDE_DATA)[1]["w"].b.shape == (1, hidden, 200)
 
 
 def test_published_coefficients_are_the_defaults():
@@ -598,7 +585,7 @@ def test_what_is_transported_is_said():
 def test_a_layer_that_no_sample_reaches_beside_others():
     fun = lambda p, x: jnp.sum(jnp.sin(jnp.tanh(x @ p["first"]) @ p["w"])) + jnp.sum(x[:0] @ p["unused"])
     params = {"first": normal(0, 6, 8), "w": normal(1, 8, 4), "unused": normal(2, 6, 3)}
-    feedback = jitted.init_feedback(KEY, wmkp.kolen_pollack(), fun, params, normal(3, 5, 6))
+    feedback = drawn_feedback(wmkp.kolen_pollack(), fun, params, normal(3, 5, 6))
     assert feedback["w"].shape == (8, 4) and feedback["unused"] is None
 
 
@@ -608,12 +595,12 @@ def test_a_layer_of_no_neurons_is_refused_by_name():
     with pytest.raises(ValueError, match=r"params\['empty'\] is \[6, 0\].*no neurons"):
         wmkp.init_feedback(KEY, wmkp.kolen_pollack(), fun, params, normal(3, 5, 6))
     rules = {"empty": wmkp.backprop(), ".*": wmkp.kolen_pollack()}
-    assert wmkp.init_feedback(KEY, rules, fun, params, normal(3, 5, 6))["empty"] is None
+    assert drawn_feedback(rules, fun, params, normal(3, 5, 6))["empty"] is None
 
 
 @pytest.mark.parametrize("magnitude", ["uniform", "fixed", "batch"])
 def test_sign_symmetry_starts_with_the_signs_of_w(magnitude):
-    feedback = wmkp.init_feedback(KEY, wmkp.sign_symmetry(magnitude, scale=1.3), mlp_loss, WIDE, *WIDE_DATA)
+    feedback = jitted.init_feedback(KEY, wmkp.sign_symmetry(magnitude, scale=1.3), mlp_loss, WIDE, *WIDE_DATA)
     for i in (1, 2):
         w, b = (np.asarray(x, np.float64) for x in (WIDE[i]["w"], feedback[i]["w"]))
         np.testing.assert_array_equal(np.sign(w), np.sign(b))
@@ -627,7 +614,7 @@ def test_sign_symmetry_starts_with_the_signs_of_w(magnitude):
 
 def test_random_magnitudes_are_drawn_for_each_batch():
     """brSF draws a new B at each step from the state's key, uncorrelated with the last B."""
-    params, data = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), network(1))
+    params, data = jax.tree.map(np.float32, network(1))
     steps = wmkp.make_steps(
         as_step(mlp_loss), wmkp.sign_symmetry("batch"), optimizer(), params, (data[0][0], data[1][0])
     )
@@ -650,9 +637,9 @@ def test_random_magnitudes_are_drawn_for_each_batch():
     ids=lambda rule: rule.name,
 )  # fmt: skip
 def test_the_signal_is_zero_where_b_learns_nothing_in_engaged_mode(rule):
-    feedback = wmkp.init_feedback(KEY, rule, mlp_loss, WIDE, *WIDE_DATA)
+    feedback = drawn_feedback(rule, mlp_loss, WIDE, *WIDE_DATA)
     _, (_, signal) = jitted.value_and_grad(mlp_loss, rule)(WIDE, feedback, *WIDE_DATA)
-    chex.assert_trees_all_equal(signal, jax.tree.map(jnp.zeros_like, feedback))
+    chex.assert_trees_all_equal(signal, jax.tree.map(np.zeros_like, feedback))
 
 
 def test_product_feedback_is_laid_out_as_its_weight():
@@ -664,14 +651,14 @@ def test_product_feedback_is_laid_out_as_its_weight():
 
 def test_of_product_feedback_b_alone_learns():
     rule = wmkp.product_feedback_alignment()
-    feedback = wmkp.init_feedback(KEY, rule, mlp_loss, WIDE, *WIDE_DATA)
+    feedback = drawn_feedback(rule, mlp_loss, WIDE, *WIDE_DATA)
     _, (_, signal) = jitted.value_and_grad(mlp_loss, rule)(WIDE, feedback, *WIDE_DATA)
     for entry in (signal[1]["w"], signal[2]["w"]):
         assert not np.any(entry.r) and np.any(entry.b)
 
 
 def test_redrawn_rule_leaves_other_layers_alone():
-    params, data = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), network(1))
+    params, data = jax.tree.map(np.float32, network(1))
     rule = {"1": wmkp.sign_symmetry("batch"), ".*": wmkp.feedback_alignment()}
     batch = data[0][0], data[1][0]
     steps = wmkp.make_steps(as_step(mlp_loss), rule, optimizer(), params, batch)
@@ -696,7 +683,7 @@ def test_transported_change_differs_from_the_circuit_where_a_weight_has_other_us
     tokens, target = np.array([0, 3, 3, 5, 1]), normal(2, 5, 6)
     E, W = params["table"], params["w"]
     for transported, rule in enumerate((wmkp.kolen_pollack(), wmkp.kolen_pollack_transported())):
-        feedback = jitted.init_feedback(KEY, rule, tied, params, tokens, target)
+        feedback = drawn_feedback(rule, tied, params, tokens, target)
         B, B_w = np.asarray(feedback["table"]), np.asarray(feedback["w"])
         _, (grads, signal) = jitted.value_and_grad(tied, rule)(params, feedback, tokens, target)
         x = E[tokens]
@@ -805,7 +792,7 @@ def test_product_feedback_on_a_conv_kernel_equals_numpy(float64):
     """R is (patch, hidden) for the whole 3 x 3 x in patch: dL/dpatch = R B delta, dB = (R^T patch) delta^T."""
     params, x, target = convnet_params()
     rule = wmkp.product_feedback_alignment(expansion=2.0)
-    feedback = jitted.init_feedback(KEY, rule, convnet_loss, params, x, target)
+    feedback = drawn_feedback(rule, convnet_loss, params, x, target)
     found = {name: layer["w"] for name, layer in feedback.items()}
     assert found["conv1"] is None and found["conv2"].r.shape == (1, 36, 72) and found["conv2"].b.shape == (1, 72, 3)
     R = {name: np.asarray(b.r[0]) for name, b in found.items() if b is not None}
@@ -827,26 +814,22 @@ def test_product_feedback_on_a_conv_kernel_equals_numpy(float64):
         )
 
 
-@pytest.mark.parametrize(
-    "rule",
-    [pytest.param(wmkp.direct_feedback_alignment(), marks=pytest.mark.slow), wmkp.direct_kolen_pollack()],
-    ids=lambda rule: rule.name,
-)
-def test_direct_feedback_in_a_convnet_equals_numpy(float64, rule):
+def test_direct_feedback_in_a_convnet_equals_numpy(float64):
     """dL/dx = B e for a whole image x, where B is (height * width * channels, outputs). DKP learns x e^T."""
     params, x, target = convnet_params()
-    feedback = jitted.init_feedback(KEY, rule, convnet_loss, params, x, target)
+    rule = wmkp.direct_kolen_pollack()
+    feedback = drawn_feedback(rule, convnet_loss, params, x, target)
     B = {name: np.asarray(layer["w"].array) for name, layer in feedback.items() if layer["w"] is not None}
     assert {name: b.shape for name, b in B.items()} == {"conv2": (144, 5), "dense": (27, 5), "head": (6, 5)}
     back = {name: lambda delta, e, b=b: e @ b.T for name, b in B.items()}
     expected, activities, _, shape = convnet_numpy(params, x, target, back)
     _, (grads, signal) = jitted.value_and_grad(convnet_loss, rule)(params, feedback, x, target)
     chex.assert_trees_all_close(grads, expected, rtol=0, atol=1e-12)
-    e = np.asarray(convnet(params, x) - target) / len(x)
-    image = np.tanh(np.asarray(conv(x, params["conv1"]["w"])) + params["conv1"]["b"])
+    e = np.asarray(jax.jit(convnet)(params, x)) - target
+    image = np.tanh(np.einsum("nijpqc,pqco->nijo", patches(x, 3), params["conv1"]["w"]) + params["conv1"]["b"])
     assert image.shape == shape
     for name, activity in {**activities, "conv2": image}.items():
-        learned = activity.reshape(len(x), -1).T @ e if rule.signal else np.zeros_like(B[name])
+        learned = activity.reshape(len(x), -1).T @ e / len(x)
         np.testing.assert_allclose(signal[name]["w"].array, learned, rtol=0, atol=1e-12)
 
 
@@ -900,7 +883,8 @@ def test_input_covariances_are_means_over_uses():
 
 def test_input_covariances_leave_out_what_b_cannot_follow():
     params = {"first": normal(0, 6, 8), "w": normal(1, 8, 4)}
-    found = wmkp.input_covariances(lambda p, x: jnp.tanh(x @ p["first"]) @ jnp.tanh(p["w"]), params, normal(2, 5, 6))
+    fun = lambda p, x: jnp.tanh(x @ p["first"]) @ jnp.tanh(p["w"])
+    found = jax.eval_shape(lambda params: wmkp.input_covariances(fun, params, normal(2, 5, 6)), params)
     assert list(found) == ["first"]
 
 
@@ -919,18 +903,15 @@ def test_input_covariances_are_of_what_was_evaluated():
     other = x @ w + x
     np.testing.assert_allclose(found[0], (x.T @ x + other.T @ other) / 2 / len(x), rtol=1e-4, atol=1e-5)
     behind = lambda params, x: jax.lax.stop_gradient(x @ params["a"]) @ params["b"]
-    found = wmkp.input_covariances(behind, {"a": w, "b": w}, x)
+    found = jitted.input_covariances(behind, {"a": w, "b": w}, x)
     assert np.isnan(found["a"]).all() and np.isfinite(found["b"]).all()
 
 
-def settle(rule, fun, params, batches, times=1):
+def settle(rule, fun, params, batch, times=1):
     """Return B after engaged and mirror steps with a constant W."""
-    steps = wmkp.make_steps(as_step(fun), rule, optax.sgd(0.0), params, batches[0])
-    state = steps.init(KEY, params)
-    for _ in range(times):
-        for batch in batches:
-            state, _ = steps.engaged_step(state, batch)
-            state, _ = steps.mirror_step(state)
+    steps = wmkp.make_steps(as_step(fun), rule, optax.sgd(0.0), params, batch)
+    both = lambda state, _: (steps.mirror_step(steps.engaged_step(state, batch)[0])[0], None)
+    state, _ = jax.jit(lambda state: lax.scan(both, state, length=times))(steps.init(KEY, params))
     chex.assert_trees_all_equal(state.params, params)
     return state.feedback
 
@@ -943,14 +924,14 @@ def test_activity_mirror_on_a_conv(float64, name):
     """
     options = CONVS[name]
     groups = options.get("groups", 1)
-    params = {"gain": normal(1, 4) + 2, "w": jnp.asarray(normal(0, 3, 3, 4 // groups, 6))}
+    params = {"gain": normal(1, 4) + 2, "w": normal(0, 3, 3, 4 // groups, 6)}
     x = normal(2, 5, 9, 9, 4)
     loss = functools.partial(one_conv, options)
     p = grouped_patches(np.tanh(x * params["gain"]), options)
     c = np.einsum("kni,knj->kij", p, p) / p.shape[1]
-    kernel = np.asarray(params["w"]).reshape(-1, groups, 6 // groups).swapaxes(0, 1)  # (groups, fan_in, outputs)
+    kernel = params["w"].reshape(-1, groups, 6 // groups).swapaxes(0, 1)  # (groups, fan_in, outputs)
     for whiten in (True, False):
-        feedback = settle(wmkp.activity_mirror(whiten=whiten, rate=1.0), loss, params, [(x,)])
+        feedback = settle(wmkp.activity_mirror(whiten=whiten, rate=1.0), loss, params, (x,))
         if whiten:
             ridge = RIDGE * np.trace(c, axis1=1, axis2=2)[:, None, None] / c.shape[-1] * np.eye(c.shape[-1])
             expected = np.linalg.solve(c + ridge, c @ kernel)
@@ -967,22 +948,21 @@ LOCAL = {
     "symmetric_alignment": wmkp.symmetric_alignment(),
     "activation_alignment": wmkp.activation_alignment(),
     "activity_mirror": wmkp.activity_mirror(),
-    "whitened": wmkp.activity_mirror(whiten=True),
+    "input_whitened": wmkp.activity_mirror(whiten=True),
 }
 
 
-@pytest.mark.parametrize("name", some_slow(LOCAL, set(LOCAL) - {"activity_mirror"}))
 @pytest.mark.parametrize("how", ["scan", "unrolled", "parts"])
-def test_a_local_loss_is_a_mean_over_uses(float64, name, how):
+def test_a_local_loss_is_a_mean_over_uses(float64, how):
     """If a weight is used five times, B's signal is the mean of those of five separate weights.
 
-    If a weight is used in parts, B's signal is that of the whole weight.
+    If a weight is used in parts, B's signal is that of the whole weight. Each rule has a weight of its own.
     """
-    turns, rule = 5, LOCAL[name]
+    turns = 5
     w, gain, x = normal(0, 6, 6, fan_in=6), normal(1, 6) + 2, normal(2, 8, 6)
 
-    def loss(params, x):
-        h, own = jnp.tanh(x * params["gain"]), params["w"]
+    def used(own, x):
+        h = x
         if how == "scan" and own.ndim == 3:
             h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, own)
         elif how == "scan":
@@ -992,24 +972,24 @@ def test_a_local_loss_is_a_mean_over_uses(float64, name, how):
                 h = jnp.tanh(h @ (own[i] if own.ndim == 3 else own))
         else:  # its columns, two at a time
             h = jnp.concatenate([jnp.tanh(h @ own[:, i : i + 2]) for i in range(0, 6, 2)], 1)
-        return jnp.sum(h)
+        return h
 
-    def signal(w, b):
-        params, feedback = {"gain": jnp.asarray(gain), "w": jnp.asarray(w)}, {"gain": None, "w": jnp.asarray(b)}
-        _, (_, found) = jitted.value_and_grad(loss, rule)(params, feedback, x)
-        return np.asarray(found["w"])
+    def signals(w, b, used=used):
+        h = lambda params, x: jnp.tanh(x * params["gain"])
+        loss = lambda params, x: sum(jnp.sum(used(params[name], h(params, x))) for name in LOCAL)
+        params, feedback = {"gain": gain, **dict.fromkeys(LOCAL, w)}, {"gain": None, **dict.fromkeys(LOCAL, b)}
+        _, (_, found) = jitted.value_and_grad(loss, LOCAL)(params, feedback, x)
+        return {name: np.asarray(found[name]) for name in LOCAL}
 
     b = normal(3, 6, 6, fan_in=6)
+    found = signals(w, b)
     if how == "parts":
-        whole = lambda params, x: jnp.sum(jnp.tanh(jnp.tanh(x * params["gain"]) @ params["w"]))
-        params, feedback = {"gain": jnp.asarray(gain), "w": jnp.asarray(w)}, {"gain": None, "w": jnp.asarray(b)}
-        _, (_, expected) = jitted.value_and_grad(whole, rule)(params, feedback, x)
-        np.testing.assert_allclose(signal(w, b), expected["w"], rtol=0, atol=1e-12)
-        return
-    each = signal(np.stack([w] * turns), np.stack([b] * turns))
-    np.testing.assert_allclose(signal(w, b), each.mean(0), rtol=0, atol=1e-12)
-    if name == "symmetric_alignment":
-        np.testing.assert_allclose(signal(w, b), b - w, rtol=0, atol=1e-12)
+        expected = signals(w, b, lambda own, h: jnp.tanh(h @ own))
+    else:
+        stacked = signals(np.stack([w] * turns), np.stack([b] * turns))
+        expected = {name: each.mean(0) for name, each in stacked.items()}
+        np.testing.assert_allclose(found["symmetric_alignment"], b - w, rtol=0, atol=1e-12)
+    chex.assert_trees_all_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_parts_of_one_weight_learn_by_one_rule():
@@ -1031,29 +1011,23 @@ def test_parts_of_one_weight_learn_by_one_rule():
     assert np.all(signals["a"] != 0) and np.all(signals["b"] == 0), "one part is mirrored, the other is fixed"
 
 
-@pytest.mark.parametrize(
-    "rule",
-    [
-        pytest.param(wmkp.activation_alignment(), marks=pytest.mark.slow),
-        pytest.param(wmkp.activity_mirror(), marks=pytest.mark.slow),
-        wmkp.activity_mirror(whiten=True),
-    ],
-    ids=lambda rule: rule.name,
-)
-def test_activity_in_half_precision(rule):
+def test_activity_in_half_precision():
     """In float16 the signal equals that of float32 up to rounding, even if sums of squares exceed float16's range."""
+    rules = {name: rule for name, rule in LOCAL.items() if name != "symmetric_alignment"}
 
-    def signal(dtype):
-        params = {"gain": jnp.ones(32, dtype), "w": jnp.asarray(normal(1, 32, 8) / 32, dtype)}
-        loss = lambda p, x: jnp.sum(jnp.tanh((x * p["gain"]) @ p["w"]).astype(jnp.float32))
-        feedback = {"gain": None, "w": jnp.asarray(normal(2, 32, 8) / 32, dtype)}
-        x = jnp.asarray(300 * normal(0, 2048, 32), dtype)
-        found = jitted.value_and_grad(loss, rule)(params, feedback, x)[1][1]
+    def signals(dtype):
+        params = {"gain": np.ones(32), **dict.fromkeys(rules, normal(1, 32, 8) / 32)}
+        feedback = {"gain": None, **dict.fromkeys(rules, normal(2, 32, 8) / 32)}
+        params, feedback, x = jax.tree.map(dtype, (params, feedback, 300 * normal(0, 2048, 32)))
+        h = lambda p, x: x * p["gain"]
+        loss = lambda p, x: sum(jnp.sum(jnp.tanh(h(p, x) @ p[name]).astype(jnp.float32)) for name in rules)
+        found = jitted.value_and_grad(loss, rules)(params, feedback, x)[1][1]
         chex.assert_trees_all_equal_shapes_and_dtypes(found, feedback)
-        return np.asarray(found["w"], np.float32)
+        return {name: np.float32(found[name]) for name in rules}
 
-    half, whole = signal(jnp.float16), signal(jnp.float32)
-    assert np.max(np.abs(half - whole)) < 2e-3 * np.max(np.abs(whole))
+    half, whole = signals(np.float16), signals(np.float32)
+    for name in rules:
+        assert np.max(np.abs(half[name] - whole[name])) < 2e-3 * np.max(np.abs(whole[name])), name
 
 
 # --- what each B converges to -----------------------------------------------------------------------------------------
@@ -1062,44 +1036,33 @@ def test_activity_in_half_precision(rule):
 def test_rules_settle_where_their_docstrings_say(float64):
     """With a constant W, B converges to W^T, to a multiple of it, or to the fixed point of the equations."""
     params, data = network(7)
-    params = jax.tree.map(jnp.asarray, params)
     batch = data[0][0], data[1][0]
-    W = [np.asarray(layer["w"]) for layer in params]
-    many = {"times": 300}
-    feedback = settle(wmkp.symmetric_alignment(1.5, 0.5, rate=0.3), mlp_loss, params, [batch], **many)
-    for i in (1, 2):
-        np.testing.assert_allclose(feedback[i]["w"], 3 * W[i], rtol=0, atol=1e-9)
+    W = [layer["w"] for layer in params]
     # With this many samples their covariance is the identity, so the mean has no noise.
     exact = {"noise": "orthogonal", "num_samples": 72}
-    whole = wmkp.alignment(amplitude=0.9, decay=0.4, rate=0.3, noise_std=1.3, **exact)
-    feedback = settle(whole, mlp_loss, params, [batch], **many)
-    for i in (1, 2):
-        np.testing.assert_allclose(feedback[i]["w"], 0.9 * 1.3**2 / 0.4 * W[i], rtol=0, atol=1e-9)
-    feedback = settle(
-        wmkp.alignment(amplitude=0.9, decay=0.4, null=0.3, rate=0.2, noise_std=1.3, **exact), mlp_loss, params, [batch],
-        **many,
-    )  # fmt: skip
-    for i in (1, 2):  # the fixed point of information alignment
-        inverse = np.linalg.inv(0.3 * W[i].T @ W[i] + 0.4 / 1.3**2 * np.eye(W[i].shape[1]))
-        np.testing.assert_allclose(feedback[i]["w"], 0.9 * W[i] @ inverse, rtol=0, atol=1e-9)
-    feedback = settle(wmkp.alignment(amplitude=0.8, sparse=0.4, rate=0.5, **exact), mlp_loss, params, [batch], **many)
-    for i in (1, 2):
-        np.testing.assert_allclose(feedback[i]["w"], 2 * W[i], rtol=0, atol=1e-9)
+    information = wmkp.alignment(amplitude=0.9, decay=0.4, null=0.3, rate=0.2, noise_std=1.3, **exact)
+    inverse = np.linalg.inv(0.3 * W[2].T @ W[2] + 0.4 / 1.3**2 * np.eye(W[2].shape[1]))
+    noisy = wmkp.alignment(amplitude=0.9, decay=0.4, rate=0.3, noise_std=1.3, **exact)
+    sparse = wmkp.alignment(amplitude=0.8, sparse=0.4, rate=0.5, **exact)
+    for below, above, expected in (
+        (wmkp.symmetric_alignment(1.5, 0.5, rate=0.3), noisy, (3 * W[1], 0.9 * 1.3**2 / 0.4 * W[2])),
+        (sparse, information, (2 * W[1], 0.9 * W[2] @ inverse)),
+    ):
+        feedback = settle({"0|1": below, "2": above}, mlp_loss, params, batch, times=300)
+        for i in (1, 2):
+            np.testing.assert_allclose(feedback[i]["w"], expected[i - 1], rtol=0, atol=1e-9)
 
 
 def test_activation_alignment_settles_wherever_the_activity_reaches():
     """With more directions than samples, B converges along the activities and keeps its start in other directions."""
-    w1, w2 = (jnp.asarray(normal(i, 12, 12, fan_in=12), jnp.float32) for i in range(2))
-    params = {"first": w1, "w": w2}
-    x = jnp.asarray(normal(3, 5, 12), jnp.float32)
+    w1, w2, x = normal(0, 12, 12, fan_in=12), normal(1, 12, 12, fan_in=12), normal(3, 5, 12)
+    params, x = jax.tree.map(np.float32, ({"first": w1, "w": w2}, x))
     loss = lambda params, x: jnp.sum(jnp.tanh(x @ params["first"]) @ params["w"])
-    start = np.asarray(
-        wmkp.init_feedback(jax.random.split(KEY, 3)[1], wmkp.activation_alignment(), loss, params, x)["w"]
-    )
-    feedback = settle(wmkp.activation_alignment(2.0, 1.0, rate=1.5), loss, params, [(x,)], times=2000)
-    activity = np.tanh(np.asarray(x @ w1, np.float64))
+    start = jitted.init_feedback(jax.random.split(KEY, 3)[1], wmkp.activation_alignment(), loss, params, x)["w"]
+    feedback = settle(wmkp.activation_alignment(2.0, 1.0, rate=1.5), loss, params, (x,), times=2000)
+    activity = np.tanh(x @ w1)
     along = np.linalg.pinv(activity) @ activity
-    expected = along @ (2.0 * np.asarray(w2)) + (np.eye(12) - along) @ start
+    expected = along @ (2.0 * w2) + (np.eye(12) - along) @ np.asarray(start)
     np.testing.assert_allclose(feedback["w"], expected, rtol=0, atol=2e-3)
 
 
@@ -1177,23 +1140,18 @@ def test_error_reaches_layers_inside_loops_and_branches(float64, name):
         split = lambda tree: {**{k: v for k, v in tree.items() if k != "stack"},
                               **{f"w{i}": v for i, v in enumerate(tree["stack"])}}  # fmt: skip
         params, B, expected, learned = split(params), split(B), split(expected), split(learned)
-    start = wmkp.init_feedback(KEY, rule, loss, params, x, target)
+    start = drawn_feedback(rule, loss, params, x, target)
     assert start["in"] is None
     chex.assert_trees_all_equal_shapes({k: v.array for k, v in start.items() if v is not None}, B)
     feedback = {"in": None, **{k: Direct(b) for k, b in B.items()}}
-    for wrapped in (lambda f: f, jax.jit):
+    for wrapped in (jax.jit, lambda f: f)[: 2 if name == "scanned" else 1]:
         value, (grads, signal) = wrapped(wmkp.value_and_grad(loss, rule))(params, feedback, x, target)
-        assert value == pytest.approx(float(loss(params, x, target)), rel=1e-12)
+        assert value == pytest.approx(float(jax.jit(loss)(params, x, target)), rel=1e-12)
         chex.assert_trees_all_close(grads, expected, rtol=0, atol=1e-12)
         chex.assert_trees_all_close({k: signal[k].array for k in B}, learned, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "rule",
-    [pytest.param(wmkp.direct_feedback_alignment(), marks=pytest.mark.slow), wmkp.direct_kolen_pollack()],
-    ids=lambda rule: rule.name,
-)
-def test_nothing_passes_between_projections(rule):
+def test_nothing_passes_between_projections():
     """Under direct feedback B_l changes only the layer below it. Under feedback alignment it changes all
     layers below.
     """
@@ -1205,7 +1163,7 @@ def test_nothing_passes_between_projections(rule):
 
     def gradients(rule, changes):
         """Yield the gradients at the start, then those with the B of each of these layers changed."""
-        start = jitted.init_feedback(KEY, rule, loss, params, x, target)
+        start = drawn_feedback(rule, loss, params, x, target)
         gradient = jitted.value_and_grad(loss, rule)
         yield gradient(params, start, x, target)[1][0]
         for place, index in changes:
@@ -1214,7 +1172,7 @@ def test_nothing_passes_between_projections(rule):
             into[at] = Direct(into[at].array + 1) if isinstance(into[at], Direct) else into[at] + 1
             yield gradient(params, feedback, x, target)[1][0]
 
-    reference, *others = gradients(rule, layers[1:])
+    reference, *others = gradients(wmkp.direct_kolen_pollack(), layers[1:])
     for i, grads in enumerate(others):
         same = [np.array_equal(leaf(grads, where), leaf(reference, where)) for where in layers]
         assert same == [j != i for j in range(len(layers))], layers[i + 1]
@@ -1233,7 +1191,7 @@ def test_skip_connections_carry_the_error_on(float64):
         return jnp.sum((h @ params["c"] - target) ** 2) / (2 * x.shape[0])
 
     rule = wmkp.direct_feedback_alignment()
-    feedback = jitted.init_feedback(KEY, rule, loss, params, x, target)
+    feedback = drawn_feedback(rule, loss, params, x, target)
     Bb, Bc = (np.asarray(feedback[k].array) for k in "bc")
     y = np.tanh(x @ params["a"])
     h = y * params["gain"]
@@ -1261,7 +1219,7 @@ def test_direct_feedback_of_sequences_is_per_position(float64):
         return jnp.sum((h @ params["c"] - target) ** 2) / 2
 
     rule = wmkp.direct_kolen_pollack()
-    feedback = jitted.init_feedback(KEY, rule, loss, params, x, target)
+    feedback = drawn_feedback(rule, loss, params, x, target)
     Bb, Bc = (np.asarray(feedback[k].array) for k in "bc")
     assert Bb.shape == Bc.shape == (6, 4)
     y = np.tanh(x @ params["a"])
@@ -1275,20 +1233,17 @@ def test_direct_feedback_of_sequences_is_per_position(float64):
 
 # --- B = W ------------------------------------------------------------------------------------------------------------
 
-SETTLING = {
-    "KP": wmkp.kolen_pollack(),
-    "KP, mirrored start": wmkp.kolen_pollack(start="mirror"),
-    "KP, transported": wmkp.kolen_pollack_transported(),
-    "WM, orthogonal": wmkp.weight_mirror("orthogonal+antithetic", activation=jax.nn.relu),
-    "IA": wmkp.information_alignment(),
-    "SA": wmkp.symmetric_alignment(),
-    "AA": wmkp.activation_alignment(),
-    "amplitude + decay": wmkp.alignment(amplitude=1, decay=1),
-    "activity mirror": wmkp.activity_mirror(),
-    "activity mirror, whitened": wmkp.activity_mirror(whiten=True),
-    "FA": wmkp.feedback_alignment(),
-    "frSF": wmkp.sign_symmetry("fixed"),  # with B = W its magnitudes are W's own
-}
+SETTLING = {  # networks with a rule for each of its three projections that need a B
+    "KP, AA, frSF": (  # with B = W frSF's magnitudes are W's own
+        wmkp.kolen_pollack(), wmkp.activation_alignment(), wmkp.sign_symmetry("fixed")),
+    "FA, transported KP, WM": (
+        wmkp.feedback_alignment(), wmkp.kolen_pollack_transported(),
+        wmkp.weight_mirror("orthogonal+antithetic", activation=jax.nn.relu)),
+    "IA, SA, mirrored KP": (
+        wmkp.information_alignment(), wmkp.symmetric_alignment(), wmkp.kolen_pollack(start="mirror")),
+    "activity mirror, also whitened, amplitude + decay": (
+        wmkp.activity_mirror(), wmkp.activity_mirror(whiten=True), wmkp.alignment(amplitude=1, decay=1)),
+}  # fmt: skip
 
 
 def mirrored(params, feedback):
@@ -1298,25 +1253,25 @@ def mirrored(params, feedback):
     return tree.unflatten([None if b is None else w for w, b in zip(leaves, entries, strict=True)])
 
 
-@pytest.mark.parametrize("name", some_slow(SETTLING, set(SETTLING) - {"KP", "AA", "frSF"}))
+@pytest.mark.parametrize("name", some_slow(SETTLING, set(SETTLING) - {"KP, AA, frSF"}))
 def test_b_equal_to_w_is_backprop(float64, name):
     params, x, target = convnet_params()
-    rule = SETTLING[name]
-    feedback = jitted.init_feedback(KEY, rule, convnet_loss, params, x, target)
+    rule = dict(zip(("conv", "dense", "head"), SETTLING[name], strict=True))
+    feedback = drawn_feedback(rule, convnet_loss, params, x, target)
     gradient = jitted.value_and_grad(convnet_loss, rule)
     value, (grads, _) = gradient(params, mirrored(params, feedback), x, target)
     expected = jax.jit(jax.value_and_grad(convnet_loss))(params, x, target)
     chex.assert_trees_all_close((value, grads), expected, rtol=0, atol=1e-13)
-    other = gradient(params, feedback, x, target)[1][0]["conv1"]["w"]
-    if rule.mirror is None or not rule.mirror.start:
-        assert not np.allclose(other, grads["conv1"]["w"], rtol=0.01), "the B it starts from is not backprop"
+    other = gradient(params, feedback, x, target)[1][0]
+    for below in ("conv1", "conv2", "dense"):
+        assert not np.allclose(other[below]["w"], grads[below]["w"], rtol=0.01), "a random B is not backprop"
 
 
 def test_product_feedback_equal_to_w_is_backprop(float64):
     """PFA with R B = W^T is backprop for any R. Such a B exists because R has full row rank."""
     params, x, target = convnet_params()
     rule = wmkp.product_feedback_alignment(2.0)
-    feedback = jitted.init_feedback(KEY, rule, convnet_loss, params, x, target)
+    feedback = drawn_feedback(rule, convnet_loss, params, x, target)
 
     def solved(w, b):
         matrix = np.asarray(w).reshape(b.r.shape[1], -1)
@@ -1329,8 +1284,7 @@ def test_product_feedback_equal_to_w_is_backprop(float64):
     assert all(angle < 1e-6 for angle in wmkp.matrix_angles(params, feedback).values())
 
 
-@pytest.mark.parametrize(("params_in", "compute_in"), [(jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32)])
-def test_direct_feedback_in_mixed_precision(params_in, compute_in):
+def test_direct_feedback_in_mixed_precision():
     """B has its parameter's dtype, and activity and error keep theirs. The result is float32's up to rounding."""
 
     rule = wmkp.direct_kolen_pollack()
@@ -1342,15 +1296,16 @@ def test_direct_feedback_in_mixed_precision(params_in, compute_in):
             return jnp.sum(jnp.sin(h.astype(jnp.float32) @ params["w"]))
 
         params = {"u": normal(0, 6, 8) / 3, "v": normal(1, 8, 8) / 3, "w": normal(2, 8, 4) / 3}
-        params = {k: jnp.asarray(w, params_in if k == "v" else jnp.float32) for k, w in params.items()}
-        feedback = jitted.init_feedback(KEY, rule, loss, params, jnp.ones((5, 6)))
-        x = jnp.asarray(normal(3, 5, 6), jnp.float32)
+        params = {k: w.astype(params_in if k == "v" else np.float32) for k, w in params.items()}
+        x = normal(3, 5, 6).astype(np.float32)
+        feedback = drawn_feedback(rule, loss, params, x)
         grads, signal = jitted.value_and_grad(loss, rule)(params, feedback, x)[1]
         chex.assert_trees_all_equal_shapes_and_dtypes((grads, signal), (params, feedback))
         return jax.tree.map(lambda g: np.asarray(g, np.float32), (grads, signal))
 
     expected = gradients(jnp.float32, jnp.float32)
-    chex.assert_trees_all_close(gradients(params_in, compute_in), expected, rtol=0, atol=0.1)
+    for mixed in ((jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32)):
+        chex.assert_trees_all_close(gradients(*mixed), expected, rtol=0, atol=0.1)
 
 
 def test_direct_feedback_is_never_backprop(float64):
@@ -1360,7 +1315,7 @@ def test_direct_feedback_is_never_backprop(float64):
     params, data = network(8)
     x, target = data[0][0], data[1][0]
     rule = wmkp.direct_kolen_pollack()
-    feedback = jitted.init_feedback(KEY, rule, mlp_loss, params, x, target)
+    feedback = drawn_feedback(rule, mlp_loss, params, x, target)
     assert wmkp.matrix_angles(params, feedback) == {}
     last = params[2]["w"]
     feedback[2]["w"], feedback[1]["w"] = Direct(last), Direct(params[1]["w"] @ last)
@@ -1387,7 +1342,7 @@ MIXED = {"head": wmkp.backprop(), "conv": wmkp.weight_mirror(num_samples=50), ".
 def test_mixed_rules_in_one_network_equal_numpy(float64):
     """The error goes back through W at the head, directly at the dense layer, and through a mirrored B at the conv."""
     params, x, target = convnet_params()
-    feedback = wmkp.init_feedback(KEY, MIXED, convnet_loss, params, x, target)
+    feedback = drawn_feedback(MIXED, convnet_loss, params, x, target)
     assert feedback["head"]["w"] is None and feedback["conv1"]["w"] is None
     assert feedback["conv2"]["w"].shape == (3, 3, 4, 3) and feedback["dense"]["w"].array.shape == (27, 5)
     back = {
@@ -1434,24 +1389,28 @@ def test_mixed_rules_train():
 def test_first_pattern_wins():
     params, x, target = convnet_params(np.float32)
     order = {"conv2": wmkp.kolen_pollack(), "conv": wmkp.backprop(), ".*": wmkp.direct_feedback_alignment()}
-    feedback = jitted.init_feedback(KEY, order, convnet_loss, params, x, target)
+    feedback = drawn_feedback(order, convnet_loss, params, x, target)
     assert feedback["conv2"]["w"].shape == (3, 3, 4, 3) and isinstance(feedback["head"]["w"], Direct)
     turned = dict(reversed(order.items()))
-    feedback = jitted.init_feedback(KEY, turned, convnet_loss, params, x, target)
+    feedback = drawn_feedback(turned, convnet_loss, params, x, target)
     assert all(isinstance(feedback[k]["w"], Direct) for k in ("conv2", "dense", "head"))
     anchored = {"^conv2/w$": wmkp.feedback_alignment(), ".*": wmkp.backprop()}
-    feedback = jitted.init_feedback(KEY, anchored, convnet_loss, params, x, target)
+    feedback = drawn_feedback(anchored, convnet_loss, params, x, target)
     assert [k for k, v in feedback.items() if v["w"] is not None] == ["conv2"]
 
 
 def test_one_rule_as_a_mapping_is_that_rule():
-    params, data = jax.tree.map(lambda v: v.astype(np.float32), network())
-    batch = data[0][0], data[1][0]
+    params, data = jax.tree.map(np.float32, network())
+
+    def both(rule, params, *batch):
+        feedback = wmkp.init_feedback(KEY, rule, mlp_loss, params, *batch)
+        return feedback, wmkp.value_and_grad(mlp_loss, rule)(params, feedback, *batch)
+
     for rule in (wmkp.direct_kolen_pollack(), wmkp.backprop()):
-        feedbacks = [jitted.init_feedback(KEY, r, mlp_loss, params, *batch) for r in (rule, {".*": rule})]
-        chex.assert_trees_all_equal(*feedbacks)
-        grads = [jitted.value_and_grad(mlp_loss, r)(params, feedbacks[0], *batch) for r in (rule, {".*": rule})]
-        chex.assert_trees_all_equal(*grads)
+        runs = [
+            jax.make_jaxpr(functools.partial(both, r))(params, data[0][0], data[1][0]) for r in (rule, {".*": rule})
+        ]
+        assert str(runs[0]) == str(runs[1])
 
 
 USES = {
@@ -1531,7 +1490,7 @@ def test_product_feedback_needs_one_matrix():
     with pytest.raises(ValueError, match=r"'b'.*one matrix"):
         wmkp.init_feedback(KEY, wmkp.product_feedback_alignment(), twice, params, normal(2, 5, 4))
     mixed = {"b": wmkp.kolen_pollack(), ".*": wmkp.product_feedback_alignment()}
-    assert wmkp.init_feedback(KEY, mixed, twice, params, normal(2, 5, 4))["b"].shape == (4, 4)
+    assert drawn_feedback(mixed, twice, params, normal(2, 5, 4))["b"].shape == (4, 4)
 
 
 def test_product_feedback_of_stacked_and_reshaped_weights(float64):
@@ -1539,12 +1498,12 @@ def test_product_feedback_of_stacked_and_reshaped_weights(float64):
     params, x, target = chain_params()
     rule = wmkp.product_feedback_alignment(2.0)
     loss = functools.partial(chain_loss, scanned)
-    feedback = jitted.init_feedback(KEY, rule, loss, params, x, target)
+    feedback = drawn_feedback(rule, loss, params, x, target)
     b = feedback["stack"]
     assert b.r.shape == (DEPTH, WIDTH, 2 * WIDTH) and b.b.shape == (DEPTH, 2 * WIDTH, WIDTH)
     effective = np.einsum("lih,lho->lio", b.r, b.b)
     np.testing.assert_allclose(b.effective(), effective, rtol=0, atol=1e-12)
-    fixed = {"in": None, "stack": jnp.asarray(effective), "out": feedback["out"].effective()}
+    fixed = {"in": None, "stack": effective, "out": feedback["out"].effective()}
     _, (grads, signal) = jitted.value_and_grad(loss, rule)(params, feedback, x, target)
     _, (same, circuit) = jitted.value_and_grad(loss, wmkp.kolen_pollack())(params, fixed, x, target)
     chex.assert_trees_all_close(grads, same, rtol=0, atol=1e-12)
@@ -1556,7 +1515,7 @@ def test_product_feedback_of_stacked_and_reshaped_weights(float64):
         return jnp.sum(jnp.einsum("nhk,hkd->nd", jnp.tanh(h), params["o"]) ** 2)
 
     params = {"a": normal(0, 5, 6), "qkv": normal(1, 6, 2, 3), "o": normal(2, 2, 3, 4)}
-    feedback = jitted.init_feedback(KEY, rule, heads, params, x)
+    feedback = drawn_feedback(rule, heads, params, x)
     assert feedback["qkv"].r.shape == (1, 6, 12) and feedback["o"].b.shape == (1, 12, 4)
     assert feedback["qkv"].effective().shape == (6, 2, 3) and feedback["o"].effective().shape == (2, 3, 4)
     fixed = {"a": None, "qkv": feedback["qkv"].effective(), "o": feedback["o"].effective()}
@@ -1591,7 +1550,7 @@ def test_direct_feedback_has_its_shape(name):
     if "out" not in wmkp.projections(fun, params, x):
         del rules["out"]
     loss = lambda p, x: jnp.sum(jnp.sin(fun(p, x)))
-    feedback = jitted.init_feedback(KEY, rules, loss, params, x)
+    feedback = drawn_feedback(rules, loss, params, x)
     assert feedback["w"].array.shape == shape
     grads = jitted.value_and_grad(loss, rules)(params, feedback, x)[1][0]
     assert np.all(grads["first"] != 0)
@@ -1602,7 +1561,7 @@ def test_axes_of_matrices():
         lambda p, x, mask: jnp.einsum("bhi,hio->bo", jnp.tanh(jnp.einsum("bi,hio->bho", x, p["heads"])), p["groups"])
         @ (p["masked"] * mask) @ jnp.tanh(p["bent"]),
         {"heads": normal(0, 3, 6, 4), "groups": normal(1, 3, 4, 5), "masked": normal(2, 5, 7), "bent": normal(3, 7, 2)},
-        normal(4, 8, 6), jnp.ones((5, 7)),
+        normal(4, 8, 6), np.ones((5, 7)),
     )  # fmt: skip
     assert projections["heads"].matrix_axes((3, 6, 4)) == ([], [1], [0, 2])
     for name, shape in (("masked", (5, 7)), ("bent", (7, 2))):
@@ -1622,7 +1581,7 @@ def test_direct_feedback_refuses_inputs_whose_first_axis_is_not_the_batch():
         return jnp.sum((h[-1] @ params["c"]) ** 2)
 
     with pytest.raises(ValueError, match=r"params\['b'\].*first axis|first axis.*params\['b'\]"):
-        wmkp.init_feedback(jax.random.key(0), wmkp.direct_feedback_alignment(), time_major, params, jnp.ones((7, 5, 3)))
+        wmkp.init_feedback(jax.random.key(0), wmkp.direct_feedback_alignment(), time_major, params, np.ones((7, 5, 3)))
 
 
 # --- pickling, copying and comparing rules ----------------------------------------------------------------------------
@@ -1634,7 +1593,7 @@ def relu(z):
 
 
 VALUES = [
-    *(rule for rule, _ in CASES.values() if not isinstance(rule, Mapping) and "activation" not in rule.name),
+    *(rule for rule, _ in CASES.values() if "activation" not in rule.name),
     wmkp.weight_mirror(activation=relu),
     wmkp.information_alignment(),
     wmkp.forward_direct_feedback_alignment(),
