@@ -7,13 +7,15 @@ import functools
 import os
 from typing import Any, NamedTuple
 
-# Without these settings libtpu queries its host machine, and XLA tries to time kernels on a GPU.
+# Without these settings libtpu queries its host machine, and XLA tries to time kernels on a GPU. Without timings it cannot
+# tile some of Triton's matrix products, so cuBLAS takes them all.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device is touched
 if "xla_gpu_autotune_level" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+    flags = " --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flags
 
 import jax
 import numpy as np
