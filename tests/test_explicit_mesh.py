@@ -1,10 +1,13 @@
 """A mesh of explicit axes gives the same results as one device, and shards B as it shards W."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from arrays import drawn_feedback, normal
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 from marks import some_slow
 
@@ -12,6 +15,8 @@ import wmkp
 from wmkp import mirror
 from wmkp.program.projections import analyse
 from wmkp.rule import resolve
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 KEY = jax.random.key(0)
 RULES = {
@@ -35,15 +40,11 @@ def mesh():
     return jax.make_mesh((2, 2), ("d", "m"), devices=jax.devices()[:4])
 
 
-def whole(key=KEY):
+def whole():
     """Parameters and a batch on one device."""
     shapes = {"conv": (3, 3, 2, 4), "first": (64, 16), "second": (16, 12), "bias": (12,), "third": (12, 4)}
-    keys = jax.random.split(key, len(shapes) + 1)
-    params = {
-        name: jax.random.normal(k, shape) / max(1, np.prod(shape[:-1])) ** 0.5
-        for k, (name, shape) in zip(keys, shapes.items(), strict=False)
-    }
-    return params, jax.random.normal(keys[-1], (8, 4, 4, 2))
+    draw = lambda i, shape: normal(i, *shape) / math.sqrt(math.prod(shape[:-1]))
+    return {name: draw(i, shape) for i, (name, shape) in enumerate(shapes.items())}, normal(9, 8, 4, 4, 2)
 
 
 def divided(mesh, params, x):
@@ -92,7 +93,7 @@ def close(ours, theirs, **how):
 
 
 @pytest.mark.parametrize("name", some_slow([n for n in RULES if n != "ss"], {"wm", "wm bias", "pfa", "ia", "aa"}))
-def test_a_divided_net_learns_as_one_device_does(name, mesh, quick_compile):
+def test_a_divided_net_learns_as_one_device_does(name, mesh):
     params, x = whole()
     reported, one = train(RULES[name], params, x)
     compiled = jax.jit(lambda state, x: angles(RULES[name], state.params, state.feedback, x))
@@ -111,12 +112,12 @@ def test_a_divided_net_learns_as_one_device_does(name, mesh, quick_compile):
             assert jax.typeof(b) == jax.typeof(w), "B is divided as W is"
 
 
-def test_lag_is_that_of_one_device(mesh, quick_compile):
+def test_lag_is_that_of_one_device(mesh):
     """For the same W, B and noise, the mesh reports the same lag as one device."""
     params, x = whole()
     analysis = analyse(loss, params, None, x, KEY)
     rules = resolve(RULES["wm"], analysis)
-    noise = {name: jax.random.normal(KEY, w.shape) * w.std() for name, w in params.items()}
+    noise = {name: normal(20 + i, *w.shape) * w.std() for i, (name, w) in enumerate(params.items())}
 
     @jax.jit
     def lags(params, noise):
@@ -134,12 +135,12 @@ def test_lag_is_that_of_one_device(mesh, quick_compile):
 
 
 @pytest.mark.slow
-def test_what_is_watched_op_by_op_is_what_one_device_has(mesh, quick_compile):
+def test_what_is_watched_op_by_op_is_what_one_device_has(mesh):
     rule = RULES["kp"]
     loss_of = lambda p, x: loss(p, None, x, KEY)[0]
     find = lambda *args: (angles(rule, *args), wmkp.input_covariances(loss_of, args[0], args[-1]))
     params, x = whole()
-    feedback = wmkp.init_feedback(jax.random.key(1), rule, loss_of, params, x)
+    feedback = drawn_feedback(rule, loss_of, params, x)
     ours = find(params, feedback, x)
     with jax.set_mesh(mesh):
         params, x = divided(mesh, params, x)
@@ -158,12 +159,13 @@ def test_gradients_are_not_backprops_unless_b_is_w(name, mesh):
         rule = RULES[name]
         feedback = jax.jit(lambda p, x: wmkp.init_feedback(KEY, rule, loss_of, p, x))(params, x)
         expected = jax.jit(jax.grad(loss_of))(params, x)
-        _, (grads, _) = jax.jit(wmkp.value_and_grad(loss_of, rule))(params, feedback, x)
-        apart = max(float(jnp.abs(grads[path] - expected[path]).max()) for path in params)
+        engaged = jax.jit(wmkp.value_and_grad(loss_of, rule))
+        _, (grads, _) = engaged(params, feedback, x)
+        apart = max(np.abs(np.asarray(grads[path]) - np.asarray(expected[path])).max() for path in params)
         assert apart > 1e-3, "B is not W"
         if name in ("kp", "wm"):
             same = {path: None if b is None else params[path] for path, b in feedback.items()}
-            _, (grads, signal) = jax.jit(wmkp.value_and_grad(loss_of, rule))(params, same, x)
+            _, (grads, signal) = engaged(params, same, x)
             close(grads, expected, rtol=1e-5, atol=1e-7)
             for path, b in same.items():
                 assert jax.typeof(grads[path]) == jax.typeof(params[path])
@@ -174,10 +176,11 @@ def test_gradients_are_not_backprops_unless_b_is_w(name, mesh):
 def test_mirror_signals_are_those_of_one_device(mesh):
     params, x = whole()
     loss_of = lambda p, x: loss(p, None, x, KEY)[0]
-    one = wmkp.mirror_signals(KEY, RULES["wm"], loss_of, params, x)
+    signals = jax.jit(lambda params, x: wmkp.mirror_signals(KEY, RULES["wm"], loss_of, params, x))
+    one = signals(params, x)
     with jax.set_mesh(mesh):
         params, x = divided(mesh, params, x)
-        many = wmkp.mirror_signals(KEY, RULES["wm"], loss_of, params, x)
+        many = signals(params, x)
         close(many, one, rtol=1e-4, atol=1e-6)
         for path, signal in many.items():
             assert signal is None or jax.typeof(signal) == jax.typeof(params[path])
