@@ -8,8 +8,10 @@ import dataclasses
 import hashlib
 import io
 import json
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ from wmkp.experiments.commands import cli, published, recipes, reproduce, train,
 from wmkp.experiments.config import InputError, Reproduce
 from wmkp.experiments.data import datasets as data
 from wmkp.experiments.runs import figures, outputs
+from wmkp.experiments.runs.provenance import provenance
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -430,6 +433,14 @@ def test_what_jpeg_does_is_said_by_quarters(dataset, tmp_path, monkeypatch, caps
     assert reproduce.verdict("akrout-jpeg", summary[:1], tmp_path) == ""
 
 
+def test_errors_over_backprops_have_standard_errors():
+    lines = [{"run": f"residual-cifar10-{rule}", "test_error": x} for rule, x in (("bp", 48.0), ("fa", 54.5))]
+    assert reproduce.verdict("residual", lines, None) == "Test error over BP's, in points: FA +6.50."
+    seeds = [line | {"test_error_se": se} for line, se in zip(lines, (0.3, 0.4), strict=True)]
+    assert "FA +6.50 ± 0.50." in reproduce.verdict("residual", seeds, None)
+    assert reproduce.verdict("residual", lines[:1], None) == ""
+
+
 def test_the_papers_claims_are_held_against_the_runs(tmp_path):
     def left(rule, errors, angles):
         rows = [f"{20 * i},{x},{angle}" for i, (x, angle) in enumerate(zip(errors, angles, strict=True), 1)]
@@ -761,3 +772,8 @@ def test_a_missing_reference_is_named(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(published, "load", lambda name, data_dir: dataset)
     assert run_command(monkeypatch, "akrout-mnist", "--reference", tmp_path, "--out", tmp_path / "out") == 2
     assert "akrout2019_mnist_bp.csv does not exist" in capsys.readouterr().err
+
+
+def test_results_name_the_commit_that_made_them():
+    head = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True)
+    assert (provenance()["commit"] or "").removesuffix("-dirty") == head.stdout.decode().strip()

@@ -15,6 +15,7 @@ from wmkp.experiments.runs import figures, logs
 NEAR = 1.0
 UNDER = {"wm": 6.0, "kp": 1.0, "kpm": 1.0}
 ALIGNED = ("akrout-resnet20", "akrout-tiny")
+BESIDE_BP = ("residual", "hundred-classes")  # figures without such bounds, or with runs too short for them
 EPOCHS = 60.0  # the length of the runs to which these bounds apply
 
 # Bounds on the difference from the published curve at the last epoch, by quantity.
@@ -146,6 +147,8 @@ def verdict(figure: str, summary: Sequence[dict[str, Any]], directory: Path) -> 
         return (
             f"After {done:.3g} of {whole:g} epochs, too early to judge. {claims}" if claims and done < whole else claims
         )
+    if figure in BESIDE_BP:
+        return _over_backprop(summary)
     if "accuracy_least" in summary[0]:
         return _place(summary)
     if figure == "akrout-jpeg":
@@ -190,6 +193,19 @@ def _claims(tests: Mapping[str, figures.Curve]) -> str:
     if angles:
         said.append(f"Matrix angle of the worst layer, in degrees: {', '.join(angles)}.")
     return " ".join(said)
+
+
+def _over_backprop(summary: Sequence[dict[str, Any]]) -> str:
+    """Test errors less backprop's, with the standard error of the difference if there are several seeds."""
+    ends = {recipes.RECIPES[line["run"]].rule: line for line in summary}
+    if (bp := ends.pop("bp", None)) is None or not ends:
+        return ""
+    said = []
+    for rule, line in ends.items():
+        error = math.hypot(*(x.get("test_error_se", math.nan) for x in (bp, line)))
+        spread = "" if math.isnan(error) else f" ± {error:.2f}"
+        said.append(f"{rule.upper()} {line['test_error'] - bp['test_error']:+.2f}{spread}")
+    return f"Test error over BP's, in points: {', '.join(said)}."
 
 
 def _by_jpeg(summary: Sequence[dict[str, Any]], directory: Path) -> str:

@@ -29,7 +29,7 @@ def provenance() -> dict[str, Any]:
     if info.exists():
         names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
         cpu = names[0] if names else cpu
-    root, commit = Path(__file__).parents[2], ""
+    root, commit = Path(__file__).parents[3], ""
     if (root / ".git").exists():  # a checkout of wmkp, not a package installed inside another repository
         git = partial(subprocess.run, cwd=root, capture_output=True, text=True, check=False)
         commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()

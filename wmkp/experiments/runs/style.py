@@ -120,6 +120,9 @@ def finish(axes: Any, *, ylabel: str, xlabel: str = "Epoch", angles: bool = Fals
         low, high = axes.dataLim.intervalx
         if 0 <= high - low < 1:  # one or two evaluations within an epoch (infinite if nothing is drawn)
             axes.set_xlim(math.floor(low) - 0.05, (math.ceil(high) if high > low else math.floor(high) + 1) + 0.05)
+    low, high = axes.dataLim.intervaly
+    if axes.get_yscale() == "log" and low < high < 2 * low:  # too few of a logarithmic axis' numbers
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -140,6 +143,7 @@ def legend(figure: Figure, entries: Sequence[tuple[str, Mapping[str, Any]]], not
     columns = max(1, min(len(labels), int(width / (0.72 + 0.075 * max(map(len, labels), default=1)))))
     handles = [Line2D([], [], **{"linewidth": 1.4, "markersize": 4.5, **look}) for _, look in entries]
     rows = math.ceil(len(labels) / columns)
+    columns = math.ceil(len(labels) / max(1, rows))  # rows of like length
     figure.set_size_inches(width, figure.get_size_inches()[1] + 0.19 * rows + (0.2 if note else 0))
     shown = [f" {label}" if label.startswith("_") else label for label in labels]
     names = {"title": note, "title_fontsize": 8} if note else {}
