@@ -226,17 +226,17 @@ def section(figure: str) -> str:
                 found = [(line[key := f"{name}_quarter_{i}"], line[f"{key}_error"]) for i in (1, 2, 3, 4)]
                 row.append(verdicts.quartered([x for x in found if not math.isnan(x[0])], digits))
         caption += " By quarters of the epochs: ours less the published, the mean over every tenth epoch and its standard error."
+    pictures = sorted(kept.glob("*.png"))  # the curves first
     table.insert(1, ["---", "---", *["---:"] * (len(table[0]) - 2)])
     parts = [
         f"## {title}",
         text,
         "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table),
         f"{caption} {_length(figure, run, summary)}",
-        *(
-            f"![{figure}: {path.stem}](benchmarks/results/figures/{figure}/{path.name})"
-            for path in sorted(kept.glob("*.png"))
-        ),
-        f"{' '.join(map(_made, [*run.get('also', []), run]))} Files: [{figure}](benchmarks/results/figures/{figure}).",
+        *(f"![{figure}]({path.relative_to(ROOT)})" for path in pictures[:1]),
+        f"{' '.join(map(_made, [*run.get('also', []), run]))} Files: [{figure}](benchmarks/results/figures/{figure})"
+        + "".join(f", [picture of the {path.stem}]({path.relative_to(ROOT)})" for path in pictures[1:])
+        + ".",
     ]
     return "\n\n".join(parts)
 
