@@ -27,6 +27,12 @@ import jax
 import pytest
 
 
+def pytest_collection_finish():
+    """Takes what the imports made out of garbage collection, and collects less often: traces make many objects."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
 @pytest.fixture(scope="module")
 def quick_compile():
     """Turns XLA's optimizations off, for tests of many small programs that take longer to compile than to run."""

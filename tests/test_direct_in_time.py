@@ -6,10 +6,13 @@ import jax.numpy as jnp
 import jitted
 import numpy as np
 import pytest
+from arrays import drawn_feedback
 from jax import lax
 
 import wmkp
 from wmkp.program.interpreter import Direct
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 KEY = jax.random.key(0)
 TIME, BATCH, INPUTS, STATE, HIDDEN, OUT = 6, 5, 3, 8, 7, 4
@@ -117,12 +120,12 @@ def test_each_step_gets_its_own_error(name, cut):
     """Loss, gradients and signals equal NumPy's. With ``cut``, no error goes back to the state before."""
     with jax.enable_x64(True):
         loss, rule = lambda *args: LOOPS[name](*args, cut=cut), wmkp.direct_kolen_pollack()
-        start = jitted.init_feedback(KEY, rule, loss, PARAMS, XS, TARGETS)
+        start = drawn_feedback(rule, loss, PARAMS, XS, TARGETS)
         own = {k for k in B if not (cut and k == "h")}
         assert {k: b.array.shape for k, b in start.items() if b is not None} == {k: B[k].shape for k in own}
         feedback = {k: Direct(B[k]) if k in own else None for k in PARAMS}
         value, (grads, signal) = jitted.value_and_grad(loss, rule)(PARAMS, feedback, XS, TARGETS)
-        assert value == pytest.approx(float(loss(PARAMS, XS, TARGETS)), rel=1e-12)
+        assert value == pytest.approx(float(jax.jit(loss)(PARAMS, XS, TARGETS)), rel=1e-12)
         expected, learned = by_hand(PARAMS, XS, TARGETS, cut)
         chex.assert_trees_all_close(grads, expected, rtol=0, atol=1e-12)
         chex.assert_trees_all_close({k: signal[k].array for k in own}, {k: learned[k] for k in own}, rtol=0, atol=1e-12)
@@ -182,7 +185,7 @@ def test_outputs_without_one_error_a_step_are_refused(loss, message):
 def test_another_rule_outside_of_the_scan():
     """A weight outside the scan can use feedback alignment, beside direct feedback in the scan."""
     rule = {"h": wmkp.feedback_alignment(), ".*": wmkp.direct_feedback_alignment()}
-    feedback = jitted.init_feedback(KEY, rule, encoded, PARAMS, XS)
+    feedback = drawn_feedback(rule, encoded, PARAMS, XS)
     grads = jitted.value_and_grad(encoded, rule)(PARAMS, feedback, XS)[1][0]
     h = np.tanh(np.tanh(XS[0] @ PARAMS["x"]) @ PARAMS["h"])
     e = 2 * (h @ PARAMS["m"] + XS[:, :, :1])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import normal
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import wmkp
@@ -44,25 +45,26 @@ def always(monkeypatch):
     monkeypatch.setattr(patches, "LEAST", 0)
 
 
-@pytest.mark.parametrize("chunk", [1, 2**19], ids=["an example at a time", "all at once"])
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_xlas_own(case, chunk, always, monkeypatch):
-    monkeypatch.setattr(patches, "CHUNK", chunk)
+def test_it_is_xlas_own(case, always, monkeypatch):
+    """This holds for an example at a time and for all at once."""
     x_shape, w_shape, *layouts, options = CASES[case]
     convolve = convolution(layouts, options)
-    x, w, b = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate((x_shape, w_shape, w_shape)))
-    first = jnp.ones(())
+    x, w, b = (normal(i, *s) for i, s in enumerate((x_shape, w_shape, w_shape)))
 
     def loss(params, x):
         return jnp.sum(jnp.sin(convolve(x * params["first"], params["w"])))
 
-    params, feedback = {"first": first, "w": w}, {"first": None, "w": b}
-    expected = jax.grad(loss)(params, x)
-    gradient = jax.jit(lambda p, x: wmkp.value_and_grad(loss, wmkp.kolen_pollack())(p, feedback, x)[1])
-    grads, signal = gradient(params, x)
-    np.testing.assert_allclose(grads["w"], expected["w"], rtol=2e-4, atol=2e-4)
-    np.testing.assert_array_equal(signal["w"], grads["w"])
-    assert "while" in gradient.lower(params, x).compile().as_text() or chunk > 1, "XLA's own was used"
+    params, feedback = {"first": np.float32(1), "w": w}, {"first": None, "w": b}
+    expected = jax.jit(jax.grad(loss))(params, x)
+    for chunk in (1, 2**19):
+        monkeypatch.setattr(patches, "CHUNK", chunk)
+        gradient = jax.jit(lambda p, x: wmkp.value_and_grad(loss, wmkp.kolen_pollack())(p, feedback, x)[1])
+        compiled = gradient.lower(params, x).compile()
+        grads, signal = compiled(params, x)
+        np.testing.assert_allclose(grads["w"], expected["w"], rtol=2e-4, atol=2e-4)
+        np.testing.assert_array_equal(signal["w"], grads["w"])
+        assert "while" in compiled.as_text() or chunk > 1, "XLA's own was used"
 
 
 def test_it_is_used_for_large_float32_convolutions_of_one_position_or_few_outputs():
@@ -70,10 +72,10 @@ def test_it_is_used_for_large_float32_convolutions_of_one_position_or_few_output
         convolve = lambda x, w: jax.lax.conv_general_dilated(
             x, w, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options
         )
-        x, w = jnp.ones(x_shape, dtype), jnp.ones(w_shape, dtype)
+        x, w = (jax.ShapeDtypeStruct(shape, dtype) for shape in (x_shape, w_shape))
         loss = lambda p, x: jnp.sum(convolve(x, p).astype(jnp.float32))
-        gradient = lambda p: wmkp.value_and_grad(loss, wmkp.kolen_pollack())(p, None, x)
-        return "scan[" in str(jax.make_jaxpr(gradient)(w))  # a scan over the patches
+        gradient = lambda p, x: wmkp.value_and_grad(loss, wmkp.kolen_pollack())(p, None, x)
+        return "scan[" in str(jax.make_jaxpr(gradient)(w, x))  # a scan over the patches
 
     assert used((32, 32, 32, 16), (3, 3, 16, 16))
     assert used((32, 16, 16, 64), (1, 1, 64, 64)), "one position"
@@ -89,14 +91,16 @@ def test_it_is_used_for_large_float32_convolutions_of_one_position_or_few_output
 def test_under_vmap_scan_and_over_devices(always, monkeypatch):
     monkeypatch.setattr(patches, "CHUNK", 1)
     convolve = convolution(("NHWC", "HWIO"), {})
-    x, w = jax.random.normal(jax.random.key(0), (16, 6, 6, 3)), jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
+    x, w = normal(0, 16, 6, 6, 3), normal(1, 3, 3, 3, 4)
     loss = lambda w, x: jnp.mean(jnp.sin(convolve(x, w)))
     ours = lambda w, x: wmkp.value_and_grad(loss, wmkp.kolen_pollack())(w, None, x)[1][0]
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    expected = jax.grad(loss)(w, x)
     parts = x.reshape(4, 4, *x.shape[1:])
-    close(jax.vmap(ours, (None, 0))(w, parts).mean(0), expected)
-    close(jax.lax.map(lambda x: ours(w, x), parts).mean(0), expected)
+    alone = lambda w, x: (jax.grad(loss)(w, x.reshape(16, *x.shape[2:])), jax.vmap(ours, (None, 0))(w, x).mean(0),
+                          jax.lax.map(lambda x: ours(w, x), x).mean(0))  # fmt: skip
+    expected, by_vmap, by_map = jax.jit(alone)(w, parts)
+    close(by_vmap, expected)
+    close(by_map, expected)
     mesh = Mesh(np.array(jax.devices()), ("d",))
     divided = jax.device_put(x, NamedSharding(mesh, PartitionSpec("d")))
     close(jax.jit(ours)(w, divided), expected)
