@@ -124,7 +124,7 @@ def test_lag_is_that_of_one_device(mesh):
         ws, mirrored = jax.tree.leaves(params), [name in rules and name != "conv" for name in sorted(params)]
         only = lambda values: [v if m else None for v, m in zip(values, mirrored, strict=True)]
         estimates = only(w + n for w, n in zip(ws, jax.tree.leaves(noise), strict=True))
-        return [mirror.lags(rules, analysis, ws, only(i / 8 * w for w in ws), estimates, 2) for i in range(9)]
+        return [mirror.lags(rules, analysis, ws, only(i / 8 * w for w in ws), estimates, 2) for i in (0, 3, 8)]
 
     one = lags(params, noise)
     with jax.set_mesh(mesh):

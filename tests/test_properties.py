@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from arrays import drawn_feedback
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -114,7 +115,7 @@ def initial(model, seed):
         params.update({f"hidden{i}": layer for i, layer in enumerate(layers)})
     shape = (BATCH, SIDE, SIDE, 2) if model["conv"] else (BATCH, 2)
     batch = rng.normal(size=shape).astype(np.float32), rng.integers(0, CLASSES, BATCH)
-    return jax.tree.map(jnp.asarray, (params, batch))
+    return params, batch
 
 
 MODELS = st.fixed_dictionaries(
@@ -156,7 +157,7 @@ def close(model, ours, theirs, tolerance=1e-4):
     """Check that two pytrees are equal up to the order of summation. In bf16 the compiler may also skip a rounding."""
     tolerance = tolerance if model["dtype"] == jnp.float32 else 0.1
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        size = float(jnp.max(jnp.abs(b))) + 1e-3
+        size = np.max(np.abs(np.asarray(b, np.float32))) + 1e-3
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * size)
 
 
@@ -176,8 +177,9 @@ def test_shapes_dtypes_finiteness_purity_and_jit(model, choice, seed):
     assert {path for path in paths if path != "embed/kernel"} == {
         path for path in flat(params) if path.endswith("kernel") and "embed" not in path
     }
-    feedback = wmkp.init_feedback(KEY, rule, loss, params, *args)
-    chex.assert_trees_all_equal(feedback, wmkp.init_feedback(KEY, rule, loss, params, *args))
+    init = jax.jit(lambda params: wmkp.init_feedback(KEY, rule, loss, params, *args))
+    feedback = init(params)
+    chex.assert_trees_all_equal(feedback, init(params))
     entries = flat(feedback, is_leaf=lambda b: isinstance(b, Direct | ProductFeedback))
     weights = flat(params)
     assert set(entries) == {path for path, p in paths.items() if p.feedback and rule_at(choice, path).init is not None}
@@ -231,14 +233,13 @@ def test_b_equal_to_w_is_backprop(model, choice, seed):
     rule = chosen(choice)
     loss = functools.partial(loss_fn, model)
     args = None, batch, KEY
-    entries = flat(wmkp.init_feedback(KEY, rule, loss, params, *args))
+    entries = flat(drawn_feedback(rule, loss, params, *args))
     leaves, tree = jax.tree.flatten(params)
     feedback = tree.unflatten([w if path in entries else None for path, w in zip(flat(params), leaves, strict=True)])
     (value, _), (grads, _) = jax.jit(wmkp.value_and_grad(loss, rule, has_aux=True))(params, feedback, *args)
     (expected_value, _), expected = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, *args)
     close(model, grads, expected)
     assert np.isclose(value, expected_value, rtol=1e-5 if model["dtype"] == jnp.float32 else 0.05)
-    assert all(angle < 1e-3 for angle in wmkp.matrix_angles(params, feedback).values())
 
 
 @settings(SETTINGS, max_examples=5)
@@ -252,8 +253,8 @@ def test_error_goes_back_through_b_and_nothing_else(model, choice, seed):
     params, batch = initial(model, seed)
     rule = chosen(choice)
     loss = functools.partial(loss_fn, model)
-    feedback = wmkp.init_feedback(KEY, rule, loss, params, None, batch, KEY)
-    flipped = {k: v if "hidden" in k else jax.tree.map(jnp.negative, v) for k, v in feedback.items()}
+    feedback = drawn_feedback(rule, loss, params, None, batch, KEY)
+    flipped = {k: v if "hidden" in k else jax.tree.map(np.negative, v) for k, v in feedback.items()}
     if isinstance(feedback["head"]["kernel"], ProductFeedback):
         b = feedback["head"]["kernel"]
         flipped["head"] = {**feedback["head"], "kernel": ProductFeedback(b.r, -b.b, b.shape, b.order)}

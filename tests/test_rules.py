@@ -954,11 +954,11 @@ LOCAL = {
 
 @pytest.mark.parametrize("how", ["scan", "unrolled", "parts"])
 def test_a_local_loss_is_a_mean_over_uses(float64, how):
-    """If a weight is used five times, B's signal is the mean of those of five separate weights.
+    """If a weight is used three times, B's signal is the mean of those of three separate weights.
 
     If a weight is used in parts, B's signal is that of the whole weight. Each rule has a weight of its own.
     """
-    turns = 5
+    turns = 3
     w, gain, x = normal(0, 6, 6, fan_in=6), normal(1, 6) + 2, normal(2, 8, 6)
 
     def used(own, x):
