@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import doctest
+import functools
 import inspect
 import io
 import re
@@ -248,8 +249,10 @@ def text_of(node):
     return None
 
 
+@functools.cache
 def strings():
     """Each string as (file, whether it is an error message of the library, string)."""
+    found = []
     for file in sorted((ROOT / "wmkp").rglob("*.py")):
         tree = ast.parse(file.read_text())
         errors = {
@@ -257,9 +260,9 @@ def strings():
             for n in ast.walk(tree)
             if isinstance(n, ast.Call) and n.args and isinstance(n.func, ast.Name) and n.func.id.endswith("Error")
         }
-        for node in ast.walk(tree):
-            if text := text_of(node):
-                yield file, node in errors and file.parent.name in {"wmkp", "program"}, text
+        library = file.parent.name in {"wmkp", "program"}
+        found += [(file, node in errors and library, text) for node in ast.walk(tree) if (text := text_of(node))]
+    return found
 
 
 def quotes():
@@ -273,7 +276,7 @@ def pattern(quote):
 def test_quoted_messages_stand_in_the_code():
     found = [text for _, _, text in strings()]
     assert len(quotes()) > 40
-    missing = [quote for quote in quotes() if not any(pattern(quote).search(text) for text in found)]
+    missing = [p.pattern for p in map(pattern, quotes()) if not any(map(p.search, found))]
     assert not missing
 
 
