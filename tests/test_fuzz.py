@@ -15,6 +15,7 @@ This command runs a thousand programs of each kind. Each seed gives others. The 
 import itertools
 import math
 import os
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -300,8 +301,8 @@ class Builder:
         The activities are zero, so that W does not enter the state of any neuron after it.
         """
         error = jax.jacobian(lambda a, w: op(jnp.zeros((N, size)).at[0].set(a), w)[0])
-        errors = [error(jnp.zeros(size), jnp.asarray(self.constant(size, out))) for _ in range(4)]
-        changes = np.stack([e - errors[0] for e in errors[1:]])  # (draws of W, out, size)
+        errors = jax.jit(jax.vmap(error, (None, 0)))(np.zeros(size), self.constant(4, size, out))
+        changes = np.asarray(errors[1:] - errors[0])  # (draws of W, out, size)
         return any(np.linalg.matrix_rank(changes[:, :, j], 1e-9) > 1 for j in range(size))
 
     def local(self, size):
@@ -475,11 +476,11 @@ class Program:
         self.partly = builder.chosen & builder.again
         rng = builder.rng
         full = {n: (shape if stack is None else (stack, *shape)) for n, (shape, stack) in builder.shapes.items()}
-        self.params = {n: jnp.asarray(rng.normal(size=s) / 1.5) for n, s in full.items()}
-        self.feedback = {n: jnp.asarray(rng.normal(size=s) / 1.5) for n, s in full.items()}
-        self.x = jnp.asarray(rng.normal(size=(N, first)))
+        self.params = {n: rng.normal(size=s) / 1.5 for n, s in full.items()}
+        self.feedback = {n: rng.normal(size=s) / 1.5 for n, s in full.items()}
+        self.x = rng.normal(size=(N, first))
         self.data = {
-            "flag": jnp.asarray(rng.normal()), "k": jnp.asarray(rng.integers(0, 4)), "ids": jnp.asarray(rng.integers(0, 5, N))
+            "flag": np.asarray(rng.normal()), "k": np.asarray(rng.integers(0, 4)), "ids": rng.integers(0, 5, N)
         }  # fmt: skip
 
     def __repr__(self):
@@ -506,7 +507,7 @@ def close(ours, theirs, what):
     # The tolerance allows for casts of weights to float32.
     for name in theirs:
         if ours[name] is not None:
-            size = 1e-3 + float(jnp.max(jnp.abs(theirs[name])))
+            size = 1e-3 + np.max(np.abs(theirs[name]))
             np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-6 * size, err_msg=f"{what} of {name}")
 
 
@@ -516,7 +517,7 @@ def check(program):
         jax.clear_caches()  # keeps memory constant
     args = program.x, program.data
     try:
-        entries = wmkp.init_feedback(jax.random.key(0), KP, program.fun, program.params, *args)
+        entries = jax.eval_shape(partial(wmkp.init_feedback, jax.random.key(0), KP, program.fun), program.params, *args)
     except wmkp.WeightTransportError as error:
         event("refused")
         assert "params[" in str(error) and "backprop()" in str(error)
@@ -545,9 +546,8 @@ def check(program):
     if "UNFOLLOWABLE" in program.text:  # the product acts on data alone and has no effect on errors
         return
     feedback = {n: b if entries[n] is not None else None for n, b in program.feedback.items()}
-    zeros = {n: jnp.zeros_like(b) for n, b in program.feedback.items()}
     _, (grads, signal) = gradient(program.params, feedback, *args)
-    filled = {n: zeros[n] if b is None else b for n, b in feedback.items()}
+    filled = {n: np.zeros(program.params[n].shape) if b is None else b for n, b in feedback.items()}
     expected, learned = jax.jit(jax.grad(program.reference, argnums=(0, 1)))(program.params, filled, *args)
     close(grads, expected, "the gradient")
     if None in entries.values():  # data may mix a shared parameter with one that has no B (docs, Limits)
@@ -589,7 +589,8 @@ def test_orthogonal_noise_mirrors_random_programs_exactly(program):
     args = program.fun, program.params, program.x, program.data
     whole = math.lcm(720, *(p.fan_in for p in wmkp.projections(*args).values()))  # a multiple of every fan_in
     try:
-        found = wmkp.mirror_signals(jax.random.key(0), wmkp.weight_mirror(noise="orthogonal", num_samples=whole), *args)
+        rule = wmkp.weight_mirror(noise="orthogonal", num_samples=whole)
+        found = jax.jit(partial(wmkp.mirror_signals, jax.random.key(0), rule, program.fun))(*args[1:])
     except wmkp.WeightTransportError:  # sums of weights, and weights that data selects
         event("refused")
         return
