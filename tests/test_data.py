@@ -181,20 +181,16 @@ def test_processes_take_blocks_of_the_batch(stream):
 @pytest.mark.slow
 def test_worker_processes_change_nothing_and_go_away(stream):
     damaged = stream._replace(train=Damaged(stream.train, missing={3, 4}, garbled={7}))
-    expected = take(9, damaged, 4, seed=1)
-    for workers, count in ((1, 3), (2, 9)):
-        batches = streaming.train_batches(damaged, 4, seed=1, start=9 - count, workers=workers)
-        for a, b in zip(expected[9 - count :], batches, strict=False):
-            equal(a, b)
-            assert type(b["image"]) is np.ndarray
-        assert multiprocessing.active_children()
-        if workers == 1:
-            batches.close()
-        del batches
-        deadline = time.monotonic() + 5
-        while multiprocessing.active_children() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not multiprocessing.active_children()
+    batches = streaming.train_batches(damaged, 4, seed=1, start=1, workers=2)
+    for a, b in zip(take(9, damaged, 4, seed=1)[1:], batches, strict=False):
+        equal(a, b)
+        assert type(b["image"]) is np.ndarray
+    assert multiprocessing.active_children()
+    del batches
+    deadline = time.monotonic() + 5
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.slow

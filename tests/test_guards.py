@@ -269,9 +269,7 @@ def checkpointed(params, x):
 
 
 def small():
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = {"b": jnp.ones(5), "in": jax.random.normal(keys[0], (4, 7)), "w": jax.random.normal(keys[1], (7, 5))}
-    return params, jax.random.normal(keys[2], (3, 4))
+    return {"b": np.ones(5, np.float32), "in": drawn(0, 4, 7), "w": drawn(1, 7, 5)}, drawn(2, 3, 4)
 
 
 def test_no_rank_is_raised_nor_dtype_promoted_unasked():

@@ -28,7 +28,7 @@ FA = wmkp.feedback_alignment()
 
 
 def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def draw(**shapes):
@@ -199,7 +199,7 @@ class Block(nn.Module):
     def __call__(self, ids):
         x = nn.Embed(7, 8)(ids)
         x = x + self.param("positions", nn.initializers.normal(), (4, 8))
-        x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x))
+        x = x + nn.MultiHeadDotProductAttention(2, use_bias=False)(nn.LayerNorm()(x))
         return nn.Dense(7, use_bias=False)(nn.gelu(nn.LayerNorm()(x))).mean()
 
 
@@ -220,7 +220,7 @@ class Convolutions(nnx.Module):
 
 
 def linen(module, *args):
-    params = module.init(jax.random.key(0), *args)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), *args)["params"]
     return lambda p, *args: module.apply({"params": p}, *args), params, args
 
 
@@ -402,14 +402,16 @@ def draw_all(shapes):
 
 def unreached(activities, params, i):
     """Return ``params`` with W moved so that no value of ``activities`` changes, or None if that is impossible."""
-    values = lambda w: jnp.concatenate([a.ravel() for a in activities(params | {"W": params["W"] | {i: w}}, X)])
+    values = jax.jit(
+        lambda w: jnp.concatenate([a.ravel() for a in activities(params | {"W": params["W"] | {i: w}}, X)])
+    )
     w = params["W"][i]
     jacobian = np.asarray(jax.jit(jax.jacobian(values))(w), np.float64).reshape(-1, w.size)
     _, sizes, directions = np.linalg.svd(jacobian)
     free = directions[np.sum(sizes > 1e-4 * max(sizes.max(initial=0), 1)) :]
     if not len(free):
         return None
-    moved = w + jnp.asarray((np.random.default_rng(0).normal(size=len(free)) @ free).reshape(w.shape), w.dtype)
+    moved = w + (np.random.default_rng(0).normal(size=len(free)) @ free).reshape(w.shape).astype(w.dtype)
     return params | {"W": params["W"] | {i: moved}} if np.allclose(values(moved), values(w), atol=1e-4) else None
 
 
