@@ -84,7 +84,7 @@ def drawn(shapes: Any, seed: int = 0) -> Any:
             return jnp.zeros(x.shape, x.dtype)
         value = rng.normal(size=x.shape)
         value = value / np.sqrt(np.prod(x.shape[:-1])) if len(x.shape) >= 2 else 1 + 0.1 * value
-        return jnp.asarray(value, x.dtype)
+        return value.astype(x.dtype)
 
     return jax.tree.map(draw, shapes)
 
@@ -97,7 +97,7 @@ def through_gain(apply: Callable[..., Any], params: Any, x: Any, *args: Any) -> 
         target = jnp.sin(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
         return jnp.mean((out.astype(jnp.float32) - target) ** 2)
 
-    return Model(fun, {"model": params, "gain": jnp.ones(x.shape[-1])}, (x, *args))
+    return Model(fun, {"model": params, "gain": np.ones(x.shape[-1], np.float32)}, (x, *args))
 
 
 def mirrored(params: Any, feedback: Any) -> Any:

@@ -127,7 +127,6 @@ class NeuralODE(eqx.Module):
 attention = lambda model, x: jax.vmap(model)(x, x, x)
 
 CASES = {
-    "Linear": module(lambda key: nn.Linear(6, 5, key=key), 4, 6),
     "MLP": module(lambda key: nn.MLP(6, 3, 8, 2, key=key), 4, 6),
     "Conv1d": module(lambda key: nn.Conv1d(4, 5, 3, key=key), 2, 4, 8),
     "Conv2d": module(lambda key: nn.Conv2d(4, 6, 3, groups=2, padding="SAME", key=key), 2, 4, 6, 6),

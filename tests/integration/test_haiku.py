@@ -67,7 +67,6 @@ def tied(x):
 
 
 CASES = {
-    "Linear": haiku(lambda x: hk.Linear(5)(x), 4, 6),
     "nets.MLP": haiku(lambda x: hk.nets.MLP((8, 6, 3))(x), 4, 6),
     "Conv1D": haiku(lambda x: hk.Conv1D(5, 3)(x), 2, 8, 4),
     "Conv2DTranspose": haiku(lambda x: hk.Conv2DTranspose(5, 3, stride=2)(x), 2, 4, 4, 3),

@@ -94,15 +94,16 @@ def transformer(x):
 
 
 def mobilenet(x):
-    return keras.applications.MobileNetV3Small(
-        input_tensor=x, weights=None, alpha=0.35, minimalistic=True, classes=3, include_preprocessing=False
-    ).output
+    """The first three of the eleven blocks of MobileNetV3Small, and a readout."""
+    net = keras.applications.MobileNetV3Small(
+        input_tensor=x, weights=None, alpha=0.35, minimalistic=True, include_top=False, include_preprocessing=False
+    )
+    return layers.Dense(3)(layers.GlobalAveragePooling2D()(net.get_layer("expanded_conv_2_add").output))
 
 
 dense = lambda: layers.Dense(6)
 
 CASES = {
-    "Dense": model(chain(lambda: layers.Dense(5, activation="relu")), 4, 6),
     "Dense in mixed_bfloat16": model(chain(lambda: layers.Dense(5, dtype="mixed_bfloat16")), 4, 6, bound=1e-2),
     "EinsumDense": model(chain(lambda: layers.EinsumDense("btd,dhk->bthk", (None, 2, 3), bias_axes="hk")), 2, 4, 6),
     "Conv1D": model(chain(lambda: layers.Conv1D(5, 3, padding="causal", dilation_rate=2)), 2, 8, 4),
@@ -114,9 +115,8 @@ CASES = {
     ),
     "ReversibleEmbedding": model(tied, 2, 4, 6, in_part="embeddings"),
     "SimpleRNN": model(chain(lambda: layers.SimpleRNN(6)), 2, 5, 4),
-    "LSTM": model(chain(lambda: layers.LSTM(6, return_sequences=True)), 2, 5, 4),
     "GRU": model(chain(lambda: layers.GRU(6, dropout=0.2, recurrent_dropout=0.2, seed=1)), 2, 5, 4),
-    "Bidirectional": model(chain(lambda: layers.Bidirectional(layers.LSTM(4))), 2, 4, 3),
+    "Bidirectional": model(chain(lambda: layers.Bidirectional(layers.LSTM(4, return_sequences=True))), 2, 4, 3),
     "ConvLSTM2D": model(chain(lambda: layers.ConvLSTM2D(3, 3)), 2, 3, 4, 4, 2),
     "MultiHeadAttention": model(attention, 2, 4, 6),
     "GroupQueryAttention": model(lambda x: layers.GroupQueryAttention(3, 4, 2)(x, x), 2, 4, 6),
@@ -130,7 +130,6 @@ CASES = {
               layers.RMSNormalization, dense, layers.UnitNormalization, lambda: layers.Dropout(0.2, seed=1), dense),
         4, 3, 6,
     ),
-    "BatchNormalization": model(chain(dense, layers.BatchNormalization, layers.ReLU, dense), 8, 6),
     "BatchNormalization by its statistics": model(
         chain(dense, layers.BatchNormalization, layers.ReLU, dense), 8, 6, training=False
     ),

@@ -41,12 +41,9 @@ def network(neurons: Callable[..., Any]) -> Case:
 
 
 CASES = {
-    "IF": network(lambda shape, rngs: spyx.IF(shape)),
-    "LIF": network(spyx.LIF),
     "ALIF": network(spyx.ALIF),
     "CuBaLIF": network(spyx.CuBaLIF),
     "recurrent IF": network(spyx.RIF),
-    "recurrent LIF": network(spyx.RLIF),
     "recurrent CuBaLIF": network(spyx.RCuBaLIF),
     "PSU_LIF": network(spyx.PSU_LIF),
 }
