@@ -1,6 +1,7 @@
 """Two processes over loopback train as one, stop together, save one checkpoint, and notice a lost process."""
 
 import csv
+import dataclasses
 import io
 import re
 import signal
@@ -9,13 +10,17 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from jax.sharding import Mesh
 from PIL import Image
 from test_data import make
 
-from wmkp.experiments.runs import logs
+from wmkp.experiments import devices
+from wmkp.experiments.commands import train
+from wmkp.experiments.runs import logs, settings
 
 pytestmark = pytest.mark.slow
 
@@ -65,21 +70,24 @@ def together(tmp_path_factory, child_environment):
     return out, said[0][0]
 
 
-def test_two_processes_train_as_one_and_one_resumes_alone(together, tmp_path, child_environment):
+def test_two_processes_train_as_one_and_one_resumes_alone(together, tmp_path, quick_compile, monkeypatch, capsys):
     out, said = together
     step = int(re.search(r"Stopped at step (\d+) of 14800 and saved", said).group(1))
     assert (out / "checkpoints" / str(step)).is_dir()
-    alone = start(child_environment, tmp_path / "alone")
-    resumed = start(child_environment, out, "--resume")
-    try:
-        for process, path in ((alone, tmp_path / "alone" / "train.csv"), (resumed, out / "train.csv")):
-            until_rows(path, step // 10 + 3, [process])
-            process.send_signal(signal.SIGTERM)
-            process.wait(SECONDS)
-        assert f"Resumed at step {step} of 14800" in resumed.communicate()[0]
-    finally:
-        for p in (alone, resumed):
-            p.kill()
+    monkeypatch.setattr(devices, "make_mesh", lambda batch_size: Mesh(np.array(jax.devices()[:1]), ("data",)))
+    log = train._log
+
+    def log_and_be_stopped(session):
+        if session.step >= step + 20:
+            signal.raise_signal(signal.SIGTERM)
+        return log(session)
+
+    monkeypatch.setattr(train, "_log", log_and_be_stopped)
+    one_process = {"distributed": False, "coordinator": None, "processes": None, "process": None}
+    resumed = dataclasses.replace(settings.read(out), resume=True, **one_process)
+    assert not train.train(resumed)
+    assert f"Resumed at step {step} of 14800" in capsys.readouterr().out
+    assert not train.train(dataclasses.replace(resumed, out=tmp_path / "alone"))
     ours, theirs = (rows_before(d / "train.csv", step + 20) for d in (out, tmp_path / "alone"))
     assert len(ours) >= 6
     assert ours.keys() == theirs.keys()
@@ -88,7 +96,8 @@ def test_two_processes_train_as_one_and_one_resumes_alone(together, tmp_path, ch
 
 @pytest.mark.parametrize("lost", [0, 1], ids=["the coordinator", "the other"])
 def test_losing_a_process_ends_the_other(lost, tmp_path, child_environment):
-    processes = start_two(child_environment, tmp_path / "run")
+    command = "train mlp-digits-bp --hidden 16 --epochs 400 --log-every 10 --no-tensorboard".split()
+    processes = start_two(child_environment, tmp_path / "run", command=command)
     try:
         until_rows(tmp_path / "run" / "train.csv", 2, processes)
         processes[lost].kill()
