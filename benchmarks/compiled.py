@@ -371,6 +371,6 @@ def largest(kept: Kept, place: str, name: str, step: str, multiple: int, tries: 
             break
         known[batch] = held(target, name, step, batch)
         (a, x), (b, y) = sorted(known.items())[-2:]
-        batch = int(a + (target.memory - x) * (b - a) / max(1, y - x))
+        batch = min(int(a + (target.memory - x) * (b - a) / max(1, y - x)), 2 * b)
     fits = [n for n, peak in known.items() if peak <= target.memory]
     kept.put(key, {"batch": max(fits), "peaks": {str(n): peak for n, peak in sorted(known.items())}})

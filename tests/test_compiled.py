@@ -62,6 +62,19 @@ ENTRY %main (a: bf16[1], b: bf16[1]) -> bf16[1] {{
     assert hlo.traffic(program) == 2 * sum(numbers) + 64
 
 
+def test_a_librarys_matrix_product_is_counted():
+    text = """
+ENTRY %main (a: bf16[5,7], b: bf16[7,9]) -> bf16[5,9] {
+  %a = bf16[5,7]{1,0} parameter(0)
+  %b = bf16[7,9]{1,0} parameter(1)
+  ROOT %c = (bf16[5,9]{1,0}, s8[64]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", backend_config={
+"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+}
+""".replace("={\n", "={")
+    program = hlo.parse(text)
+    assert hlo.products(program)["library"] == 1 and hlo.flops(program) == 2 * 5 * 9 * 7
+
+
 def test_collectives_are_counted_with_their_bytes():
     """An all-reduce of 4 KiB and an all-gather of 8 x 512 B each count once, with 4096 bytes."""
     mesh = Mesh(np.array(jax.devices()[:8]), ("d",))
