@@ -153,7 +153,8 @@ def one_product(op: Op, types: dict[str, str]) -> int:
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)
         summed = math.prod(left[int(a)] for a in axes[1].split(",") if a) if axes else 1
         return 2 * math.prod(arrays(op.type)[0][1]) * summed
-    if op.kind == "custom-call" and (axes := re.search(r'lhs_contracting_dimensions":\[([\d",]*)\]', op.rest)):  # cuBLAS
+    axes = re.search(r'lhs_contracting_dimensions":\[([\d",]*)\]', op.rest)
+    if op.kind == "custom-call" and axes:  # cuBLAS
         left = arrays(types[op.operands[0]])[0][1]
         return 2 * math.prod(arrays(op.type)[0][1]) * math.prod(left[int(a)] for a in re.findall(r"\d+", axes[1]))
     labels = re.search(r"dim_labels=\w+_(\w+)->", op.rest)
