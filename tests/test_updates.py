@@ -339,7 +339,7 @@ def test_skips_for_both_or_neither_around_an_optimizer_of_both():
 def test_refused_whatever_tree_it_is_tried_on():
     """The trial works for any tree, such as one matrix, nested None, or a scalar. It makes its own weights."""
     ones = lambda *shape: np.ones(shape, np.float32)
-    for tree in (ones(4, 3), [ones(4, 3), None], ({"b": ones(2, 3, 4, 5), "c": ones()},)):
+    for tree in (ones(4, 3), ({"b": ones(2, 3, 4, 5), "c": ones(), "none": [None]},)):
         with pytest.raises(ValueError, match="Kolen-Pollack"):
             updates.kolen_pollack(optax.lars(ETA)).init(tree)
         updates.kolen_pollack(ACCEPTED["L2, momentum"][0]).init(tree)
@@ -412,13 +412,11 @@ def test_clip_together(max_norm, size, seed):
 
 def test_clip_together_edges():
     tx = updates.clip_together(1.0)
-    zero = {"w": jnp.zeros((2, 3))}
-    chex.assert_trees_all_equal(tx.update((zero, zero), tx.init((zero, zero)))[0], (zero, zero))
-    half = {"w": jnp.full((2, 3), 100.0, jnp.bfloat16)}
-    (clipped, signal), _ = tx.update((half, {"w": None}), optax.EmptyState())
-    assert clipped["w"].dtype == jnp.bfloat16 and signal["w"] is None
-    mixed = {"w": jnp.full((2, 3), 100.0, jnp.bfloat16), "v": jnp.full(3, 100.0)}
-    chex.assert_trees_all_equal_shapes_and_dtypes(tx.update((mixed, mixed), optax.EmptyState())[0], (mixed, mixed))
+    zero, clip = {"w": np.zeros((2, 3), np.float32)}, jax.jit(lambda *pair: tx.update(pair, tx.init(pair))[0])
+    chex.assert_trees_all_equal(clip(zero, zero), (zero, zero))
+    mixed = {"w": np.full((2, 3), 100.0, jnp.bfloat16), "v": np.full(3, 100.0, np.float32)}
+    found = jax.eval_shape(clip, mixed, {**mixed, "v": None})
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, (mixed, {**mixed, "v": None}))
     for bad in (0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="max_norm"):
             updates.clip_together(bad)
