@@ -5,6 +5,7 @@ Also tests of wmkp eval, its export, and wmkp plot.
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 import pickle
@@ -56,8 +57,9 @@ SMALL = Train(
     label_smoothing=0.1,
     clip_norm=1.0,
     log_every=10,
-    save_every=0.2,
+    save_every=15 / 37,
     tensorboard=False,
+    seed=1,
 )
 
 
@@ -67,10 +69,23 @@ def run(out, **changes):
     return config
 
 
+@functools.cache
+def like(rule, optimizer):
+    """Return the shapes of a run's state, which depend on no other option that the tests change."""
+    config = dataclasses.replace(SMALL, rule=rule, optimizer=optimizer)
+    return build.like(config, build.build(config))
+
+
 def end_state(config):
     """Return the last checkpoint's arrays by path."""
-    manager = checkpoints.open_manager(config.out / "checkpoints", config.keep, read_only=True)
-    return by_path(checkpoints.restore(manager, build.like(config, build.build(config)))[0])
+    return restore_from(config.out, like(config.rule, config.optimizer))[0]
+
+
+def restore_from(out, like):
+    manager = checkpoints.open_manager(out / "checkpoints", 2, read_only=True)
+    state, progress = checkpoints.restore(manager, like)
+    manager.close()
+    return by_path(state), progress
 
 
 def by_path(state):
@@ -130,35 +145,33 @@ def test_what_a_run_leaves(finished):
 
 
 @pytest.mark.slow
-def test_killed_at_any_point_and_resumed_it_ends_with_the_same_bits(finished, tmp_path, child_environment):
+def test_killed_at_any_point_and_resumed_it_ends_with_the_same_bits(
+    finished, tmp_path, child_environment, monkeypatch, capsys
+):
     """A run ended by SIGKILL, then by SIGTERM, and resumed each time, equals an uninterrupted run bit-for-bit.
 
-    The first two parts run in their own processes.
+    The first part runs in its own process.
     """
     config = dataclasses.replace(SMALL, out=tmp_path / "run", resume=True)
     code = f"from wmkp.experiments.commands import train\nfrom pathlib import *\nfrom wmkp.experiments.config import Train\ntrain.train({config!r})"
     path = config.out / "train.csv"
-
-    def until_rows(count):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code.replace("PosixPath", "Path")],
-            env=child_environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        while process.poll() is None and (not path.exists() or len(path.read_text().splitlines()) < count + 1):
+    command = [sys.executable, "-c", code.replace("PosixPath", "Path")]
+    with subprocess.Popen(command, env=child_environment, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and (not path.exists() or len(path.read_text().splitlines()) < 4):
             time.sleep(0.002)
-        return process
-
-    process = until_rows(3)
-    process.kill()
-    process.communicate()
+        process.kill()
     assert 10 <= logs.read(path)[-1]["step"] < 111, "it had ended before it was killed"
-    process = until_rows(7)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate()
-    assert process.returncode == 0
-    assert "Resumed at step" in out and "and saved; continue with --resume" in out
+    log = train._log
+
+    def log_and_be_stopped(session):
+        signal.raise_signal(signal.SIGTERM)
+        return log(session)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_log", log_and_be_stopped)
+        assert not train.train(config)
+    said = capsys.readouterr().out
+    assert "Resumed at step" in said and "and saved; continue with --resume" in said
     train.train(config)
     assert_same_bits(end_state(config), end_state(finished))
     same = [name for name in logs.read(path)[0] if name != "examples_per_second"]
@@ -172,17 +185,17 @@ def test_resuming_what_is_finished_or_never_began(finished, tmp_path, capsys):
     train.train(dataclasses.replace(finished, resume=True))
     assert "Resumed at step 111 of 111" in capsys.readouterr().out
     assert_same_bits(end_state(finished), before)
-    run(tmp_path / "new", resume=True, steps=2)
+    run(tmp_path / "new", rule="bp", resume=True, steps=2)
     assert "has no checkpoint: training starts from the beginning" in capsys.readouterr().out
     assert (tmp_path / "new" / "checkpoints" / "2").exists()
 
 
 @pytest.mark.slow
 def test_a_run_that_grows_longer_ends_with_the_bits_of_a_long_one(tmp_path):
-    settings_of = {"schedule": "step", "drop_epochs": (1.0,)}
-    whole = run(tmp_path / "whole", epochs=2, **settings_of)
-    run(tmp_path / "longer", epochs=1, **settings_of)
-    longer = run(tmp_path / "longer", epochs=2, resume=True, **settings_of)
+    settings_of = {"schedule": "step", "drop_epochs": (0.1,)}
+    whole = run(tmp_path / "whole", steps=8, **settings_of)
+    run(tmp_path / "longer", steps=4, **settings_of)
+    longer = run(tmp_path / "longer", steps=8, resume=True, **settings_of)
     assert_same_bits(end_state(longer), end_state(whole))
 
 
@@ -200,7 +213,7 @@ def test_examples_per_second_are_those_of_compiled_steps(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "build", timed)
     monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
-    run(tmp_path, steps=3, log_every=5)
+    run(tmp_path, rule="bp", steps=3, log_every=5)
     (row,) = logs.read(tmp_path / "train.csv")
     assert row["examples_per_second"] == SMALL.batch_size
 
@@ -279,7 +292,7 @@ def test_an_empty_argument_is_refused(arguments, tmp_path, monkeypatch, capsys):
 # --- bad numbers ------------------------------------------------------------------------------------------------------
 
 
-BLOWN_UP = {"learning_rate": 1e25, "clip_norm": None, "accumulate": 1}
+BLOWN_UP = {"rule": "fa", "learning_rate": 1e25, "clip_norm": None, "accumulate": 1}
 
 
 def test_nan_stops_at_its_step_and_names_what_is_not_finite(tmp_path):
@@ -405,17 +418,17 @@ def test_any_file_of_a_checkpoint_may_be_damaged(finished, tmp_path, capsys):
     It never runs code from a pickle.
     """
     shutil.copytree(finished.out / "checkpoints", tmp_path / "checkpoints")
-    like = build.like(finished, build.build(finished))
-    expected, good_progress = restore_from(tmp_path, like)
+    shapes = like(finished.rule, finished.optimizer)
+    expected, good_progress = restore_from(tmp_path, shapes)
     refused = 0
     files = sorted(path for path in (tmp_path / "checkpoints" / "111").rglob("*") if path.is_file())
     assert len(files) > 10
     for seed, path in enumerate(files):
         content = path.read_bytes()
-        for damaged in damages(content, tmp_path / "trap", 2, seed):
+        for damaged in damages(content, tmp_path / "trap", 1, seed):
             path.write_bytes(damaged)
             try:
-                found, progress = restore_from(tmp_path, like)
+                found, progress = restore_from(tmp_path, shapes)
             except InputError as error:
                 refused += 1
                 assert "checkpoints/111" in str(error) and "\n" not in str(error)
@@ -424,23 +437,21 @@ def test_any_file_of_a_checkpoint_may_be_damaged(finished, tmp_path, capsys):
                 assert_same_bits(found, expected)
                 assert progress == good_progress
         path.write_bytes(content)
-    assert refused > len(files)
+    assert refused > len(files) / 2
     assert not (tmp_path / "trap").exists() and not capsys.readouterr().err
-    assert_same_bits(restore_from(tmp_path, like)[0], expected)
+    assert_same_bits(restore_from(tmp_path, shapes)[0], expected)
 
 
-def restore_from(out, like):
-    manager = checkpoints.open_manager(out / "checkpoints", 2, read_only=True)
-    state, progress = checkpoints.restore(manager, like)
-    manager.close()
-    return by_path(state), progress
+@pytest.fixture(scope="module")
+def first_state():
+    """Make the state at the beginning of a run."""
+    return build.build(SMALL).init()
 
 
 @pytest.mark.parametrize("where", ["feedback", "key", "progress"])
-def test_one_wrong_bit_is_noticed(where, finished, tmp_path, monkeypatch):
+def test_one_wrong_bit_is_noticed(where, first_state, tmp_path, monkeypatch):
     """The SHA-256 covers each part of a checkpoint, so it detects a wrong bit that the storage layer misses."""
-    built = build.build(finished)
-    like, state, progress = build.like(finished, built), built.init(), {"step": 0, "loss": 0.1}
+    state, progress = first_state, {"step": 0, "loss": 0.1}
     if where == "progress":
         other = state, {**progress, "loss": 0.10000000000000002}
     elif where == "key":
@@ -457,7 +468,7 @@ def test_one_wrong_bit_is_noticed(where, finished, tmp_path, monkeypatch):
         checkpoints.save(manager, state, progress)
         checkpoints.finish(manager)
     with pytest.raises(InputError, match="checkpoints/0 .*its SHA-256 is not that of what was saved"):
-        checkpoints.restore(manager, like)
+        checkpoints.restore(manager, like(SMALL.rule, SMALL.optimizer))
 
 
 def test_damaged_configs_and_logs(finished, tmp_path):
@@ -517,7 +528,7 @@ def test_what_a_killed_write_left_is_cleared_away(tmp_path):
 
 
 def test_disk_full_while_saving_keeps_the_older_checkpoint(tmp_path):
-    config = dataclasses.replace(SMALL, out=tmp_path, hidden=(256, 256))
+    config = dataclasses.replace(SMALL, out=tmp_path, hidden=(256, 256), rule="bp")
     built = build.build(config)
     state = built.init()
     manager = checkpoints.open_manager(tmp_path / "checkpoints", 2)
@@ -842,16 +853,15 @@ def test_loss_by_definition():
 
 
 @pytest.mark.slow
-def test_seeds_are_runs_of_their_own_and_one_curve(tmp_path, capsys, monkeypatch):
-    run(tmp_path / "many", seeds=2, seed=3, epochs=1)
-    alone = run(tmp_path / "alone", seed=4, epochs=1)
-    many = dataclasses.replace(alone, out=tmp_path / "many" / "seed4")
-    assert_same_bits(end_state(alone), end_state(many))
+def test_seeds_are_runs_of_their_own_and_one_curve(finished, tmp_path, capsys, monkeypatch):
+    run(tmp_path / "many", seeds=2, seed=finished.seed - 1, tensorboard=True)
+    second = dataclasses.replace(finished, out=tmp_path / "many" / f"seed{finished.seed}")
+    assert_same_bits(end_state(second), end_state(finished))
     drawn = []
     monkeypatch.setattr(cli.figures, "_curves", lambda lines, *rest: drawn.append(lines) or b"png")
     cli.figures.runs([tmp_path / "many"])
-    cli.figures.runs([tmp_path / "many", tmp_path / "alone"])
-    cli.figures.runs([tmp_path / "many" / "seed3"])
+    cli.figures.runs([tmp_path / "many", finished.out])
+    cli.figures.runs([second.out])
     assert [[(label, len(curves)) for label, _, curves in lines] for lines in drawn] == [
         [("WM", 2)], [("WM", 3)], [("WM", 1)]
     ]  # fmt: skip
@@ -859,7 +869,7 @@ def test_seeds_are_runs_of_their_own_and_one_curve(tmp_path, capsys, monkeypatch
 
 @pytest.mark.slow
 def test_frozen_trains_the_readout_alone(tmp_path):
-    config = run(tmp_path / "frozen", rule="frozen", epochs=1, optimizer="adamw", mirror_steps=None)
+    config = run(tmp_path / "frozen", rule="frozen", steps=4, optimizer="adamw", mirror_steps=None)
     built = train.build(config)
     before, after = by_path(built.init()), end_state(config)
     layers = {path for path in before if path.startswith(".params")}
@@ -883,7 +893,7 @@ def test_text_and_bf16():
     assert feed.shape == (128,)
     task = tasks.make_task(config, feed.shape, feed.num_classes, feed.mean, feed.std)
     params, model_state = task.init(jax.random.key(0), feed.probe)
-    loss, _ = task.loss_fn(params, model_state, next(feed.batches(0)), jax.random.key(0))
+    loss, _ = jax.jit(task.loss_fn)(params, model_state, next(feed.batches(0)), jax.random.key(0))
     assert float(loss) == pytest.approx(np.log(feed.num_classes), rel=0.2)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
