@@ -120,7 +120,7 @@ class NeuralODE(eqx.Module):
     def __call__(self, x):
         diffrax = pytest.importorskip("diffrax", reason="pip install -e '.[integration]'")
         term = diffrax.ODETerm(lambda t, y, field: field(y))
-        options = {"args": self.field, "adjoint": getattr(diffrax, self.adjoint)(), "max_steps": 8}
+        options = {"args": self.field, "adjoint": getattr(diffrax, self.adjoint)(), "max_steps": 4}
         return self.head(diffrax.diffeqsolve(term, diffrax.Heun(), 0.0, 1.0, 0.25, x, **options).ys[-1])
 
 
