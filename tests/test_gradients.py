@@ -776,6 +776,17 @@ def test_an_engaged_gradient_may_be_differentiated_by_data_that_scale_a_weight(l
     chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_params_may_be_given_as_feedback_too():
+    """Derivatives by data that scale a weight are those with an equal, separate B, at first and second order."""
+    params, x = list(layers(3, 6)), normal(0, 3, 6)
+    s = np.random.default_rng(0).uniform(0.5, 1.5, (6, 6)).astype(np.float32)
+    engaged = wmkp.engage(gated, wmkp.kolen_pollack())
+    by_data = jax.grad(engaged, (2, 3))
+    both = lambda p, b: (by_data(p, b, x, s), jax.jacrev(jax.grad(engaged, 3), 2)(p, b, x, s))
+    same, separate = jax.jit(lambda p, b: (both(p, p), both(p, b)))(params, list(map(np.copy, params)))
+    chex.assert_trees_all_close(same, separate, rtol=1e-4, atol=1e-5)
+
+
 def test_inside_shard_map_and_with_shard_map_outside():
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec

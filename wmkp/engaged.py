@@ -115,6 +115,8 @@ def carried(rule: Rule, projection: Projection | None, path: str, w: Any, b: Any
         )
     if rule.signal is None:
         carrier = jax.lax.stop_gradient(carrier)
+    elif carrier is w:  # given for both: B's signal must not reach what W is made of
+        carrier = jnp.copy(w)
     return carrier if rule.direct else compat.divided_as(carrier, jax.typeof(w))
 
 
