@@ -26,6 +26,7 @@ import optax
 import wmkp
 from benchmarks.programs import peak_bytes
 from benchmarks.targets import TARGETS, Target
+from wmkp.experiments.commands.recipes import MIRROR_EVERY
 from wmkp.experiments.models.resnet import ResNet18, ResNet50
 from wmkp.experiments.models.transformer import Block, ViT
 from wmkp.experiments.runs.provenance import provenance
@@ -57,7 +58,6 @@ class Model(NamedTuple):
       build: the module.
       optimizer: as ``wmkp.make_steps`` takes it.
       batch: examples on each device.
-      every: engaged steps between mirror steps, as in the recipes for this kind of model.
       shape: the shape of an image, or of the tokens.
       mode: keyword arguments of the model in training.
     """
@@ -65,16 +65,15 @@ class Model(NamedTuple):
     build: Callable[[], nn.Module]
     optimizer: optax.GradientTransformation
     batch: int
-    every: int
     shape: tuple[int, ...] = (224, 224, 3)
     mode: dict[str, bool] = {}  # noqa: RUF012 (never changed)
 
 
 MODELS = {
-    "ResNet-50": Model(lambda: ResNet50(1000, dtype=jnp.bfloat16), models.SGD, 128, 4, mode={"train": True}),
-    "ViT-B/16": Model(lambda: ViT(1000, width=768, heads=12, dtype=jnp.bfloat16), models.ADAMW, 64, 8),
-    "GPT-2 small": Model(GPT2, models.ADAMW, 4, 4, (1024,)),
-    "ResNet-18": Model(lambda: ResNet18(1000, dtype=jnp.bfloat16), models.SGD, 128, 4, mode={"train": True}),
+    "ResNet-50": Model(lambda: ResNet50(1000, dtype=jnp.bfloat16), models.SGD, 128, mode={"train": True}),
+    "ViT-B/16": Model(lambda: ViT(1000, width=768, heads=12, dtype=jnp.bfloat16), models.ADAMW, 64),
+    "GPT-2 small": Model(GPT2, models.ADAMW, 4, (1024,)),
+    "ResNet-18": Model(lambda: ResNet18(1000, dtype=jnp.bfloat16), models.SGD, 128, mode={"train": True}),
 }
 RULES: dict[str, Callable[[], wmkp.Rule]] = {
     "FA": wmkp.feedback_alignment,
@@ -294,7 +293,7 @@ def rows_of(programs: dict[str, Any]) -> list[Row]:
         plain = programs.get(f"{place}: {name}: BP")
         if plain is not None and step not in ("BP", "pmap", "shard_map"):
             rows += (
-                mirror_rows(key, name, program, plain) if step.endswith("mirror") else engaged_rows(key, program, plain)
+                mirror_rows(key, step, program, plain) if step.endswith("mirror") else engaged_rows(key, program, plain)
             )
     return rows
 
@@ -330,12 +329,16 @@ def copied(program: dict[str, Any]) -> int:
     return int(program["copies"]["of weights"])
 
 
-def mirror_rows(key: str, name: str, program: dict[str, Any], plain: dict[str, Any]) -> list[Row]:
+def every(step: str) -> int:
+    """The engaged steps between two mirror steps, as in the recipes of the command line."""
+    return MIRROR_EVERY if step.startswith("MKP") else 1
+
+
+def mirror_rows(key: str, step: str, program: dict[str, Any], plain: dict[str, Any]) -> list[Row]:
     """Compares a mirror step with the engaged steps between two mirror steps."""
-    every = MODELS[name].every
-    share = lambda what: program[what] / (every * plain[what])
+    share = lambda what: program[what] / (every(step) * plain[what])
     return [
-        Row(f"{key} step over {every} engaged steps, {unit}", share(what), at_most=0.03)
+        Row(f"{key} step, {unit} over those of engaged steps ({every(step)})", share(what), at_most=0.03)
         for unit, what in (("operations", "products' flops"), ("bytes", "kernels' bytes"))
     ]
 

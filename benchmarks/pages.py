@@ -217,7 +217,7 @@ def mirror_compiled() -> str:
     for target, model, step, p in found:
         if (bp := plain.get((target, model))) is None or not step.endswith("mirror"):
             continue
-        every = compiled.MODELS[model].every
+        every = compiled.every(step)
         percent = [f"{100 * p[what] / (every * bp[what]):.2f} %" for what in ("products' flops", "kernels' bytes")]
         lines.append(
             [target, model, step.removesuffix(" mirror"), str(every), *percent, f"{p['temporaries'] / 2**20:.0f} MiB"]
