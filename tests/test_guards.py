@@ -207,6 +207,7 @@ def test_noise_is_drawn_in_one_pass(noise):
     assert any("threefry" in line for line in reference.as_text().splitlines())
 
 
+@pytest.mark.slow
 def test_each_step_compiles_once():
     """Seven steps of each kind on different batches compile each kind once."""
     compilations = []

@@ -415,6 +415,7 @@ def unreached(activities, params, i):
     return params | {"W": params["W"] | {i: moved}} if np.allclose(values(moved), values(w), atol=1e-4) else None
 
 
+@pytest.mark.slow
 @settings(
     deadline=None,
     derandomize=not LARGE,

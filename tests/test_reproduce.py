@@ -578,6 +578,7 @@ def test_a_battery_is_its_runs_and_goes_on_where_it_was(tmp_path, monkeypatch, c
     ) == before
 
 
+@pytest.mark.slow
 def test_memory_is_the_state_and_what_a_step_needs_besides(tmp_path):
     config = dataclasses.replace(recipes.RECIPES["mlp-digits-kp"], hidden=(16, 16), out=tmp_path)
     run = train.build(config)
