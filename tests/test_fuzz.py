@@ -9,7 +9,7 @@ Other programs may contain a product that B cannot follow. wmkp must refuse such
 product. A numerical test tells hand-written products that are only gains from those that carry errors back.
 
 This command runs a thousand programs of each kind. Each seed gives others. The statistics count the refused ones:
-``FUZZ_EXAMPLES=1000 pytest -n 0 tests/test_fuzz.py --hypothesis-seed=1 --hypothesis-show-statistics``
+``FUZZ_EXAMPLES=1000 pytest -n 0 -m slow tests/test_fuzz.py --hypothesis-seed=1 --hypothesis-show-statistics``
 """
 
 import itertools
