@@ -225,12 +225,12 @@ class Builder:
 
     def unfollowable(self, op, weight, shape, size, out):
         """A product that B cannot follow or that no product primitive makes, or a linear map that B can follow."""
-        other = self.weight(shape)
+        whole, other = self.param(shape), self.param(shape)  # a factor for each neuron would be a gain of the weight
         square, mixing = self.param((shape[0], shape[0])), self.constant(shape[0], shape[0])
         changed = {
             "tanh": lambda p, d: jnp.tanh(weight(p, d)),
             "matmul": lambda p, d: jnp.tensordot(square(p, d), weight(p, d), 1),
-            "product": lambda p, d: weight(p, d) * other(p, d),
+            "product": lambda p, d: (weight(p, d) + whole(p, d)) * other(p, d),
             "sort": lambda p, d: jnp.sort(weight(p, d), 0),
             "square": lambda p, d: weight(p, d) ** 2,
             "max": lambda p, d: jnp.maximum(weight(p, d), 0.0),
