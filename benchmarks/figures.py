@@ -44,7 +44,7 @@ TEXTS = {
         "A ResNet-18 of a quarter of the width on Tiny ImageNet-100, at 16x16. SGD, learning rate 0.1, cosine, decay 5e-4. One "
         "short run of each rule, sized for two CPU cores: even backprop learns little of a hundred classes in it. In the paper "
         "sign symmetry falls far behind backprop on many classes. Here it falls behind more than it does on CIFAR-10's ten, and "
-        "less than feedback alignment. KP starts from a random B and has about one of its time constants to align.",
+        "less than feedback alignment. KP starts from a random B, and the run is too short for it to align.",
     ),
     "akrout-mnist": (
         "The curves published with the paper's code: MNIST",

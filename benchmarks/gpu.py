@@ -22,7 +22,7 @@ import wmkp
 from benchmarks import Part, Row, Settings, models, programs
 
 BATCH = 256
-EVERY = 4  # engaged steps for each mirror step of ResNet-50, as in its recipe; ResNet-20's recipe has 1
+EVERY = 4  # engaged steps for each mirror step of ResNet-50; ResNet-20 has 1
 RULES: dict[str, Callable[[], wmkp.Rule]] = {
     "KP": wmkp.kolen_pollack,
     "WM": wmkp.weight_mirror,

@@ -148,15 +148,11 @@ def trips(op: Op) -> int:
 
 def one_product(op: Op, types: dict[str, str]) -> int:
     """The operations of one product: 2 x (numbers in the output) x (products summed for each)."""
-    if op.kind == "dot":
+    axes = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d",]*)', op.rest)
+    if op.kind == "dot" or (op.kind == "custom-call" and axes):  # XLA's, or cuBLAS's
         left = arrays(types[op.operands[0]])[0][1]
-        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)
-        summed = math.prod(left[int(a)] for a in axes[1].split(",") if a) if axes else 1
+        summed = math.prod(left[int(a)] for a in re.findall(r"\d+", axes[1])) if axes else 1
         return 2 * math.prod(arrays(op.type)[0][1]) * summed
-    axes = re.search(r'lhs_contracting_dimensions":\[([\d",]*)\]', op.rest)
-    if op.kind == "custom-call" and axes:  # cuBLAS
-        left = arrays(types[op.operands[0]])[0][1]
-        return 2 * math.prod(arrays(op.type)[0][1]) * math.prod(left[int(a)] for a in re.findall(r"\d+", axes[1]))
     labels = re.search(r"dim_labels=\w+_(\w+)->", op.rest)
     if labels is None or not (op.kind == "convolution" or LIBRARY.search(op.rest)):
         return 0

@@ -28,7 +28,7 @@ import pytest
 
 
 def pytest_collection_finish():
-    """Takes what the imports made out of garbage collection, and collects less often: traces make many objects."""
+    """Leaves the objects of imports out of garbage collection, and collects less often. Traces make many objects."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
 

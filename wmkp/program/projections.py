@@ -443,7 +443,7 @@ def roles(fun: Callable[..., Any], params: Any, *args: Any) -> Roles:
             "refused" if p.obstacle and p.needs_feedback else "projection" if p.needs_feedback else "first layer"
             for p in sites.get(path, [])
         } | analysis.others.get(leaf, set())
-        if not names and leaf in analysis.shared:  # no other parameter meets it before data do, or nothing does
+        if not names and leaf in analysis.shared:  # only data change it, or it is returned
             alone = any(leaf in kind.params and kind.static for kind in analysis.plan.outputs)
             names = {"added" if alone else "first layer"}
         found[path] = tuple(name for name in READS if name in names) or ("unused",)

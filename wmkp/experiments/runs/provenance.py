@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+import wmkp
+
 PACKAGES = ("jax", "jaxlib", "numpy", "optax", "flax", "torch", "biotorch")
 
 
@@ -29,7 +31,7 @@ def provenance() -> dict[str, Any]:
     if info.exists():
         names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
         cpu = names[0] if names else cpu
-    root, commit = Path(__file__).parents[3], ""
+    root, commit = Path(wmkp.__file__).parents[1], ""
     if (root / ".git").exists():  # a checkout of wmkp, not a package installed inside another repository
         git = partial(subprocess.run, cwd=root, capture_output=True, text=True, check=False)
         commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
