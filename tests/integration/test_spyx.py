@@ -1,4 +1,4 @@
-"""Spiking networks of spyx with eight kinds of neuron, trained by surrogate gradients through time."""
+"""Spiking networks of spyx with five kinds of neuron, trained by surrogate gradients through time."""
 
 from collections.abc import Callable
 from typing import Any
