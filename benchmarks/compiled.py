@@ -26,7 +26,7 @@ import optax
 import wmkp
 from benchmarks.programs import peak_bytes
 from benchmarks.targets import TARGETS, Target
-from wmkp.experiments.commands.recipes import MIRROR_EVERY
+from wmkp.experiments import MIRROR_EVERY
 from wmkp.experiments.models.resnet import ResNet18, ResNet50
 from wmkp.experiments.models.transformer import Block, ViT
 from wmkp.experiments.runs.provenance import provenance
@@ -331,7 +331,7 @@ def copied(program: dict[str, Any]) -> int:
 
 def every(step: str) -> int:
     """The engaged steps between two mirror steps, as in the recipes of the command line."""
-    return MIRROR_EVERY if step.startswith("MKP") else 1
+    return MIRROR_EVERY["mkp" if step.startswith("MKP") else "wm"]
 
 
 def mirror_rows(key: str, step: str, program: dict[str, Any], plain: dict[str, Any]) -> list[Row]:

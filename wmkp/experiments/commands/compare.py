@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import wmkp
+from wmkp.experiments import MIRROR_EVERY
 from wmkp.experiments.config import LAG, RULES, Compare, InputError, refusals
 from wmkp.experiments.data import datasets as data
 from wmkp.experiments.models import tasks
@@ -36,7 +37,6 @@ READOUT = "output/kernel"  # here delta comes from the loss itself, under any ru
 # Each network's defaults: the learning rate, and the least number of steps.
 RATES = {"conv": 0.05, "mlp": 0.02}
 STEPS = {"conv": 444, "mlp": 6000}
-MIRROR_EVERY = {"wm": 1, "mkp": 16}  # engaged steps per mirror step: a weight mirror must not lag behind W
 # For programs that run rarely: without optimization they compile in a third of the time.
 QUICK = {"xla_backend_optimization_level": 0}
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from wmkp.experiments import MIRROR_EVERY
 from wmkp.experiments.config import RULES, Train
 
 # Steps of 0.1 at epochs 30, 60 and 80 of 90, and a warm-up: Goyal et al. (2017), with Akrout et al.'s (2019) order of
@@ -100,7 +101,6 @@ _BASES: dict[str, tuple[str, Train]] = {
 }
 _RULES = ("bp", "fa", "ss", "kp", "mkp", "kpm", "wm", "frozen")
 _MORE = {"lenet": ("dfa", "frsf", "brsf"), "decoder": ("dfa",), "residual": ("dfa", "pfa")}
-MIRROR_EVERY = 16  # steps between mirror steps of mkp, whose B does not lag
 
 # LeNet has all rules that BioTorch publishes: DFA, and three kinds of sign symmetry.
 _PAIRS = [(base, rule) for base in _BASES for rule in _RULES + _MORE.get(base.split("-")[0], ())]
@@ -108,7 +108,7 @@ _PAIRS = [(base, rule) for base in _BASES for rule in _RULES + _MORE.get(base.sp
 
 def _recipe(base: str, rule: str) -> Train:
     recipe = replace(_BASES[base][1], rule=rule, out=Path("runs") / f"{base}-{rule}")
-    return replace(recipe, mirror_every=MIRROR_EVERY) if rule == "mkp" else recipe
+    return replace(recipe, mirror_every=MIRROR_EVERY.get(rule, 1))
 
 
 RECIPES: dict[str, Train] = {f"{base}-{rule}": _recipe(base, rule) for base, rule in _PAIRS}
