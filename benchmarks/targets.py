@@ -100,7 +100,7 @@ def placed(tree: Any, target: Target, batch: bool = False) -> Any:
     if mesh is None:
         where = jax.tree.map(lambda _: SingleDeviceSharding(target.devices()[0]), tree)
     elif batch:
-        where = jax.tree.map(lambda _: wmkp.batch_sharding(mesh), tree)
+        where = jax.tree.map(lambda _: wmkp.training.batch_sharding(mesh), tree)
     else:
         where = wmkp.training.state_sharding(tree, mesh, target.fsdp)
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where)

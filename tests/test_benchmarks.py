@@ -1,7 +1,11 @@
 """The benchmark scripts make the calls and rows that they should, and need no data packages."""
 
+import ast
+import operator
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -70,3 +74,12 @@ def test_speed_is_measured_without_what_data_and_commands_need(child_environment
     code += "".join(f"; import benchmarks.{group}" for group in GROUPS)
     done = subprocess.run([sys.executable, "-c", code], env=child_environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_name_of_wmkp_in_the_benchmarks_exists():
+    """Most benchmarks need hours or other devices, so a name that was moved would be noticed late."""
+    for script in sorted(Path(benchmarks.__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(script.read_text())):
+            name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+            if re.fullmatch(r"wmkp(\.\w+)+", name):
+                assert operator.attrgetter(name.removeprefix("wmkp."))(wmkp), f"{script.name}: {name}"
