@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -30,6 +31,7 @@ from wmkp.experiments.models import tasks
 from wmkp.experiments.models.convnet import ConvNet
 from wmkp.experiments.models.mlp import MLP
 from wmkp.experiments.runs import figures, outputs
+from wmkp.program import compat
 
 LAST_EPOCHS = 5  # the table's test error is a mean over these (half of a shorter run)
 PROBE = 64  # training examples for delta angles and norms
@@ -37,8 +39,6 @@ READOUT = "output/kernel"  # here delta comes from the loss itself, under any ru
 # Each network's defaults: the learning rate, and the least number of steps.
 RATES = {"conv": 0.05, "mlp": 0.02}
 STEPS = {"conv": 444, "mlp": 6000}
-# For programs that run rarely: without optimization they compile in a third of the time.
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 class Row(NamedTuple):
@@ -232,16 +232,8 @@ def start(name: str, config: Compare, epochs: int, dataset: data.Dataset) -> Tri
     model: nn.Module = ConvNet(dataset.num_classes)
     if config.model == "mlp":
         model = MLP(config.hidden, dataset.num_classes)
-    mean, std = float(dataset.train["image"].mean()), float(dataset.train["image"].std())
-
-    def forward(params: Any, images: jax.Array) -> jax.Array:
-        logits: Any = model.apply({"params": params}, (images.astype(jnp.float32) - mean) / std)
-        return logits
-
-    def loss_fn(params: Any, model_state: Any, batch: data.Examples, key: jax.Array) -> Any:
-        logits = forward(params, batch["image"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean(), (model_state, {})
-
+    network = (model, float(dataset.train["image"].mean()), float(dataset.train["image"].std()))
+    _, loss_fn = _functions(*network)
     initial = partial(_initial(model), image=dataset.train["image"][:1])
     rule = make_rule(name, config)
     rate = schedule(config, epochs * (len(dataset.train["label"]) // config.batch_size))
@@ -260,7 +252,7 @@ def start(name: str, config: Compare, epochs: int, dataset: data.Dataset) -> Tri
         )
 
     mirror_steps = config.mirror_steps if mirrors else None
-    first_state = jax.jit(partial(steps.init, mirror_steps=mirror_steps), compiler_options=QUICK)
+    first_state = jax.jit(partial(steps.init, mirror_steps=mirror_steps), compiler_options=_quick())
 
     def init(key: jax.Array) -> wmkp.TrainState:
         params_key, state_key = jax.random.split(key)
@@ -270,7 +262,10 @@ def start(name: str, config: Compare, epochs: int, dataset: data.Dataset) -> Tri
     # On CPUs XLA's convolutions are slow inside its loops.
     slow = config.model == "conv" and jax.default_backend() == "cpu"
     run_epoch = _looped(steps, mirrors, every) if slow else _scanned(steps, mirrors, every)
-    return Trial(init, run_epoch, jax.jit(partial(_measure, rule, loss_fn, forward), compiler_options=QUICK))
+    # Rules that carry the error alike (FA, KP and weight mirrors through B) share one program.
+    alike = rule._replace(name="alike", init=rule.init and _none, signal=None, optimizer=None, mirror=None)
+    measured = _measurement(alike, *network)
+    return Trial(init, run_epoch, lambda state, *examples: measured(state.params, state.feedback, state.key, *examples))
 
 
 def _engaged(steps: wmkp.Steps, state: wmkp.TrainState, train: data.Examples, index: jax.Array) -> Any:
@@ -306,7 +301,8 @@ def _scanned(steps: wmkp.Steps, mirrors: bool, every: int) -> Callable[..., Any]
 
 def _looped(steps: wmkp.Steps, mirrors: bool, every: int) -> Callable[..., Any]:
     """``Trial.run_epoch`` as a program for each step."""
-    engaged, mirrored = (jax.jit(partial(f, steps), donate_argnums=0) for f in (_engaged, _mirrored))
+    compiled = partial(jax.jit, donate_argnums=0, compiler_options=compat.compiled_sooner())
+    engaged, mirrored = (compiled(partial(f, steps)) for f in (_engaged, _mirrored))
 
     def run_epoch(state: wmkp.TrainState, train: data.Examples, order: jax.Array) -> Any:
         losses, lags, taken = [], [jnp.full((), jnp.nan)], int(state.step)
@@ -322,23 +318,56 @@ def _looped(steps: wmkp.Steps, mirrors: bool, every: int) -> Callable[..., Any]:
     return run_epoch
 
 
+def _quick() -> dict[str, Any]:
+    """Compiler options for programs that run rarely: without optimization they compile in a fraction of the time."""
+    return {"xla_backend_optimization_level": 0, **compat.compiled_sooner()}
+
+
 @cache
 def _initial(model: nn.Module) -> Callable[..., Any]:
     """``(key, image) -> params``, one program for all rules."""
-    return jax.jit(lambda key, image: model.init(key, image)["params"], compiler_options=QUICK)
+    return jax.jit(lambda key, image: model.init(key, image)["params"], compiler_options=_quick())
 
 
-def _measure(
-    rule: wmkp.Rule, loss_fn: Any, forward: Any, state: wmkp.TrainState, train: data.Examples, test: data.Examples
-) -> Any:
-    wrong = forward(state.params, test["image"]).argmax(-1) != test["label"]
-    matrix: dict[str, jax.Array] = {}
-    delta: dict[str, wmkp.angles.DeltaNorms] = {}
-    if rule.backward is not None:
-        matrix = wmkp.matrix_angles(state.params, state.feedback, rule)
-        args = (state.params, state.feedback, None, first(PROBE, train), state.key)
+def _none(*_: Any) -> None:
+    """For ``Rule.init`` where B is there already."""
+
+
+@cache
+def _functions(model: nn.Module, mean: float, std: float) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """``(params, images) -> logits``, and the loss as ``wmkp.make_steps`` takes it."""
+
+    def forward(params: Any, images: jax.Array) -> jax.Array:
+        logits: Any = model.apply({"params": params}, (images.astype(jnp.float32) - mean) / std)
+        return logits
+
+    def loss_fn(params: Any, model_state: Any, batch: data.Examples, key: jax.Array) -> Any:
+        logits = forward(params, batch["image"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean(), (model_state, {})
+
+    return forward, loss_fn
+
+
+@cache
+def _measurement(rule: wmkp.Rule, *network: Any) -> Callable[..., Any]:
+    """``(params, feedback, key, train, test) -> (test error, matrix angles, delta norms)``, compiled."""
+    (forward, loss_fn), compiling = _functions(*network), threading.Lock()
+
+    def measure(params: Any, feedback: Any, key: jax.Array, train: data.Examples, test: data.Examples) -> Any:
+        wrong = forward(params, test["image"]).argmax(-1) != test["label"]
+        if rule.backward is None:
+            return 100 * wrong.mean(), {}, {}
+        args = (params, feedback, None, first(PROBE, train), key)
         delta = wmkp.delta_norms(loss_fn, rule, *args, has_aux=True)
-    return 100 * wrong.mean(), matrix, delta
+        return 100 * wrong.mean(), wmkp.matrix_angles(params, feedback, rule), delta
+
+    program = jax.jit(measure, compiler_options=_quick())
+
+    def one_at_a_time(*args: Any) -> Any:
+        with compiling:  # of two rules that train side by side, one compiles
+            return program(*args)
+
+    return one_at_a_time
 
 
 def make_rule(name: str, config: Compare) -> wmkp.Rule:
