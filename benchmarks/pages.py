@@ -183,8 +183,7 @@ def engaged_compiled() -> str:
         bp = plain.get((target, model))
         if bp is None or "flops" not in p or step in ("BP", "pmap", "shard_map") or step.endswith("mirror"):
             continue
-        own = p["arguments"] - bp["arguments"]
-        moved = own if step in ("FA", "WM") else 2 * own
+        moved = compiled.moved(f"{target}: {model}: {step}", p, bp)
         sent, its = (sum(c["bytes"] for c in x["collectives"].values()) for x in (p, bp))
         lines.append(
             [

@@ -150,6 +150,15 @@ def test_what_is_kept_is_not_compiled_again(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "tpu.json").read_text())["programs"].keys() == kept.programs.keys()
 
 
+def test_what_b_must_move_is_counted():
+    """Momentum SGD keeps one moment, and AdamW two: an optimizer reads and writes B and these, and the error path reads B."""
+    plain, size = {"arguments": 1000}, 64
+    for model, moments in (("ResNet-50", 1), ("GPT-2 small", 2)):
+        own = (1 + moments) * size
+        assert compiled.moved(f"v5e: {model}: FA", {"arguments": 1000 + size}, plain) == size
+        assert compiled.moved(f"v5e: {model}: KP", {"arguments": 1000 + own}, plain) == size + 2 * own
+
+
 def test_the_largest_batch_is_found_by_a_line(tmp_path, monkeypatch):
     """With 1 GB and 100 MB per example, the largest batch is (memory - 1 GB) / 100 MB, rounded down."""
     key = "v5e: ResNet-50: BP"
