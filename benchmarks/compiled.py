@@ -178,6 +178,8 @@ JOBS: list[tuple[str, str, tuple[str, ...]]] = [
     ("v5e 4x4", "GPT-2 small", FEW),
     ("v5e 4x4, fsdp", "GPT-2 small", FEW),
     ("8 H100", "ResNet-50", FEW),
+    ("8 H100", "GPT-2 small", FEW),
+    ("8 H100", "ViT-B/16", FEW),
     ("v5e 4x4", "ResNet-18", ("shard_map", "pmap")),
     ("v5e 4x4", "ResNet-50", ("FA", "MKP", "WM", *MIRRORS)),
     ("v5e 4x4, fsdp", "ResNet-50", ("FA", "MKP", "WM", *MIRRORS)),
