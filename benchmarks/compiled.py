@@ -312,10 +312,14 @@ def engaged_rows(key: str, program: dict[str, Any], plain: dict[str, Any]) -> li
         Row(f"{key} over BP, temporaries", over("temporaries"), at_most=1.01),
         Row(
             f"{key} over BP and what B must move, bytes",
-            program["bytes"] / (plain["bytes"] + more),
+            program["kernels' bytes"] / (plain["kernels' bytes"] + more),
             at_most=1.0,
-            note=f"over BP's alone {over('bytes'):.4f}",
-            detail={"bytes": program["bytes"], "backprop": plain["bytes"], "B and its optimizer": more},
+            note="over BP's alone {:.4f}".format(over("kernels' bytes")),
+            detail={
+                "bytes": program["kernels' bytes"],
+                "backprop": plain["kernels' bytes"],
+                "B and its optimizer": more,
+            },
         ),
         Row(f"{key}, copies of W or B beyond BP's", copied(program) - copied(plain), at_most=0),
     ]

@@ -39,15 +39,15 @@ class Op(NamedTuple):
 Program = dict[str, list[Op]]
 
 
-def arrays(kind: str) -> list[tuple[str, tuple[int, ...]]]:
-    """The dtype and shape of each array in a type."""
-    found = re.findall(r"\b(pred|token|opaque|[a-z]+\d+\w*)\[([\d,]*)\]", kind)
-    return [(dtype, tuple(int(n) for n in shape.split(",") if n)) for dtype, shape in found]
+def arrays(kind: str) -> list[tuple[str, tuple[int, ...], bool]]:
+    """The dtype and shape of each array in a type, and whether it is in main memory (a TPU has others: S(1) and so on)."""
+    found = re.findall(r"\b(pred|token|opaque|[a-z]+\d+\w*)\[([\d,]*)\](\{[^}]*\})?", kind)
+    return [(dtype, tuple(int(n) for n in shape.split(",") if n), "S(" not in layout) for dtype, shape, layout in found]
 
 
-def size(kind: str) -> int:
-    """The bytes of a type."""
-    return sum(math.prod(shape) * width(dtype) for dtype, shape in arrays(kind))
+def size(kind: str, everywhere: bool = True) -> int:
+    """The bytes of a type, or of its arrays in main memory."""
+    return sum(math.prod(shape) * width(dtype) for dtype, shape, main in arrays(kind) if main or everywhere)
 
 
 def width(dtype: str) -> int:
@@ -114,11 +114,17 @@ def kernels(program: Program, name: str = "", times: int = 1) -> Iterator[tuple[
 
 
 def traffic(program: Program) -> int:
-    """The bytes of all kernels' operands and results: what they move if each reads and writes every array once."""
-    return sum(
-        times * (size(op.type) + sum(size(types.get(o, "")) for o in op.operands))
-        for op, types, times in kernels(program)
-    )
+    """The bytes that kernels move to and from main memory, if each reads and writes every array once."""
+    total = 0
+    for op, types, times in kernels(program):
+        if op.kind in ("copy-start", "slice-start"):  # to or from another memory: (to, from, ...) or ((from), to, ...)
+            ends = arrays(op.type)[:2]
+            part = min(math.prod(shape) * width(dtype) for dtype, shape, _ in ends)
+            total += times * part * sum(main for *_, main in ends)
+        else:
+            named = [op.type, *(types.get(operand, "") for operand in op.operands)]
+            total += times * sum(size(kind, everywhere=False) for kind in named)
+    return total
 
 
 def products(program: Program) -> dict[str, int]:
@@ -203,8 +209,8 @@ def collectives(program: Program) -> dict[str, dict[str, int]]:
 def figures(compiled: Any, shapes: set[tuple[int, ...]]) -> dict[str, Any]:
     """Returns all figures of a compiled program.
 
-    ``flops`` and ``bytes`` are XLA's own counts where it has them (on TPUs). XLA counts a loop's body once. This module counts
-    ``products' flops`` and ``kernels' bytes``.
+    ``flops`` and ``bytes`` are XLA's own counts where it has them (on TPUs). XLA counts a loop's body once, and arrays in a
+    TPU's fast memory as well. This module counts ``products' flops`` and ``kernels' bytes``.
     """
     program, memory = parse(compiled.as_text()), compiled.memory_analysis()
     cost = compiled.cost_analysis()

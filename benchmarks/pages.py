@@ -178,7 +178,7 @@ def programs_compiled() -> list[tuple[str, str, str, dict[str, Any]]]:
 def engaged_compiled() -> str:
     """Engaged steps relative to backprop, compiled for described devices."""
     found, lines = programs_compiled(), []
-    plain = {(target, model): p for target, model, step, p in found if step == "BP"}
+    plain, kernels = {(target, model): p for target, model, step, p in found if step == "BP"}, "kernels' bytes"
     for target, model, step, p in found:
         bp = plain.get((target, model))
         if bp is None or "flops" not in p or step in ("BP", "pmap", "shard_map") or step.endswith("mirror"):
@@ -189,8 +189,8 @@ def engaged_compiled() -> str:
             [
                 target, model, step, f"{p['flops'] / bp['flops']:.3f}",
                 f"{sum(p['products'].values())} / {sum(bp['products'].values())}",
-                f"{p['temporaries'] / bp['temporaries']:.3f}", f"{p['bytes'] / bp['bytes']:.3f}",
-                f"{p['bytes'] / (bp['bytes'] + moved):.3f}",
+                f"{p['temporaries'] / bp['temporaries']:.3f}", f"{p[kernels] / bp[kernels]:.3f}",
+                f"{p[kernels] / (bp[kernels] + moved):.3f}",
                 f"{p['copies']['of weights']} / {bp['copies']['of weights']}", f"{sent / its:.3f}" if its else "",
             ]
         )  # fmt: skip

@@ -105,6 +105,8 @@ ENTRY %main (a: f32[4,8]) -> f32[4,8] {
     assert hlo.collectives(program) == {"all-gather": {"count": 1, "bytes": 1024}}
     assert hlo.copies(program, {(4, 8)}) == {"all": 1, "bytes": 128, "of weights": 1, "weights' bytes": 128}
     assert hlo.copies(program, {(8, 4)})["of weights"] == 0
+    # Of the prefetch and of the copy only the ends in main memory count, beside the gather's 1,280.
+    assert hlo.traffic(program) == 1280 + 128 + 128
 
 
 @dataclasses.dataclass
