@@ -36,8 +36,7 @@ CASES = {
     "ConvNeXt": network(lambda key: models.ConvNeXt(depths=[1, 1], dims=[8, 12], num_classes=5, key=key), local="bias"),
     "Vssd": network(
         lambda key: models.Vssd(
-            32, 3, key=key, dim=8, d_state=4, depths=[1, 1], num_heads=[2, 2],
-            attentions_layers=("mamba2mixer", "attention"), num_classes=5,
+            32, 3, key=key, dim=8, d_state=4, depths=[1], num_heads=[2], attentions_layers=("mamba2mixer",), num_classes=5,
         ),
         local="bias",
     ),

@@ -26,30 +26,10 @@ def haiku(forward: Callable[[Any], Any], *shape: int, **options: Any) -> Case:
     return Case(make, **options)
 
 
-def core(module: Callable[[], Any], unroll: Callable[..., Any] = hk.dynamic_unroll) -> Callable[[Any], Any]:
+def recurrent(x):
     """Runs a recurrent core over time (the first axis)."""
-
-    def forward(x: Any) -> Any:
-        cell = module()
-        return unroll(cell, x, cell.initial_state(x.shape[1]))[0]
-
-    return forward
-
-
-def resnet(x):
-    net = hk.nets.ResNet(
-        (1, 1, 1, 1),
-        3,
-        {"decay_rate": 0.9},
-        bottleneck=False,
-        channels_per_group=(4, 4, 6, 6),
-        use_projection=(True,) * 4,
-    )
-    return net(x, is_training=True)
-
-
-def separable(x):
-    return hk.SeparableDepthwiseConv2D(2, 3)(jax.nn.relu(hk.DepthwiseConv2D(1, 3)(x)))
+    cell = hk.LSTM(6)
+    return hk.dynamic_unroll(cell, x, cell.initial_state(x.shape[1]))[0]
 
 
 def stack(x):
@@ -67,20 +47,12 @@ def tied(x):
 
 
 CASES = {
-    "nets.MLP": haiku(lambda x: hk.nets.MLP((8, 6, 3))(x), 4, 6),
-    "Conv1D": haiku(lambda x: hk.Conv1D(5, 3)(x), 2, 8, 4),
     "Conv2DTranspose": haiku(lambda x: hk.Conv2DTranspose(5, 3, stride=2)(x), 2, 4, 4, 3),
-    "Conv3D": haiku(lambda x: hk.Conv3D(3, 2)(x), 2, 4, 4, 4, 3),
-    "separable convolution": haiku(separable, 2, 5, 5, 3),
-    "VanillaRNN": haiku(core(lambda: hk.VanillaRNN(6)), 5, 2, 4),
-    "LSTM": haiku(core(lambda: hk.LSTM(6)), 5, 2, 4),
-    "GRU unrolled": haiku(core(lambda: hk.GRU(6), hk.static_unroll), 3, 2, 4),
-    "Conv2DLSTM": haiku(core(lambda: hk.Conv2DLSTM((4, 4), 3, 3)), 3, 2, 4, 4, 2),
+    "LSTM": haiku(recurrent, 5, 2, 4),
     "MultiHeadAttention": haiku(lambda x: hk.MultiHeadAttention(2, 3, w_init=jnp.ones)(x, x, x), 2, 4, 6),
     "layer_stack and remat": haiku(stack, 4, 6),
     "embedding tied by hand": haiku(tied, 4, 6, in_part="embed"),
     "SpectralNorm": haiku(spectral, 4, 6, kept="w$"),
-    "nets.ResNet": haiku(resnet, 2, 16, 16, 3),
     "nets.MobileNetV1": haiku(lambda x: hk.nets.MobileNetV1((1, 2), (4, 4), 3)(x, is_training=True), 2, 8, 8, 3),
 }
 

@@ -62,10 +62,6 @@ def lora(x):
     return layer(x)
 
 
-def attention(x):
-    return layers.MultiHeadAttention(2, 3, dropout=0.2, seed=1)(x, x, use_causal_mask=True)
-
-
 def remat(x):
     with keras.RematScope():
         hidden, out = layers.Dense(8, activation="gelu"), layers.Dense(6)
@@ -73,8 +69,8 @@ def remat(x):
 
 
 def cnn(x):
-    for width in (4, 6):
-        x = layers.Conv2D(width, 3, strides=2, padding="same", use_bias=False)(x)
+    for groups in (1, 2):
+        x = layers.Conv2D(4, 3, strides=2, padding="same", groups=groups, use_bias=False)(x)
         x = layers.ReLU()(layers.BatchNormalization()(x))
     return layers.Dense(3)(layers.GlobalAveragePooling2D()(x))
 
@@ -87,18 +83,18 @@ def densely_connected(x):
 def transformer(x):
     x = layers.Dense(6)(x) + layers.Embedding(4, 6)(ops.broadcast_to(ops.arange(4), x.shape[:2]))
     y = layers.LayerNormalization()(x)
-    x = x + layers.Dropout(0.1, seed=1)(layers.MultiHeadAttention(2, 3)(y, y))
+    x = x + layers.MultiHeadAttention(2, 3, dropout=0.2, seed=1)(y, y, use_causal_mask=True)
     y = layers.Dense(8, activation="gelu")(layers.LayerNormalization()(x))
     x = x + layers.Dropout(0.1, seed=2)(layers.Dense(6)(y))
     return layers.Dense(3)(layers.LayerNormalization()(x))  # without it the loss overflows
 
 
 def mobilenet(x):
-    """The first three of the eleven blocks of MobileNetV3Small, and a readout."""
+    """The first two of the eleven blocks of MobileNetV3Small, and a readout."""
     net = keras.applications.MobileNetV3Small(
         input_tensor=x, weights=None, alpha=0.35, minimalistic=True, include_top=False, include_preprocessing=False
     )
-    return layers.Dense(3)(layers.GlobalAveragePooling2D()(net.get_layer("expanded_conv_2_add").output))
+    return layers.Dense(3)(layers.GlobalAveragePooling2D()(net.get_layer("expanded_conv_1_project_bn").output))
 
 
 dense = lambda: layers.Dense(6)
@@ -107,18 +103,9 @@ CASES = {
     "Dense in mixed_bfloat16": model(chain(lambda: layers.Dense(5, dtype="mixed_bfloat16")), 4, 6, bound=1e-2),
     "EinsumDense": model(chain(lambda: layers.EinsumDense("btd,dhk->bthk", (None, 2, 3), bias_axes="hk")), 2, 4, 6),
     "Conv1D": model(chain(lambda: layers.Conv1D(5, 3, padding="causal", dilation_rate=2)), 2, 8, 4),
-    "Conv2D": model(chain(lambda: layers.Conv2D(6, 3, strides=2, groups=2)), 2, 6, 6, 4),
-    "Conv3D": model(chain(lambda: layers.Conv3D(3, 2)), 2, 4, 4, 4, 3),
     "Conv2DTranspose": model(chain(lambda: layers.Conv2DTranspose(5, 3, strides=2)), 2, 4, 4, 3),
-    "depthwise and separable convolutions": model(
-        chain(lambda: layers.DepthwiseConv2D(3, depth_multiplier=2), lambda: layers.SeparableConv2D(4, 2)), 2, 5, 5, 3
-    ),
     "ReversibleEmbedding": model(tied, 2, 4, 6, in_part="embeddings"),
-    "SimpleRNN": model(chain(lambda: layers.SimpleRNN(6)), 2, 5, 4),
     "GRU": model(chain(lambda: layers.GRU(6, dropout=0.2, recurrent_dropout=0.2, seed=1)), 2, 5, 4),
-    "Bidirectional": model(chain(lambda: layers.Bidirectional(layers.LSTM(4, return_sequences=True))), 2, 4, 3),
-    "ConvLSTM2D": model(chain(lambda: layers.ConvLSTM2D(3, 3)), 2, 3, 4, 4, 2),
-    "MultiHeadAttention": model(attention, 2, 4, 6),
     "GroupQueryAttention": model(lambda x: layers.GroupQueryAttention(3, 4, 2)(x, x), 2, 4, 6),
     # Its score is a hand-written product: the sum of scale * tanh(query + key).
     "AdditiveAttention": model(

@@ -76,10 +76,6 @@ def scanned(**options):
     return nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3, **options)
 
 
-def rnn(cell, **options):
-    return nn.RNN(cell, **options)
-
-
 masked = jnp.ones((3, 3, 4, 5)).at[1:, 2:].set(0)
 
 CASES = {
@@ -94,15 +90,10 @@ CASES = {
     "Conv masked": linen(nn.Conv(5, (3, 3), mask=masked), 2, 5, 5, 4),
     "ConvTranspose": linen(nn.ConvTranspose(5, (3, 3), strides=(2, 2)), 2, 4, 4, 3),
     "ConvTranspose by the transposed kernel": linen(nn.ConvTranspose(5, (3,), transpose_kernel=True), 2, 6, 4),
-    "ConvLocal": linen(nn.ConvLocal(5, (3,)), 2, 6, 4),
     "ConvLocal 2d": linen(nn.ConvLocal(3, (2, 2), strides=(2, 2)), 2, 4, 4, 2),
     "Embed with attend": linen(Attend(), 2, 4, 6, in_part="embedding"),
-    "RNN of SimpleCell": linen(rnn(nn.SimpleCell(6)), 2, 5, 4),
-    "RNN of OptimizedLSTMCell": linen(rnn(nn.OptimizedLSTMCell(6), reverse=True), 2, 5, 4),
-    "RNN of GRUCell": linen(rnn(nn.GRUCell(6), unroll=5), 2, 5, 4),
-    "RNN of MGUCell": linen(rnn(nn.MGUCell(6), time_major=True), 5, 2, 4),
-    "RNN of ConvLSTMCell": linen(rnn(nn.ConvLSTMCell(3, (3, 3))), 2, 3, 4, 4, 2),
-    "Bidirectional": linen(nn.Bidirectional(rnn(nn.LSTMCell(4)), rnn(nn.GRUCell(4))), 2, 4, 3),
+    "RNN of OptimizedLSTMCell": linen(nn.RNN(nn.OptimizedLSTMCell(6), reverse=True), 2, 5, 4),
+    "RNN of ConvLSTMCell": linen(nn.RNN(nn.ConvLSTMCell(3, (3, 3))), 2, 3, 4, 4, 2),
     "MultiHeadDotProductAttention": linen(
         nn.MultiHeadDotProductAttention(2, normalize_qk=True, dropout_rate=0.3, deterministic=False), 2, 4, 6
     ),

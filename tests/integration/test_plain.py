@@ -14,7 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 import wmkp
 from wmkp.experiments.models.lenet import LeNet
 from wmkp.experiments.models.resnet import BasicBlock, ResNet
-from wmkp.experiments.models.transformer import Decoder, ViT
+from wmkp.experiments.models.transformer import Decoder
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -224,7 +224,6 @@ def linen(module, *shape, tokens=0, **options):
     return Case(make, **options)
 
 
-LOCAL = "bias|class_token|positions|embedding"
 IN_OUT = {"in": (6, 6), "out": (6, 3)}
 
 CASES = {
@@ -260,8 +259,7 @@ CASES = {
     ),
     "LeNet": linen(LeNet(3), 2, 32, 32, 1, first="Conv_0"),
     "ResNet": linen(ResNet(3, (1, 1), BasicBlock, 4, False), 2, 8, 8, 3, first="stem"),
-    "ViT": linen(ViT(3, patch=2, width=6, depth=1, heads=2), 2, 4, 4, 3, first="patches", local=LOCAL),
-    "Decoder": linen(Decoder(7, 4, width=6, depth=1, heads=2), 2, 4, tokens=7, local=LOCAL),
+    "Decoder": linen(Decoder(7, 4, width=6, depth=1, heads=2), 2, 4, tokens=7, local="bias|positions|embedding"),
 }
 
 

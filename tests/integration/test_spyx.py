@@ -1,4 +1,4 @@
-"""Spiking networks of spyx with five kinds of neuron, trained by surrogate gradients through time."""
+"""Spiking networks of spyx with three kinds of neuron, trained by surrogate gradients through time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,12 +18,11 @@ SPIKING = 3.0  # scales the currents so that neurons spike
 
 
 class Network(nnx.Module):
-    """Two layers of spiking neurons and a readout by leaky integrators, run over time."""
+    """A layer of spiking neurons and a readout by leaky integrators, run over time."""
 
     def __init__(self, neurons: Callable[..., Any], rngs: nnx.Rngs):
-        layers = [nnx.Linear(6, 8, rngs=rngs), neurons((8,), rngs=rngs), nnx.Linear(8, 8, rngs=rngs)]
-        layers += [neurons((8,), rngs=rngs), nnx.Linear(8, 5, rngs=rngs), spyx.LI((5,), rngs=rngs)]
-        self.layers = spyx.Sequential(*layers)
+        hidden = nnx.Linear(6, 8, rngs=rngs), neurons((8,), rngs=rngs)
+        self.layers = spyx.Sequential(*hidden, nnx.Linear(8, 5, rngs=rngs), spyx.LI((5,), rngs=rngs))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return spyx.run(self.layers, SPIKING * x)[0].sum(0)
@@ -42,8 +41,6 @@ def network(neurons: Callable[..., Any]) -> Case:
 
 CASES = {
     "ALIF": network(spyx.ALIF),
-    "CuBaLIF": network(spyx.CuBaLIF),
-    "recurrent IF": network(spyx.RIF),
     "recurrent CuBaLIF": network(spyx.RCuBaLIF),
     "PSU_LIF": network(spyx.PSU_LIF),
 }
