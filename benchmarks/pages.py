@@ -172,7 +172,8 @@ def programs_compiled() -> list[tuple[str, str, str, dict[str, Any]]]:
     """Each program of ``results/tpu.json`` and ``gpu_compiled.json``: target, model, step, figures."""
     files = [benchmarks.RESULTS / f"{name}.json" for name in ("tpu", "gpu_compiled")]
     programs = [json.loads(path.read_text())["programs"] for path in files if path.exists()]
-    return [(*key.split(": "), figures) for some in programs for key, figures in some.items()]  # type: ignore[misc]
+    found: list[Any] = [(*key.split(": "), figures) for some in programs for key, figures in some.items()]
+    return sorted(found, key=lambda row: (list(compiled.TARGETS).index(row[0]), list(compiled.MODELS).index(row[1])))
 
 
 def engaged_compiled() -> str:
