@@ -565,21 +565,21 @@ SETTINGS = settings(
 
 
 @pytest.mark.slow
-@settings(SETTINGS, max_examples=LARGE or 8)
+@settings(SETTINGS, max_examples=LARGE or 5)
 @given(programs())
 def test_random_programs(program):
     check(program)
 
 
 @pytest.mark.slow
-@settings(SETTINGS, max_examples=LARGE or 12)
+@settings(SETTINGS, max_examples=LARGE or 8)
 @given(programs(wild=True))
 def test_random_programs_that_feedback_cannot_always_follow(program):
     check(program)
 
 
 @pytest.mark.slow
-@settings(SETTINGS, max_examples=LARGE or 16)
+@settings(SETTINGS, max_examples=LARGE or 12)
 @given(programs())
 def test_orthogonal_noise_mirrors_random_programs_exactly(program):
     """Orthogonal noise gives back the used entries of every weight exactly, or mirror mode raises an error."""

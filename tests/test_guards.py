@@ -18,7 +18,6 @@ from wmkp.program import compat, patches
 
 KEY = jax.random.key(0)
 RULES = {
-    "FA": wmkp.feedback_alignment(),
     "SS": wmkp.sign_symmetry(),
     "KP": wmkp.kolen_pollack(),
     "WM": wmkp.weight_mirror(),
@@ -70,7 +69,7 @@ def backprop():
     return compiled_backprop(case())
 
 
-@pytest.mark.parametrize("rule", some_slow(RULES, {"FA", "SS", "WM"}))
+@pytest.mark.parametrize("rule", some_slow(RULES, {"SS", "WM"}))
 def test_an_engaged_step_has_backprops_products_copies_and_bytes(rule, backprop):
     """An engaged step has backprop's products, copies no weight, and adds only B, its optimizer's state and 1000 bytes.
 
@@ -207,31 +206,6 @@ def test_noise_is_drawn_in_one_pass(noise):
     assert any("threefry" in line for line in reference.as_text().splitlines())
 
 
-@pytest.mark.slow
-def test_each_step_compiles_once():
-    """Seven steps of each kind on different batches compile each kind once."""
-    compilations = []
-
-    def listen(event, seconds, **_):
-        if event.endswith("backend_compile_duration"):
-            compilations.append(event)
-
-    some = case()
-    steps, _ = steps_and_state(some, RULES["WM"])
-    state = steps.init(KEY, some.params)
-    batches = [jax.tree.map(lambda x, i=i: jnp.roll(x, i, 0), some.batch) for i in range(7)]
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        counts = []
-        for batch in batches:
-            state, _ = steps.engaged_step(state, batch)
-            state, _ = steps.mirror_step(state)
-            counts.append(len(compilations))
-    finally:
-        jax.monitoring.clear_event_listeners()
-    assert counts == [2] * len(batches)
-
-
 def lines_while(trace):
     """The number of lines in wmkp's files that ``trace`` runs. A line in a loop counts each time."""
     here, count = str(Path(wmkp.__file__).parent), 0
@@ -302,7 +276,7 @@ def test_no_tracer_is_leaked():
 
 @pytest.mark.parametrize("what", some_slow(["engaged", "mirror"], {"mirror"}))
 def test_tracing_work_is_linear_in_the_number_of_layers(what):
-    """From 40 to 60 layers, the number of lines that run grows by at most 2 % more than from 20 to 40."""
+    """From 20 to 30 layers, the number of lines that run grows by at most 1 % more than from 10 to 20."""
 
     def loss(params, x):
         for w, b in params:
@@ -318,6 +292,6 @@ def test_tracing_work_is_linear_in_the_number_of_layers(what):
         feedback = wmkp.init_feedback(KEY, rule, loss, params, x)
         return lines_while(lambda: jax.make_jaxpr(wmkp.value_and_grad(loss, rule))(params, feedback, x))
 
-    first, second, third = (work(layers) for layers in (20, 40, 60))
+    first, second, third = (work(layers) for layers in (10, 20, 30))
     assert second > first > 0
-    assert third - second <= 1.02 * (second - first)
+    assert third - second <= 1.01 * (second - first)

@@ -82,8 +82,7 @@ class MLP(nn.Module):
         return nn.Dense(10)(x)
 
 
-@pytest.mark.parametrize("name", some_slow(OPTIMIZERS, {"sgd"}))
-def test_mlp_follows_backprop_for_200_steps(name):
+def test_mlp_follows_backprop_for_200_steps():
     """On clusters with noisy labels, losses agree to 1e-4 and angles stay under 0.05 degrees."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(10, 20))
@@ -91,7 +90,7 @@ def test_mlp_follows_backprop_for_200_steps(name):
     x = (centres[labels] + rng.normal(size=(200, 64, 20))).astype(np.float32)
     labels = np.where(rng.random(labels.shape) < 0.1, rng.integers(0, 10, labels.shape), labels)
     params = MLP().init(KEY, x[0])["params"]
-    bp, kp, angles = both(as_step(plain(MLP()), cross_entropy), OPTIMIZERS[name], params, None, (x, labels))
+    bp, kp, angles = both(as_step(plain(MLP()), cross_entropy), OPTIMIZERS["adamw"], params, None, (x, labels))
     assert np.mean(bp[-20:]) < 0.6 * bp[0], "it must have learned"
     np.testing.assert_allclose(kp, bp, rtol=1e-4)
     assert np.max(angles) < LARGEST_ANGLE and np.isfinite(angles).all()
@@ -132,7 +131,7 @@ def test_transformer_follows_backprop_for_100_steps():
 
 
 class ResNet(nn.Module):
-    """A small CIFAR ResNet (``stem`` 3), or ImageNet's ResNet-18 (``stem`` 7, two blocks per stage)."""
+    """A small CIFAR ResNet (``stem`` 3), or one for ImageNet (``stem`` 7)."""
 
     widths: tuple[int, ...] = (8, 16)
     blocks: int = 1
@@ -191,24 +190,24 @@ def test_resnet_follows_backprop():
 
 
 @pytest.mark.slow
-def test_resnet_18_is_mirrored_in_one_step():
+def test_resnet_is_mirrored_in_one_step():
     """With 2 fan_in orthogonal antithetic samples through ReLU, every angle is under 0.01 degrees after one step.
 
-    The widths are an eighth of ResNet-18's.
+    The widths are an eighth of ResNet-18's, with one block per stage.
     """
-    model = ResNet((8, 16, 32, 64), 2, 7)
+    model = ResNet((8, 16, 32, 64), 1, 7)
     data = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     variables = jax.jit(model.init)(KEY, jnp.zeros(data.shape))
     params = variables["params"]
     fun = lambda params, x: with_statistics(model)(params, variables["batch_stats"], x)[0]
     found = wmkp.projections(fun, params, data)
-    assert sum(p.feedback for p in found.values()) == 20 and max(p.fan_in for p in found.values()) == 576
+    assert sum(p.feedback for p in found.values()) == 12 and max(p.fan_in for p in found.values()) == 576
     # The law gives 2 fan_in samples for the target angle.
     rule = wmkp.weight_mirror("orthogonal+antithetic", activation=jax.nn.relu, rate=1.0, target_angle=0.01)
     assert all(wmkp.samples_for_angle(0.01, p.fan_in, rule) == 2 * p.fan_in for p in found.values())
     signals = jax.jit(lambda params: wmkp.mirror_signals(KEY, rule, fun, params, data))(params)
     angles = wmkp.matrix_angles(params, signals)
-    assert len(angles) == 20
+    assert len(angles) == 12
     assert max(map(float, angles.values())) < 0.01, angles
     scale = wmkp.mirror_gain(rule)
     for w, signal in zip(jax.tree.leaves(params["Conv_1"]), jax.tree.leaves(signals["Conv_1"]), strict=True):

@@ -856,17 +856,20 @@ def test_no_key_is_used_twice():
     """JAX's key-reuse checker finds no reuse in ``init_feedback``, ``init`` and both steps, for six rules."""
 
     def loss(params, model_state, batch, key):
-        return fun(params, batch) + jax.random.normal(key), (model_state, {})
+        value = jnp.mean(functools.reduce(lambda x, w: jnp.tanh(x @ w), params, batch) ** 2)
+        return value + jax.random.normal(key), (model_state, {})
 
+    mirror = wmkp.weight_mirror("orthogonal+antithetic", num_samples=9)
+    rules = BP, wmkp.kolen_pollack(start="mirror"), PFA, DFA, wmkp.sign_symmetry("batch"), IA, mirror
+    by_path = {str(i): rule for i, rule in enumerate(rules)}
+    params = [jnp.asarray(normal(i, 3, 3)) for i in range(len(rules))]
     with jax.debug_key_reuse(True):
-        for rule in (wmkp.kolen_pollack(start="mirror"), PFA, DFA, wmkp.sign_symmetry("batch"), IA,
-                     wmkp.weight_mirror("orthogonal+antithetic", num_samples=9)):  # fmt: skip
-            wmkp.init_feedback(jax.random.key(3), rule, fun, PARAMS, X)
-            fresh = wmkp.make_steps(loss, rule, SGD, PARAMS, X)
-            state = fresh.init(jax.random.key(4), PARAMS)
-            state, _ = fresh.engaged_step(state, X)
-            state, _ = fresh.mirror_step(state)
-            fresh.engaged_step(state, X)
+        wmkp.init_feedback(jax.random.key(3), by_path, lambda p, x: loss(p, None, x, KEY)[0], params, X)
+        fresh = wmkp.make_steps(loss, by_path, SGD, params, X)
+        state = fresh.init(jax.random.key(4), params)
+        state, _ = fresh.engaged_step(state, X)
+        state, _ = fresh.mirror_step(state)
+        fresh.engaged_step(state, X)
         with pytest.raises(jax.errors.KeyReuseError):
             key = jax.random.key(5)
             jax.random.normal(key) + jax.random.normal(key)

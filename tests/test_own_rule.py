@@ -189,11 +189,16 @@ def test_a_b_of_several_arrays_learns_in_its_own_structure():
         steps = wmkp.make_steps(STEP, rule, decayed, params, (X, T))
         state = steps.init(KEY, params)
         b = jax.tree.map(jnp.copy, state.feedback)
-        _, (_, s) = jax.jit(wmkp.value_and_grad(loss, rule))(params, b, X, T)
+        tx, gradient = wmkp.updates.kolen_pollack(decayed), wmkp.value_and_grad(loss, rule)
+
+        @jax.jit
+        def signal_and_change(params, b, tx=tx, gradient=gradient):
+            s = gradient(params, b, X, T)[1][1]
+            return s, tx.update(s, tx.init(b), b)[0]
+
+        s, change = signal_and_change(params, b)
         np.testing.assert_allclose(s["c"]["Q"], of_q(b["c"], k.T @ e), atol=1e-12)
         assert s["c"]["sign"] is s["c"]["on"] is s["c"]["key"] is None
-        tx = wmkp.updates.kolen_pollack(decayed)
-        change = jax.jit(lambda s, b, tx=tx: tx.update(s, tx.init(b), b)[0])(s, b)
         by_hand = jax.tree.map(lambda b, c: b if c is None else b + c, b, change)
         state, _ = steps.engaged_step(state, (X, T))
         alike(state.feedback, by_hand, 1e-12)

@@ -168,7 +168,7 @@ SETTINGS = settings(deadline=None, derandomize=True, phases=[Phase.explicit, Pha
 @pytest.mark.slow
 @settings(SETTINGS, max_examples=5)
 @given(model=MODELS, choice=choices(RULES), seed=st.integers(0, 2**16))
-def test_shapes_dtypes_finiteness_purity_and_jit(model, choice, seed):
+def test_shapes_dtypes_finiteness_and_purity(model, choice, seed):
     params, batch = initial(model, seed)
     rule = chosen(choice)
     loss = functools.partial(loss_fn, model)
@@ -177,9 +177,9 @@ def test_shapes_dtypes_finiteness_purity_and_jit(model, choice, seed):
     assert {path for path in paths if path != "embed/kernel"} == {
         path for path in flat(params) if path.endswith("kernel") and "embed" not in path
     }
-    init = jax.jit(lambda params: wmkp.init_feedback(KEY, rule, loss, params, *args))
-    feedback = init(params)
-    chex.assert_trees_all_equal(feedback, init(params))
+    steps = wmkp.make_steps(loss, rule, optax.sgd(0.01), params, batch)
+    init = jax.jit(steps.init)
+    feedback = init(KEY, params).feedback
     entries = flat(feedback, is_leaf=lambda b: isinstance(b, Direct | ProductFeedback))
     weights = flat(params)
     assert set(entries) == {path for path, p in paths.items() if p.feedback and rule_at(choice, path).init is not None}
@@ -193,8 +193,7 @@ def test_shapes_dtypes_finiteness_purity_and_jit(model, choice, seed):
             assert b.shape == weights[path].shape
         assert all(leaf.dtype == weights[path].dtype for leaf in jax.tree.leaves(b))
 
-    gradient = wmkp.value_and_grad(loss, rule, has_aux=True)
-    compiled = jax.jit(gradient)
+    compiled = jax.jit(wmkp.value_and_grad(loss, rule, has_aux=True))
     result = compiled(params, feedback, *args)
     chex.assert_trees_all_equal(result, compiled(params, feedback, *args))  # bit-for-bit
     ((value, _), (grads, signal)) = result
@@ -202,20 +201,14 @@ def test_shapes_dtypes_finiteness_purity_and_jit(model, choice, seed):
     chex.assert_trees_all_equal_shapes_and_dtypes(signal, feedback)
     chex.assert_tree_all_finite((value, grads, signal))
     assert any(np.any(g) for g in jax.tree.leaves(grads["embed"])), "an error must reach the first layer"
-    (same_value, _), (same_grads, same_signal) = gradient(params, feedback, *args)
-    close(model, grads, same_grads)
-    # Whitening solves a linear system whose condition number is up to fan_in / 1e-4.
-    close(model, signal, same_signal, 2e-2 if "whitened" in repr(choice) else 1e-4)
-    assert np.isclose(value, same_value, rtol=1e-5 if model["dtype"] == jnp.float32 else 0.05)
     for path, s in flat(signal, is_leaf=lambda b: isinstance(b, Direct | ProductFeedback)).items():
         at = rule_at(choice, path)
         if not at.signal:
             assert not any(np.any(leaf) for leaf in jax.tree.leaves(s)), path
 
-    steps = wmkp.make_steps(loss, rule, optax.sgd(0.01), params, batch)
     states = []
     for _ in range(2):
-        state, metrics = steps.engaged_step(steps.init(KEY, params), batch)
+        state, metrics = steps.engaged_step(init(KEY, params), batch)
         state, mirrored = steps.mirror_step(state)
         states.append(jax.tree.map(np.array, (state._replace(key=jax.random.key_data(state.key)), metrics, mirrored)))
     chex.assert_trees_all_equal(*states)

@@ -1,7 +1,7 @@
 """Checks of every model: B = W against jax.grad, no W in the backward pass, ten steps of KP and of WM.
 
-Compilation takes nearly all of the time, so a model compiles only three programs. These are backprop's gradient, the
-engaged gradient (the same for KP and WM), and mirror mode. NumPy makes the initial W and B, and the updates.
+Tracing and compilation take nearly all of the time, so a model compiles only two programs. One is the engaged gradient
+(the same for KP and WM) beside backprop's, the other is mirror mode. NumPy makes the initial W and B, and the updates.
 """
 
 import re
@@ -200,9 +200,10 @@ def check(case: Case) -> None:
     kept = kept_weights(fun, rule, params, feedback, args) & with_feedback
     assert kept == {p for p in with_feedback if re.search(case.kept, p)}, "the backward pass keeps W"
 
-    step = jax.jit(wmkp.value_and_grad(fun, rule))
-    loss, (grads, _) = step(params, mirrored(params, feedback), *args)
-    expected, expected_grads = jax.jit(jax.value_and_grad(fun))(params, *args)
+    engaged, backprop = wmkp.value_and_grad(fun, rule), jax.value_and_grad(fun)
+    both = jax.jit(lambda params, feedback, *args: (engaged(params, feedback, *args), backprop(params, *args)))
+    step = lambda *at: both(*at)[0]
+    (loss, (grads, _)), (expected, expected_grads) = both(params, mirrored(params, feedback), *args)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     assert_gradients_close(grads, expected_grads, case.bound)
 
