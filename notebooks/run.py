@@ -22,7 +22,14 @@ from PIL import Image
 # The parameters of a smoke run (in CI). All assertions hold at this size too. papermill takes lists, not tuples.
 SMOKE: dict[str, dict[str, object]] = {
     "1_the_idea": {"num_steps": 20},
-    "2_mirrors": {"fan_in": 64, "fan_out": 64, "repeats": 1, "mirror_steps": 20},
+    "2_mirrors": {
+        "fan_in": 64,
+        "fan_out": 64,
+        "repeats": 1,
+        "multiples": [0.25, 1, 2],
+        "multiples_biased": [1, 16],
+        "mirror_steps": 20,
+    },
     "3_kolen_pollack": {"num_steps": 40, "hidden": [16, 16]},
     "4_five_algorithms": {"epochs": 2, "model": "mlp", "hidden": [16, 16, 16], "seeds": 2},
     "5_your_own_rule": {"epochs": 2, "hidden": [16, 16]},

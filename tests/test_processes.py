@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import io
 import re
 import signal
 import socket
@@ -13,14 +12,11 @@ import time
 import jax
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from jax.sharding import Mesh
-from PIL import Image
-from test_data import make
 
 from wmkp.experiments import devices
 from wmkp.experiments.commands import train
-from wmkp.experiments.runs import logs, settings
+from wmkp.experiments.runs import build, logs, settings
 
 pytestmark = pytest.mark.slow
 
@@ -28,19 +24,16 @@ OPTIONS = "mlp-digits-wm --hidden 16 16 --epochs 400 --log-every 10 --no-tensorb
 SECONDS = 240  # a process that takes longer hangs
 
 
-def start(environment, out, *options, command=("train", *OPTIONS)):
-    command = [sys.executable, "-c", "from wmkp.experiments.commands.cli import main; main()", *command, *options]
-    return subprocess.Popen(
-        [*command, "--out", str(out)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def start_two(environment, out, **command):
+def start_two(environment, out, command=("train", *OPTIONS), before=""):
+    """Start the command in two processes. ``before`` is code that each runs first."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    together = ["--distributed", "--coordinator", address, "--processes", "2"]
-    return [start(environment, out, *together, "--process", str(i), **command) for i in range(2)]
+    code = f"from wmkp.experiments.commands import cli, reproduce\n{before}\ncli.main()"
+    command = [sys.executable, "-c", code, *command, "--out", str(out), "--distributed"]
+    command += ["--coordinator", address, "--processes", "2", "--process"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen([*command, str(i)], env=environment, **pipes) for i in range(2)]
 
 
 def until_rows(path, count, processes):
@@ -85,6 +78,8 @@ def test_two_processes_train_as_one_and_one_resumes_alone(together, tmp_path, qu
     monkeypatch.setattr(train, "_log", log_and_be_stopped)
     one_process = {"distributed": False, "coordinator": None, "processes": None, "process": None}
     resumed = dataclasses.replace(settings.read(out), resume=True, **one_process)
+    built = build.build(resumed)  # both runs share what is compiled
+    monkeypatch.setattr(train, "build", lambda config: built)
     assert not train.train(resumed)
     assert f"Resumed at step {step} of 14800" in capsys.readouterr().out
     assert not train.train(dataclasses.replace(resumed, out=tmp_path / "alone"))
@@ -113,12 +108,9 @@ def test_losing_a_process_ends_the_other(lost, tmp_path, child_environment):
 
 
 def test_two_processes_reproduce_a_figure(tmp_path, child_environment):
-    file = io.BytesIO()
-    Image.new("L", (28, 28), 7).save(file, "PNG")
-    images = dict.fromkeys(("train", "test"), [file.getvalue()] * 16)
-    make(tmp_path, tfds.features.Image(shape=(28, 28, 1)), images, name="Mnist", version="3.0.1")
-    command = "reproduce biotorch-lenet --steps 2 --batch-size 8 --only lenet-mnist-bp --data-dir".split()
-    processes = start_two(child_environment, tmp_path / "figure", command=(*command, str(tmp_path)))
+    small = 'reproduce.BATTERIES["language"] = reproduce.Battery(("mlp-digits-bp",), {"hidden": (16,)})'
+    command = "reproduce language --steps 2".split()
+    processes = start_two(child_environment, tmp_path / "figure", command, small)
     try:
         said = [p.communicate(timeout=SECONDS) for p in processes]
     finally:
@@ -126,5 +118,5 @@ def test_two_processes_reproduce_a_figure(tmp_path, child_environment):
             p.kill()
     assert [p.returncode for p in processes] == [0, 0], said
     (line,) = csv.DictReader((tmp_path / "figure" / "summary.csv").read_text().splitlines())
-    assert line["run"] == "lenet-mnist-bp" and float(line["epoch"]) == 1
+    assert line["run"] == "mlp-digits-bp" and 0 < float(line["epoch"]) < 1
     assert "test error" in said[0][0] and "test error" not in said[1][0]

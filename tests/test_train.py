@@ -108,8 +108,22 @@ def one_device():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def built_once(quick_compile, one_device):
+    """Build once what trains the same, so that a resumed run and an evaluation compile nothing again."""
+    make = functools.cache(build.build)
+
+    def shared(config):
+        return make(dataclasses.replace(config, out=SMALL.out, resume=False, tensorboard=False))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (build, train, evaluate):
+            patch.setattr(module, "build", shared)
+        yield
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, quick_compile, one_device):
+def finished(tmp_path_factory, built_once):
     """Train a run from beginning to end."""
     return run(tmp_path_factory.mktemp("whole") / "run", tensorboard=True)
 
