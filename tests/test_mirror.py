@@ -390,7 +390,7 @@ def test_the_memory_of_noise_does_not_grow_with_the_samples(monkeypatch):
 @pytest.mark.slow
 def test_projections_take_turns_where_together_they_would_take_too_much_memory(monkeypatch):
     """Projections that take turns give the same signals, and their memory stays within the limit."""
-    layers, width = 24, 96
+    layers, width = 16, 96
     params = {f"{i:02}": normal(i, width, width, fan_in=width) for i in range(layers)}
     each = 3 * width**2  # noise, responses and signals, of as many samples
 
@@ -409,7 +409,7 @@ def test_projections_take_turns_where_together_they_would_take_too_much_memory(m
         return run(KEY, params), run.memory_analysis().temp_size_in_bytes
 
     whole, most = found(layers * each)
-    for number in (1, 3):
+    for number in (1, 2):
         signals, memory = found(number * each)
         np.testing.assert_allclose(signals, whole, rtol=1e-5, atol=1e-6)
         assert memory < 4 * each * number < most / 2
