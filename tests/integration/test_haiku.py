@@ -32,12 +32,6 @@ def recurrent(x):
     return hk.dynamic_unroll(cell, x, cell.initial_state(x.shape[1]))[0]
 
 
-def unrolled(x):
-    """In the first turn the state is a constant, so the reset gate scales a weight's sum, not an activation."""
-    cell = hk.GRU(6)
-    return hk.static_unroll(cell, x, cell.initial_state(x.shape[1]))[0]
-
-
 def stack(x):
     return hk.experimental.layer_stack(3)(lambda x: x + hk.Linear(6)(jnp.tanh(hk.remat(hk.Linear(8))(x))))(x)
 
@@ -55,7 +49,6 @@ def tied(x):
 CASES = {
     "Conv2DTranspose": haiku(lambda x: hk.Conv2DTranspose(5, 3, stride=2)(x), 2, 4, 4, 3),
     "LSTM": haiku(recurrent, 5, 2, 4),
-    "GRU unrolled": haiku(unrolled, 2, 2, 4),
     "MultiHeadAttention": haiku(lambda x: hk.MultiHeadAttention(2, 3, w_init=jnp.ones)(x, x, x), 2, 4, 6),
     "layer_stack and remat": haiku(stack, 4, 6),
     "embedding tied by hand": haiku(tied, 4, 6, in_part="embed"),
