@@ -470,13 +470,18 @@ ROLES = {
     "data with places, with gains": (lambda p, x, i: (x + p["w"][:3]) * p["v"], {"v": "gain"}),
     "rows looked up, by a matrix": (lambda p, x, i: p["w"][i] * p["u"][:3], {"u": "refused"}),
     "data with places, by a matrix": (lambda p, x, i: (x + p["w"][:3]) * p["u"][:3], {"u": "refused"}),
+    "a gate of a first state": (
+        lambda p, x, i: jnp.tanh(x @ p["u"]) * (jnp.zeros((3, 6)) @ p["w"] + p["v"]),
+        {"w": "gain"},
+    ),
+    "a gate of varied constants": (lambda p, x, i: jnp.tanh(x @ p["u"]) * (jnp.eye(3, 6) @ p["w"]), {"w": "refused"}),
 }
 
 
 @pytest.mark.parametrize("name", ROLES)
 def test_roles_of_what_meets_data(name):
     """No error goes back to data. Looked-up rows, and data plus a parameter, are activities: errors reach them through
-    gains.
+    gains. So does a layer's response to a uniform constant, as in an unrolled GRU's first step.
     """
     make, expected = ROLES[name]
     params = {**weights("w", "u", "out"), "v": np.arange(1, 7, dtype=np.float32)}
