@@ -28,6 +28,7 @@ SMOKE: dict[str, dict[str, object]] = {
         "repeats": 1,
         "multiples": [0.25, 1, 2],
         "multiples_biased": [1, 16],
+        "points": 1,
         "mirror_steps": 20,
     },
     "3_kolen_pollack": {"num_steps": 40, "hidden": [16, 16]},
