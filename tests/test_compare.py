@@ -150,11 +150,14 @@ def test_frozen_leaves_the_hidden_layers_as_they_were_drawn():
 
 @pytest.mark.slow
 def test_rules_are_told_apart():
-    """After four epochs FA is over 3 standard errors above backprop, and WM within 2."""
-    config = Compare(rules=("bp", "fa", "wm"), seeds=2, seed=1)
+    """After four epochs FA and SS are over 3 and 2 standard errors above backprop. WM and MKP are within 2."""
+    config = Compare(rules=("bp", "fa", "ss", "mkp", "wm"), seeds=2, seed=1)
     rows, _ = compare.train(config, data.digits(), epochs=4)
-    assert compare.above_backprop(rows, "fa") > 3 and abs(compare.above_backprop(rows, "wm")) < 2
-    assert all(row.matrix_angle_worst_deg < 2 for row in rows if row.epoch == 4 and row.rule == "wm")
+    above = {rule: compare.above_backprop(rows, rule) for rule in config.rules[1:]}
+    assert above["fa"] > 3 and above["ss"] > 2, above
+    assert abs(above["mkp"]) < 2 and abs(above["wm"]) < 2, above
+    ends = [row for row in rows if row.epoch == 4]
+    assert all(row.matrix_angle_worst_deg < 2 for row in ends if row.rule in ("mkp", "wm"))
 
 
 def test_the_distance_from_backprop_is_in_standard_errors():

@@ -267,6 +267,17 @@ def test_products_that_are_no_product_primitive(name):
     refuse(by_hand(name), weights("first", "w"), X, match="w")
 
 
+def test_a_scan_over_matrices_leaves_them_matrices():
+    """A scan along a parameter's own axis has the gains of one layer. One over a stack of matrices has matrices."""
+    scan = lambda p, x, gains, of: jnp.sum(
+        jax.lax.scan(lambda h, w: (jnp.tanh(h * of(w)), None), tanh_first(p, x), gains)[0]
+    )
+    layers = lambda p, x: scan(p, x, p["w"], lambda w: w)
+    assert wmkp.roles(layers, weights("first", "w"), X)["w"] == ("gain",)
+    matrices = lambda p, x: scan(p, x, jnp.stack([p["w"], 2 * p["w"]]), lambda w: w[0])
+    assert refuse(matrices, weights("first", "w"), X, match="element by element") == ["w"]
+
+
 @pytest.mark.parametrize("name", OF_ONE_AXIS)
 def test_products_of_one_axis_by_hand(name):
     """The analysis refuses these products. This test does not check them against gradients."""

@@ -134,12 +134,13 @@ def _inactive(eqn: Any, kinds: Sequence[Kind], result: int) -> Kind:
     return Kind(data=data, noise=noise, varying=result_varying(eqn, kinds, result), unmirrored=unmirrored)
 
 
-def _sliced(kind: Kind, length: int) -> Kind:
-    """The kind of one slice of a scanned value. The scanned axis of a weight is one of stacked layers."""
+def _sliced(kind: Kind, aval: Any) -> Kind:
+    """The kind of one slice of a scanned value. The scanned axis is a parameter's own, of stacked layers, or a new one."""
     if not kind.weight:
         return outside(kind)._replace(joined=frozenset(), part=kind.joined | kind.part)
-    breadth = max(kind.breadth - (length > 1), 0)
-    return outside(kind)._replace(breadth=breadth, stack=(*kind.stack, length))
+    axes = varies(kind, aval)
+    own = axes[0] and sum(axes) <= kind.breadth  # a stack of whole parameters has an axis more than they
+    return outside(kind)._replace(breadth=kind.breadth - own, stack=(*kind.stack, aval.shape[0]))
 
 
 def either(plans: Sequence[Plan]) -> list[Kind]:
@@ -441,7 +442,8 @@ class Analyser:
         jaxpr, _ = compat.open_jaxpr(params["jaxpr"])
         consts, carries = compat.scan_sizes(params)
         carried = slice(consts, consts + carries)
-        start = [_sliced(k, lengths[-1]) if i >= carried.stop else outside(k) for i, k in enumerate(site.kinds)]
+        avals = [v.aval for v in site.eqn.invars]
+        start = [_sliced(k, avals[i]) if i >= carried.stop else outside(k) for i, k in enumerate(site.kinds)]
         changed = [c for c in range(carries) if jaxpr.outvars[c] is not jaxpr.invars[consts + c]]
         inner, shared, first = list(start), set(self.shared), None
         while True:
