@@ -26,7 +26,6 @@ import optax
 import wmkp
 from benchmarks.programs import peak_bytes
 from benchmarks.targets import TARGETS, Target
-from wmkp.experiments import MIRROR_EVERY
 from wmkp.experiments.models.resnet import ResNet18, ResNet50
 from wmkp.experiments.models.transformer import Block, ViT
 from wmkp.experiments.runs.provenance import provenance
@@ -350,6 +349,8 @@ def copied(program: dict[str, Any]) -> int:
 
 def every(step: str) -> int:
     """The engaged steps between two mirror steps, as in the recipes of the command line."""
+    from wmkp.experiments.config import MIRROR_EVERY  # which needs tyro
+
     return MIRROR_EVERY["mkp" if step.startswith("MKP") else "wm"]
 
 

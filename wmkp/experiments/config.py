@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 LAG = 3.0  # degrees that B may be behind W before a command warns of it
+MIRROR_EVERY = {"wm": 1, "mkp": 16}  # engaged steps between mirror steps: a weight mirror must not lag behind W
 
 RULES = {
     "bp": "backprop",

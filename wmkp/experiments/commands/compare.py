@@ -24,8 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import wmkp
-from wmkp.experiments import MIRROR_EVERY
-from wmkp.experiments.config import LAG, RULES, Compare, InputError, refusals
+from wmkp.experiments.config import LAG, MIRROR_EVERY, RULES, Compare, InputError, refusals
 from wmkp.experiments.data import datasets as data
 from wmkp.experiments.models import tasks
 from wmkp.experiments.models.convnet import ConvNet

@@ -4,8 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from wmkp.experiments import MIRROR_EVERY
-from wmkp.experiments.config import RULES, Train
+from wmkp.experiments.config import MIRROR_EVERY, RULES, Train
 
 # Steps of 0.1 at epochs 30, 60 and 80 of 90, and a warm-up: Goyal et al. (2017), with Akrout et al.'s (2019) order of
 # normalization.
