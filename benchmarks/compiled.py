@@ -121,12 +121,14 @@ def backprop(this: models.Case, target: Target) -> tuple[Any, Any]:
     state = targets.placed(jax.eval_shape(start, this.params, this.model_state), target)
 
     def step(state: Any, batch: Any) -> Any:
-        state, loss = found[0](state, batch)
         mesh = target.mesh()
-        if mesh is not None:
-            where = wmkp.training.state_sharding(state, mesh, target.fsdp)
-            state = jax.tree.map(jax.lax.with_sharding_constraint, state, where)
-        return state, loss
+        if mesh is None:
+            return found[0](state, batch)
+        place = lambda tree, fsdp: jax.tree.map(
+            jax.lax.with_sharding_constraint, tree, wmkp.training.state_sharding(tree, mesh, fsdp)
+        )
+        state, loss = found[0](state._replace(params=place(state.params, False)), batch)
+        return place(state, target.fsdp), loss
 
     return jax.jit(step, donate_argnums=0), state
 

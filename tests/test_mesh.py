@@ -13,7 +13,8 @@ from jax.sharding import Mesh, PartitionSpec
 from marks import some_slow
 
 import wmkp
-from wmkp.training import batch_sharding
+from benchmarks import hlo
+from wmkp.training import batch_sharding, state_sharding
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -96,6 +97,24 @@ def test_eight_devices_do_what_one_does(name, caplog):
         for tree in (jax.tree.map(lambda b: b.addressable_shards[0].data, many.feedback), many.feedback)
     )
     assert mine < 1.3 * whole / DEVICES  # eight does not divide the output's (30, 10)
+
+
+@pytest.mark.slow
+def test_fsdp_divides_the_batch_and_gathers_what_it_divides():
+    """Devices exchange W, B and gradients, and no activations."""
+    shapes, mesh = jax.eval_shape(MODEL.init, jax.random.key(0), batch()[0]), the_mesh()
+    params = shapes.pop("params")
+    steps = wmkp.make_steps(
+        loss_fn, RULES["kp"], OPTIMIZER, params, batch(), model_state=shapes, mesh=mesh, fsdp=True
+    )  # fmt: skip
+    state = jax.eval_shape(steps.init, jax.random.key(0), *(drawn(0, tree, 0.1) for tree in (params, shapes)))
+    placed = lambda tree, where: jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where
+    )
+    state = placed(state, state_sharding(state, mesh, True))
+    data = placed(batch(), (batch_sharding(mesh),) * 2)
+    found = hlo.collectives(hlo.parse(steps.engaged_step.lower(state, data).compile().as_text()))
+    assert "all-gather" in found and found.keys() <= {"all-gather", "all-reduce", "reduce-scatter"}, found
 
 
 def test_mirror_noise_is_divided_among_the_devices():

@@ -125,7 +125,7 @@ def make_steps(
       mesh: the devices that train together, with Auto axes. Each draws its own part of the mirror's noise, so a mirror
         step gets cheaper with more devices. The whole state is on every device.
       fsdp: with ``mesh``, divides W, B and the optimizers' states among the devices too, each array along its longest
-        axis that divides.
+        axis that divides. An engaged step gathers W and B.
       clip_norm: the largest global norm of the gradients. Larger gradients and B's signals are scaled down alike
         (``updates.clip_together``). Clipping inside ``optimizer`` could not do this.
       check_finite: adds ``metrics["finite"]``, ``{"loss": bool, path: bool, ...}``: whether the loss, and each
@@ -276,6 +276,15 @@ class _Training:
             return state
         return jax.tree.map(jax.lax.with_sharding_constraint, state, state_sharding(state, self.mesh, self.fsdp))
 
+    def whole(self, x: Any) -> Any:
+        """Arrays that fsdp divides, gathered on every device. Otherwise XLA might divide a product by its neurons instead
+        of its examples, and exchange activations.
+        """
+        if self.mesh is None or not self.fsdp:
+            return x
+        gather = functools.partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(self.mesh, PartitionSpec()))
+        return jax.tree.map(gather, x)
+
     @functools.cached_property
     def spread(self) -> Callable[[jax.Array], jax.Array] | None:
         """Divides the samples of noise (K, N, fan_in) among the mesh's devices."""
@@ -291,8 +300,8 @@ class _Training:
         key, loss_key, draw_key = jax.random.split(state.key, 3)
         feedback = self.redrawn(draw_key, state.params, state.feedback)
         (loss, (model_state, metrics)), (grads, signal) = self.gradient(
-            self.own(state.params),
-            self.own(feedback),
+            self.whole(self.own(state.params)),
+            self.whole(self.own(feedback)),
             _floats(self.own, state.model_state),
             batch,
             self.own_key(loss_key),
