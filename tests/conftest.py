@@ -27,6 +27,12 @@ import jax
 import pytest
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "integration" in item.path.parts:
+            item.add_marker("integration")
+
+
 def pytest_collection_finish():
     """Leaves the objects of imports out of garbage collection, and collects less often. Traces make many objects."""
     gc.freeze()

@@ -282,7 +282,9 @@ class _Training:
         """
         if self.mesh is None or not self.fsdp:
             return x
-        gather = functools.partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(self.mesh, PartitionSpec()))
+        gather = functools.partial(
+            jax.lax.with_sharding_constraint, shardings=NamedSharding(self.mesh, PartitionSpec())
+        )
         return jax.tree.map(gather, x)
 
     @functools.cached_property
