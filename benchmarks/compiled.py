@@ -358,11 +358,19 @@ def every(step: str) -> int:
 
 def mirror_rows(key: str, step: str, program: dict[str, Any], plain: dict[str, Any]) -> list[Row]:
     """Compares a mirror step with the engaged steps between two mirror steps."""
-    share = lambda what: program[what] / (every(step) * plain[what])
     return [
-        Row(f"{key} step, {unit} over those of engaged steps ({every(step)})", share(what), at_most=0.03)
-        for unit, what in (("operations", "products' flops"), ("bytes", "kernels' bytes"))
+        Row(f"{key} step, {unit} over those of engaged steps ({every(step)})", share, at_most=0.03)
+        for unit, share in zip(("operations", "bytes"), shares(step, program, plain), strict=True)
     ]
+
+
+def shares(step: str, program: dict[str, Any], plain: dict[str, Any]) -> list[float]:
+    """A mirror step's operations and bytes over those of the engaged steps between two mirror steps.
+
+    XLA counts a loop once, as the mirror step may have. It alone knows the operations of a TPU's convolutions.
+    """
+    pairs = ("products' flops", "flops"), ("kernels' bytes", "kernels' bytes")
+    return [program[ours] / (every(step) * plain[theirs]) for ours, theirs in pairs]
 
 
 # --- the largest batch ------------------------------------------------------------------------------------------------

@@ -217,11 +217,9 @@ def mirror_compiled() -> str:
     for target, model, step, p in found:
         if (bp := plain.get((target, model))) is None or not step.endswith("mirror"):
             continue
-        every = compiled.every(step)
-        percent = [f"{100 * p[what] / (every * bp[what]):.2f} %" for what in ("products' flops", "kernels' bytes")]
-        lines.append(
-            [target, model, step.removesuffix(" mirror"), str(every), *percent, f"{p['temporaries'] / 2**20:.0f} MiB"]
-        )
+        percent = [f"{100 * share:.2f} %" for share in compiled.shares(step, p, bp)]
+        rule, every = step.removesuffix(" mirror"), str(compiled.every(step))
+        lines.append([target, model, rule, every, *percent, f"{p['temporaries'] / 2**20:.0f} MiB"])
     return table(["target", "model", "rule", "engaged steps between", "operations", "bytes", "temporaries"], lines, 4)
 
 
