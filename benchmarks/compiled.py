@@ -367,7 +367,8 @@ def mirror_rows(key: str, step: str, program: dict[str, Any], plain: dict[str, A
 def shares(step: str, program: dict[str, Any], plain: dict[str, Any]) -> list[float]:
     """A mirror step's operations and bytes over those of the engaged steps between two mirror steps.
 
-    XLA counts a loop once, as the mirror step may have. It alone knows the operations of a TPU's convolutions.
+    A mirror step may have loops, which XLA counts once, so its operations are counted here. An engaged step has none, and
+    only XLA knows the operations of a TPU's convolutions.
     """
     pairs = ("products' flops", "flops"), ("kernels' bytes", "kernels' bytes")
     return [program[ours] / (every(step) * plain[theirs]) for ours, theirs in pairs]

@@ -277,15 +277,13 @@ class _Training:
         return jax.tree.map(jax.lax.with_sharding_constraint, state, state_sharding(state, self.mesh, self.fsdp))
 
     def whole(self, x: Any) -> Any:
-        """Arrays that fsdp divides, gathered on every device. Otherwise XLA might divide a product by its neurons instead
-        of its examples, and exchange activations.
+        """Arrays that fsdp divides, gathered on every device.
+
+        Otherwise XLA might divide a product by its neurons instead of its examples, and exchange activations.
         """
         if self.mesh is None or not self.fsdp:
             return x
-        gather = functools.partial(
-            jax.lax.with_sharding_constraint, shardings=NamedSharding(self.mesh, PartitionSpec())
-        )
-        return jax.tree.map(gather, x)
+        return jax.tree.map(jax.lax.with_sharding_constraint, x, state_sharding(x, self.mesh))
 
     @functools.cached_property
     def spread(self) -> Callable[[jax.Array], jax.Array] | None:
