@@ -170,7 +170,7 @@ def evaluate(
         return y if tap is None else tapped(product, x, y, tap)
 
     data = [leaf for leaf in jax.tree.leaves(args) if is_array(leaf)]
-    inputs = [(w, w if b is None else b) for w, b in zip(leaves, carriers, strict=True)] + [(x, x) for x in data]
+    inputs = [(w, None if b is w else b) for w, b in zip(leaves, carriers, strict=True)] + [(x, None) for x in data]
     error = None
     if last is not None:
         error = compat.divided_as(jnp.zeros(last.output_aval.shape, last.output_aval.dtype), last.output_aval)

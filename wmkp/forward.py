@@ -93,7 +93,7 @@ def _output(
             handler.channel = y
         return y
 
-    inputs = [(x, x) for x in [*leaves, *(leaf for leaf in jax.tree.leaves(args) if is_array(leaf))]]
+    inputs = [(x, None) for x in [*leaves, *(leaf for leaf in jax.tree.leaves(args) if is_array(leaf))]]
     start = jnp.zeros(last.output_aval.shape, last.output_aval.dtype)
     handler = Handler(
         on_product, dict(zip(products, taps, strict=True)), start, anchored((inputs, analysis.plan.consts))

@@ -16,7 +16,7 @@ from wmkp.program.products import Bind, Product, WeightTransportError
 # --- running the plan -------------------------------------------------------------------------------------------------
 
 # A value and its companion. A weight's companion is the feedback array that has followed it. Any other value, and a
-# weight of parameters without one, is its own companion.
+# weight of parameters without one, is its own companion: None. So JAX takes pairs in and out of its loops and branches.
 Pair = tuple[Any, Any]
 Read = Callable[[Any], Any]  # a variable's value
 
@@ -69,7 +69,7 @@ def walk(plan: Plan, inputs: Sequence[Any], constant: Callable[[Any], Any], eval
 def run(plan: Plan, inputs: Sequence[Pair], handler: Handler) -> list[Pair]:
     """Evaluates a plan. The handler replaces each product of a weight with an activation."""
     evaluate = lambda step, operands: EVALUATE.get(step.action, _bind)(step, operands, handler)
-    read = walk(plan, inputs, lambda c: (c, c), evaluate)
+    read = walk(plan, inputs, lambda c: (c, None), evaluate)
     return [read(v) for v in plan.jaxpr.outvars]
 
 
@@ -77,43 +77,41 @@ def _product(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
     product = step.product
     assert product is not None
     (x, _), (w, b) = operands[1 - product.weight], operands[product.weight]
-    y = handler.on_product(handler, product, x, w, b, handler.taps.get(product))
-    return [(y, y)]
+    y = handler.on_product(handler, product, x, w, w if b is None else b, handler.taps.get(product))
+    return [(y, None)]
 
 
 def _bind(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
     """Evaluates the equation, and again with B if B follows its weight."""
     assert step.bind is not None
-    values = [value for value, _ in operands]
+    values, bs = [a for a, _ in operands], [b for _, b in operands]
     for i in step.guarded:
         if jnp.issubdtype(jnp.result_type(values[i]), jnp.inexact):
             values[i] = _guarded(values[i])
     outs = step.bind(*values)
-    if step.eqn.primitive.name in compat.APART and len(operands) == len(outs) > 1:
-        # Each result has the B of its own operand.
-        own = [is_own(b, a) for a, b in operands]
-        beside = step.bind(*(b if o else a for o, (a, b) in zip(own, operands, strict=True))) if any(own) else outs
-        results = zip(own, operands, outs, beside, strict=True)
-        return [(y, other if o else y if b is a else b) for o, (a, b), y, other in results]
-    if step.action == "own" or step.gain is not None:
-        main = None if step.gain is None else 1 - step.gain
-        if main is not None and operands[main][1] is values[main]:  # under backprop
-            return [(y, y) for y in outs]
-        # B has the same gain as W, unless the gain is a norm of W: then B has its own norm.
-        same = lambda i, b: i != main and (isinstance(b, Direct) or (main is not None and not step.norm))
-        operands = [(a, a if same(i, b) else b) for i, (a, b) in enumerate(operands)]
-    if step.action == "bind" or all(b is a for a, b in operands):
-        return [(y, y) for y in outs]
-    direct = [b for _, b in operands if isinstance(b, Direct)]
-    if direct:
+    apart = step.eqn.primitive.name in compat.APART and len(bs) == len(outs) > 1
+    if step.gain is not None:
+        # B has the same gain as W (none of its own under backprop), unless the gain is a norm of W: then B has its own norm.
+        if bs[1 - step.gain] is None or not step.norm or isinstance(bs[step.gain], Direct):
+            bs[step.gain] = None
+    elif step.action in {"own", "bind"} and not apart:
+        bs = [None if step.action == "bind" or isinstance(b, Direct) else b for b in bs]
+    direct = [b for b in bs if isinstance(b, Direct)]
+    if direct and not apart:
         if any(b is not direct[0] for b in direct):
             raise ValueError("parameters joined to one weight cannot each have direct feedback; give them another rule")
         return [(y, direct[0]) for y in outs]
-    companions = [_companion(pair, handler) for pair in operands]
+    if len(direct) + bs.count(None) == len(bs):
+        return list(zip(outs, bs if apart else [None] * len(outs), strict=True))
+    arrays = [None if isinstance(b, Direct) else b for b in bs]
+    companions = [_companion((a, b), handler) for (a, _), b in zip(operands, arrays, strict=True)]
     # JAX does not transpose a pad with respect to the padding alone, nor take a custom_vjp's derivative in forward mode.
     if step.eqn.primitive.name in {"pad", *compat.CUSTOM}:
         companions[0] = _beside(companions[0], handler.anchor)
-    return list(zip(outs, step.bind(*companions), strict=True))
+    others = step.bind(*companions)
+    if apart:  # each result has the B of its own operand
+        others = [b if b is None or isinstance(b, Direct) else other for b, other in zip(bs, others, strict=True)]
+    return list(zip(outs, others, strict=True))
 
 
 @jax.custom_vjp
@@ -134,16 +132,11 @@ def _guarded_forward(x: Any) -> tuple[Any, None]:
 _guarded.defvjp(_guarded_forward, lambda _, error: (None,), symbolic_zeros=True)
 
 
-def is_own(b: Any, a: Any) -> bool:
-    """Whether a companion is a separate array."""
-    return b is not a and not isinstance(b, Direct)
-
-
 def _companion(pair: Pair, handler: Handler) -> Any:
     """A value's stand-in among feedback arrays: a weight's B, or the value itself, held so that no error reaches it twice."""
     a, b = pair
     errors = isinstance(a, jax.core.Tracer) and jnp.issubdtype(a.dtype, jnp.floating)  # whether an error could reach it
-    return _held(a, handler.anchor) if b is a and errors else b
+    return b if b is not None else _held(a, handler.anchor) if errors else a
 
 
 @jax.custom_vjp
@@ -179,36 +172,16 @@ def anchored(inputs: Any) -> jax.Array:
     return anchor([x for x in jax.tree.leaves(inputs) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)])
 
 
-class _Packed:
-    """Pairs as a flat list of arrays that can cross a tracing boundary, with no array twice."""
-
-    def __init__(self, pairs: Sequence[Pair]):
-        self.own = [b is not a for a, b in pairs]
-
-    @staticmethod
-    def flatten(pairs: Sequence[Pair]) -> list[Any]:
-        return [x for a, b in pairs for x in ((a,) if b is a else (a, b))]
-
-    def unflatten(self, arrays: Sequence[Any]) -> list[Pair]:
-        it = iter(arrays)
-        return [(a := next(it), next(it) if own else a) for own in self.own]
-
-
 def _remat(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
-    packed, outs = _Packed(operands), _Packed([])
     mine = [p for p in step.plans[0].products() if p in handler.taps]
 
-    def body(arrays: list[Any], taps: list[Any], channel: Any) -> tuple[list[Any], Any]:
-        nonlocal outs
+    def body(operands: list[Pair], taps: list[Any], channel: Any) -> tuple[list[Pair], Any]:
         inner = handler.within(dict(zip(mine, taps, strict=True)), channel)
-        pairs = run(step.plans[0], packed.unflatten(arrays), inner)
-        outs = _Packed(pairs)
-        return _Packed.flatten(pairs), inner.channel
+        return run(step.plans[0], operands, inner), inner.channel
 
-    options = {k: step.eqn.params[k] for k in ("prevent_cse", "policy")}
-    remat = jax.checkpoint(body, **options)
-    flat, handler.channel = remat(_Packed.flatten(operands), [handler.taps[p] for p in mine], handler.channel)
-    return outs.unflatten(flat)
+    remat = jax.checkpoint(body, **{k: step.eqn.params[k] for k in ("prevent_cse", "policy")})
+    outs, handler.channel = remat(operands, [handler.taps[p] for p in mine], handler.channel)
+    return outs
 
 
 def _shard_map(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
@@ -217,19 +190,16 @@ def _shard_map(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]
             "direct feedback cannot pass a shard_map in the model; put the shard_map around the whole step"
         )
     plan, sharding = step.plans[0], compat.sharding(step.eqn.params)
-    packed = _Packed(operands)
-    specs = [
-        spec for spec, own in zip(sharding.in_specs, packed.own, strict=True) for _ in range(1 + own)
-    ]  # a companion is divided like its value
     mine = [p for p in plan.products() if p in handler.taps]
 
-    def body(arrays: list[Any], taps: list[Any]) -> list[Any]:
+    def body(operands: list[Pair], taps: list[Any]) -> list[Any]:
         own = {p: sharding.alike(tap[0], p.output_aval) for p, tap in zip(mine, taps, strict=True)}
-        return [a for a, _ in run(plan, packed.unflatten(arrays), handler.within(own, None))]
+        return [a for a, _ in run(plan, operands, handler.within(own, None))]
 
     spread = jax.sharding.PartitionSpec(sharding.axes)
-    mapped = sharding.map(body, (specs, [spread] * len(mine)), list(sharding.out_specs))
-    return [(y, y) for y in mapped(_Packed.flatten(operands), [handler.taps[p] for p in mine])]
+    # A companion is divided like its value.
+    mapped = sharding.map(body, (list(sharding.in_specs), [spread] * len(mine)), list(sharding.out_specs))
+    return [(y, None) for y in mapped(operands, [handler.taps[p] for p in mine])]
 
 
 def _as_kind(pair: Pair, kind: Kind) -> Pair:
@@ -237,27 +207,22 @@ def _as_kind(pair: Pair, kind: Kind) -> Pair:
 
     A weight that B cannot follow may still be a gain, such as a norm. Then its companion is the gain that B has.
     """
-    a, b = pair
-    if kind.obstacle and (not kind.static or isinstance(b, Direct)):
-        return a, a
-    return pair if kind.weight else (a, a)
+    lost = kind.obstacle and (not kind.static or isinstance(pair[1], Direct))
+    return pair if kind.weight and not lost else (pair[0], None)
 
 
 def _cond(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
     (index, _), rest = operands[0], operands[1:]
     kinds = either(step.plans)
-    followed = [i for i, k in enumerate(kinds) if k.static or (k.weight and not k.obstacle)]
 
-    def branch(plan: Plan) -> tuple[list[Any], list[Any], Any]:
+    def branch(plan: Plan) -> tuple[list[Pair], Any]:
         inner = handler.within(handler.taps, handler.channel)
         pairs = [_as_kind(pair, kind) for pair, kind in zip(run(plan, rest, inner), kinds, strict=True)]
-        return [a for a, _ in pairs], [_companion(pairs[i], handler) for i in followed], inner.channel
+        follows = [k.static or (k.weight and not k.obstacle) for k in kinds]
+        outs = [(p[0], _companion(p, handler) if f else None) for p, f in zip(pairs, follows, strict=True)]
+        return outs, inner.channel
 
-    branches = [functools.partial(branch, plan) for plan in step.plans]
-    values, companions, handler.channel = jax.lax.switch(index, branches)
-    outs = [(a, a) for a in values]
-    for i, b in zip(followed, companions, strict=True):
-        outs[i] = (values[i], b)
+    outs, handler.channel = jax.lax.switch(index, [functools.partial(branch, plan) for plan in step.plans])
     return outs
 
 
@@ -268,31 +233,24 @@ def _scan(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
     operands = [_as_kind(pair, kind) for pair, kind in zip(operands, kinds, strict=True)]
     fixed, init, xs = operands[:consts], operands[consts : consts + carries], operands[consts + carries :]
     # If a carried weight gets a separate companion in the body, it needs one from the start.
-    for i, kind in enumerate(kinds[consts : consts + carries]):
-        if (kind.static or not kind.obstacle) and kind.weight and init[i][1] is init[i][0] and _differs(plan, i):
-            init[i] = (init[i][0], _held(jnp.copy(init[i][0]), handler.anchor))  # another array, even without jit
+    for i, ((a, b), kind) in enumerate(zip(init, kinds[consts:], strict=False)):
+        changed = plan.jaxpr.outvars[i] not in plan.jaxpr.invars
+        if b is None and changed and kind.weight and (kind.static or not kind.obstacle):
+            init[i] = (a, _held(jnp.copy(a), handler.anchor))  # another array, even without jit
     mine = [p for p in plan.products() if p in handler.taps]
-    taps = [handler.taps[p] for p in mine]
-    carry_pack, xs_pack, ys_pack = _Packed(init), _Packed(xs), _Packed([])
 
-    def body(carry: tuple[list[Any], Any], slices: tuple[list[Any], list[Any]]) -> tuple[Any, list[Any]]:
-        nonlocal ys_pack
+    def body(carry: tuple[list[Pair], Any], slices: tuple[list[Pair], list[Any]]) -> tuple[Any, list[Pair]]:
         inner = handler.within(dict(zip(mine, slices[1], strict=True)), carry[1])
-        pairs = run(plan, [*fixed, *carry_pack.unflatten(carry[0]), *xs_pack.unflatten(slices[0])], inner)
-        carried = zip(pairs[:carries], carry_pack.own, strict=True)
-        out = [x for pair, own in carried for x in ((pair[0], _companion(pair, handler)) if own else pair[:1])]
-        ys_pack = _Packed(pairs[carries:])
-        return (out, inner.channel), _Packed.flatten(pairs[carries:])
+        pairs = run(plan, [*fixed, *carry[0], *slices[0]], inner)
+        carried = [
+            (p[0], b if b is None else _companion(p, handler)) for p, (_, b) in zip(pairs, carry[0], strict=False)
+        ]
+        return (carried, inner.channel), pairs[carries:]
 
-    inputs = (_Packed.flatten(init), handler.channel), (_Packed.flatten(xs), taps)
+    inputs = (init, handler.channel), (xs, [handler.taps[p] for p in mine])
     options = {k: params[k] for k in ("length", "reverse", "unroll")}
     (final, handler.channel), ys = jax.lax.scan(body, *inputs, **options)
-    return [*carry_pack.unflatten(final), *ys_pack.unflatten(ys)]
-
-
-def _differs(plan: Plan, carry: int) -> bool:
-    """Whether a scan's body changes this carry."""
-    return plan.jaxpr.outvars[carry] not in plan.jaxpr.invars
+    return [*final, *ys]
 
 
 EVALUATE = {

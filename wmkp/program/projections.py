@@ -1,6 +1,7 @@
 """The projections of a JAX function: where a parameter multiplies an activation."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -40,7 +41,10 @@ class Projection:
     feedback: bool
     uses: int
     obstacle: str | None
-    analysis: "Analysis | Answers" = dataclasses.field(repr=False, compare=False)
+    shape: tuple[int, ...] = dataclasses.field(repr=False, compare=False)
+    # What the two methods answer: a function that finds it, or what it has found.
+    axes: Any = dataclasses.field(repr=False, compare=False)
+    direct: Any = dataclasses.field(repr=False, compare=False)
 
     def matrix_axes(self, shape: tuple[int, ...]) -> "Axes":
         """Which axes of the parameter, of this shape, number its groups (and scans' steps), its inputs and its outputs.
@@ -48,12 +52,11 @@ class Projection:
         Raises:
           ValueError: the parameter is not one matrix (or a stack of them) used whole in one place.
         """
-        return self.analysis.matrix_axes(self.path, shape)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For pickle and copy: replaces the analysis, which holds functions, by its answers about this projection."""
-        said = self.analysis
-        return {**self.__dict__, "analysis": said if isinstance(said, Answers) else said.answers(self.path)}
+        if shape != self.shape:
+            raise ValueError(
+                f"params[{self.path!r}] has the shape {list(self.shape)}, not {list(shape)}; pass its own shape"
+            )
+        return _answer(self.axes)
 
     def direct_shape(self) -> tuple[int, ...]:
         """The shape of feedback from the network's output straight to this projection's input.
@@ -64,41 +67,27 @@ class Projection:
         Raises:
           ValueError: the projections that share this parameter have inputs of different sizes.
         """
-        return self.analysis.direct_shape(self.path)
+        return _answer(self.direct)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: the functions hold the analysis, so what they find or raise takes their place."""
+        return {**self.__dict__, "axes": _found(self.axes), "direct": _found(self.direct)}
 
 
 Axes = tuple[list[int], list[int], list[int]]
 
 
-class Answers(NamedTuple):
-    """An analysis' answers about one parameter. Each is an answer, or the error that the question raises.
-
-    Attributes:
-      shape: the parameter's shape.
-      axes, direct: see ``Projection.matrix_axes`` and ``Projection.direct_shape``.
-    """
-
-    shape: tuple[int, ...]
-    axes: Axes | ValueError
-    direct: tuple[int, ...] | ValueError
-
-    def matrix_axes(self, path: str, shape: tuple[int, ...]) -> Axes:
-        """See ``Projection.matrix_axes``."""
-        if shape != self.shape:
-            raise ValueError(
-                f"params[{path!r}] has the shape {list(self.shape)}, not {list(shape)}; pass its own shape"
-            )
-        return _answered(self.axes)
-
-    def direct_shape(self, path: str) -> tuple[int, ...]:
-        """See ``Projection.direct_shape``."""
-        return _answered(self.direct)
+def _found(answer: Any) -> Any:
+    try:
+        return answer() if callable(answer) else answer
+    except ValueError as error:
+        return error.with_traceback(None)
 
 
-def _answered(answer: Any) -> Any:
-    if isinstance(answer, ValueError):
-        raise answer
-    return answer
+def _answer(answer: Any) -> Any:
+    if isinstance(found := _found(answer), ValueError):
+        raise found
+    return found
 
 
 class Analysis(NamedTuple):
@@ -125,7 +114,11 @@ class Analysis(NamedTuple):
             first = max(products, key=lambda p: p.fans()[0])
             obstacle = next((p.obstacle for p in products if p.obstacle), None)
             feedback = any(p.needs_feedback for p in products)
-            result[path] = Projection(path, first.primitive, *first.fans(), feedback, len(products), obstacle, self)
+            shape = self.plan.jaxpr.invars[self.paths.index(path)].aval.shape
+            asked = [functools.partial(ask, path, products) for ask in (self.matrix_axes, self.direct_shape)]
+            result[path] = Projection(
+                path, first.primitive, *first.fans(), feedback, len(products), obstacle, shape, *asked
+            )
         return result
 
     def last(self) -> Product:
@@ -137,85 +130,68 @@ class Analysis(NamedTuple):
             )
         return products[-1]
 
-    def direct_shape(self, path: str) -> tuple[int, ...]:
+    def matrix_axes(self, path: str, products: list[Product]) -> Axes:
+        """See ``Projection.matrix_axes``."""
+        product, leaf = products[0], self.paths.index(path)
+        shape = self.plan.jaxpr.invars[leaf].aval.shape
+        leaves: list[Any] = [None] * len(self.paths)
+        indices = []  # each axis' index, in the product's layout: it varies along the groups, the inputs or the outputs
+        if len(products) == 1 and product.plain and not product.unmirrored and not product.obstacle:
+            with jax.ensure_compile_time_eval():
+                for axis in range(len(shape)):
+                    leaves[leaf] = jax.lax.broadcasted_iota(jnp.float32, shape, axis)
+                    indices.append(np.asarray(collect(self.plan, leaves, [product])[product][0]))
+        lead, size = len(product.stack), math.prod(shape)
+        if not indices or (indices[0].ndim - product.weight_aval.ndim, indices[0].size) != (lead, size):  # or divided
+            raise ValueError(
+                f"params[{path!r}] is not one matrix (or a stack of them) used whole in one place, as "
+                "its rule needs. Give this path another rule."
+            )
+        groups, inputs, _, _ = product.axes()
+        roles: Axes = ([], [], [])
+        for axis, index in enumerate(indices):
+            along = {a - lead for a in range(index.ndim) if index.size and np.ptp(index, axis=a).any()}
+            role = 1 if along <= {*inputs} else 0 if along <= {*range(-lead, 0), *groups} else 2
+            roles[role].append(axis)
+        return roles
+
+    def direct_shape(self, path: str, products: list[Product]) -> tuple[int, ...]:
         """See ``Projection.direct_shape``."""
-        products = [p for p in self.sites()[path] if p.needs_feedback]
-        error = self.last()
+        products, error = [p for p in products if p.needs_feedback], self.last()
         around = _around(self.plan, error)
-        self._check_output(error, around)
+        if any(step.action in {"cond", "shard_map"} for step in around):
+            raise ValueError(
+                "direct feedback needs the last projection outside of any lax.cond or shard_map, so that its output has one "
+                "error. Compute the output after it, or use another rule."
+            )
         within = [step.plans[0] for step in around if step.action == "scan"]
+        if within and _reached(self.plan, error, set())[1]:
+            raise ValueError(
+                f"direct feedback takes the last projection, params[{self.paths[min(error.params)]!r}], for the output, but its "
+                "result enters a projection in the next step of the lax.scan. Compute the output after the state in the "
+                "scan's body, pass an output that is fed back through jax.lax.stop_gradient, or use another rule."
+            )
         if within and not {*products} <= {*within[-1].products()}:
             raise ValueError(
                 f"params[{path!r}] is used outside of the lax.scan that makes the output. The output has an error at each step, so "
                 "direct feedback has no single error to send there. Move the product into the scan, or give it another "
                 f'rule: rule={{"{re.escape(path)}": wmkp.feedback_alignment(), ".*": ...}}.'
             )
+        shapes, e = set(), error.output_aval.shape
         for product in products:
-            x, e = product.input_avals[0].shape, error.output_aval.shape
-            if len(e) > 1 and direct_sizes(x, e)[0] == 0:
+            x = product.input_avals[0].shape
+            shared, *sizes = direct_sizes(x, e)
+            if len(e) > 1 and not shared:
                 raise ValueError(
                     f"direct feedback needs the batch as the first axis of each projection's input; that of params[{path!r}] "
                     f"is {list(x)} where the output is {list(e)}, so samples would get each other's errors"
                 )
-        shapes = {direct_sizes(p.input_avals[0].shape, error.output_aval.shape)[1:] for p in products}
-        stacks = {p.stack for p in products}
-        if len(shapes) != 1 or len(stacks) != 1:
+            shapes.add((*product.stack, *sizes))
+        if len(shapes) != 1:
             raise ValueError(
                 f"params[{path!r}] takes inputs of different sizes; direct feedback needs one size. Give this path another rule."
             )
-        return (*stacks.pop(), *shapes.pop())
-
-    def answers(self, path: str) -> Answers:
-        """What it says of one parameter."""
-
-        def answer(question: Callable[..., Any], *more: Any) -> Any:
-            try:
-                return question(path, *more)
-            except ValueError as error:
-                return error.with_traceback(None)
-
-        shape = self.plan.jaxpr.invars[self.paths.index(path)].aval.shape
-        return Answers(shape, answer(self.matrix_axes, shape), answer(self.direct_shape))
-
-    def _check_output(self, product: Product, around: list[Step]) -> None:
-        """ValueError unless a product inside these steps has one error each time it runs, without errors of later steps."""
-        if any(step.action in {"cond", "shard_map"} for step in around):
-            raise ValueError(
-                "direct feedback needs the last projection outside of any lax.cond or shard_map, so that its output has one "
-                "error. Compute the output after it, or use another rule."
-            )
-        if any(step.action == "scan" for step in around) and _reached(self.plan, product, set())[1]:
-            raise ValueError(
-                f"direct feedback takes the last projection, params[{self.paths[min(product.params)]!r}], for the output, but its "
-                "result enters a projection in the next step of the lax.scan. Compute the output after the state in the "
-                "scan's body, pass an output that is fed back through jax.lax.stop_gradient, or use another rule."
-            )
-
-    def matrix_axes(self, path: str, shape: tuple[int, ...]) -> Axes:
-        """See ``Projection.matrix_axes``."""
-        products, leaf = self.sites()[path], self.paths.index(path)
-        product = products[0]
-        roles: Axes = ([], [], [])
-        whole = len(products) == 1 and product.plain and not product.unmirrored and not product.obstacle
-        for axis, size in enumerate(shape):
-            # In the product's layout, an axis' index varies along the groups, the inputs or the outputs.
-            leaves: list[Any] = [None] * len(self.paths)
-            with jax.ensure_compile_time_eval():
-                leaves[leaf] = jax.lax.broadcasted_iota(jnp.float32, shape, axis)
-                index = np.asarray(collect(self.plan, leaves, [product])[product][0]) if whole else np.zeros(1)
-            lead = index.ndim - product.weight_aval.ndim
-            if not whole or index.size != math.prod(shape) or lead != len(product.stack):  # divided among devices
-                raise ValueError(
-                    f"params[{path!r}] is not one matrix (or a stack of them) used whole in one place, as "
-                    "its rule needs. Give this path another rule."
-                )
-            groups, inputs, _, _ = product.axes()
-            along = {a for a in range(index.ndim) if size > 1 and np.ptp(index, axis=a).any()}
-            if along <= {lead + a for a in inputs}:
-                roles[1].append(axis)
-            else:
-                roles[0 if along <= {*range(lead), *(lead + a for a in groups)} else 2].append(axis)
-        return roles
+        return shapes.pop()
 
 
 def _around(plan: Plan, product: Product) -> list[Step]:
@@ -310,18 +286,15 @@ def explained(fun: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             shapes = ", ".join(f"{k}: {checks.shape(x)}" for k, x in named_leaves(params, shapes_will_do=True).items())
+            name = getattr(fun, "__name__", "fun")
             raise kind(
-                f"fun(params, *args){_named(fun)} raised {checks.first_line(error)}\nThe same call raises it without wmkp. "
+                f"fun(params, *args){'' if name == 'fun' else f', here {name},'} raised {checks.first_line(error)}\n"
+                "The same call raises it without wmkp. "
                 "Check that these arguments are what fun takes, in this order (with feedback: params, feedback, *args). "
                 f"params: {checks.short(shapes, 400)}; args: {checks.short(checks.shapes(args), 400)}"
             ) from error
 
     return called
-
-
-def _named(fun: Callable[..., Any]) -> str:
-    name = getattr(fun, "__name__", "fun")
-    return "" if name == "fun" else f", here {name},"
 
 
 def analyse(fun: Callable[..., Any], params: Any, *args: Any) -> Analysis:
@@ -331,23 +304,17 @@ def analyse(fun: Callable[..., Any], params: Any, *args: Any) -> Analysis:
     """
     fun = explained(fun)
     named = named_leaves(params, shapes_will_do=True)
-    paths, tree = list(named), jax.tree.structure(params)
-    leaves, args_tree = jax.tree.flatten(args)
-    traced = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
-    out_tree = None
+    leaves, tree = jax.tree.flatten(args)
+    traced = [x for x in leaves if is_array(x)]
 
-    def flat_fun(param_leaves: list[Any], arrays: list[Any]) -> list[Any]:
-        nonlocal out_tree
-        filled = list(leaves)
-        for i, array in zip(traced, arrays, strict=True):
-            filled[i] = array
-        out = fun(jax.tree.unflatten(tree, param_leaves), *jax.tree.unflatten(args_tree, filled))
+    def of_arrays(params: Any, arrays: list[Any]) -> Any:
+        rest = iter(arrays)
+        out = fun(params, *jax.tree.unflatten(tree, [next(rest) if is_array(x) else x for x in leaves]))
         check_traceable("what fun returns", out)
-        flat_out, out_tree = jax.tree.flatten(out)
-        return flat_out
+        return out
 
     try:
-        jaxpr = jax.make_jaxpr(flat_fun)(list(named.values()), [leaves[i] for i in traced])
+        jaxpr, out = jax.make_jaxpr(of_arrays, return_shape=True)(params, traced)
     except Exception:
         check_traceable("params", params)
         check_traceable("args", [x if is_array(x) else None for x in leaves])
@@ -356,12 +323,12 @@ def analyse(fun: Callable[..., Any], params: Any, *args: Any) -> Analysis:
         Kind(frozenset({i}), active=True, breadth=sum(n > 1 for n in leaf.shape))
         for i, leaf in enumerate(named.values())
     ]
-    keys = (jax.dtypes.issubdtype(leaves[i].dtype, jax.dtypes.prng_key) for i in traced)
+    keys = (jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) for x in traced)
     analyser = Analyser()
     plan = analyser.plan(jaxpr, kinds + [Kind(data=True, noise=key) for key in keys], ())
     settle([k for k in plan.outputs if not k.weight])  # a weight that is returned is state, and is used again
     shared = analyser.shared.union(*(kind.params for kind in plan.outputs))
-    return Analysis(plan, paths, out_tree, frozenset(shared), analyser.roles)
+    return Analysis(plan, list(named), jax.tree.structure(out), frozenset(shared), analyser.roles)
 
 
 def check_traceable(name: str, tree: Any) -> None:
