@@ -441,7 +441,7 @@ WRONG = {
             "rule": lambda x: wmkp.matrix_angles(PARAMS, made(KP), x), "model": wmkp.nnx.pure,
         }.items()
     },
-    "a batch of NumPy's strings": (lambda: steps(KP).engaged_step(state(), np.full((4, 3), "x")), "batch[''] is ndarray", "JAX cannot trace"),
+    "a batch of NumPy's strings": (lambda: steps(KP).engaged_step(state(), np.full((4, 3), "x")), "batch is ndarray", "JAX cannot trace"),
     "a mirror that never mirrors": (lambda: init(custom(mirror=wmkp.Mirror(each_step=False))), "set start=1"),
     "a mirror's flag": (lambda: init(custom(mirror=wmkp.Mirror(each_step="no"))), "rule.mirror.each_step must be True or False"),
     "a mirror's losses": (lambda: init(custom(mirror=wmkp.Mirror(signal="decay"))), "rule.mirror.signal must be a function"),

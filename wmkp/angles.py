@@ -13,7 +13,7 @@ from wmkp.engaged import carried, check_loss, companions, evaluate
 from wmkp.feedback import feedback_leaves
 from wmkp.program.interpreter import Direct
 from wmkp.program.products import Product
-from wmkp.program.projections import Analysis, analyse, is_array, named_leaves
+from wmkp.program.projections import Analysis, analyse
 from wmkp.rule import Rule, RuleOrRules, check_rule, check_samples, resolve
 from wmkp.rules import ProductFeedback
 
@@ -60,11 +60,11 @@ def matrix_angles(params: Any, feedback: Any, rule: Rule | None = None) -> dict[
     if rule is not None:
         check_rule(rule, mapping=False)
     result = {}
-    for (path, w), b in zip(named_leaves(params).items(), feedback_leaves(params, feedback), strict=True):
+    for (path, w), b in zip(checks.named_leaves(params).items(), feedback_leaves(params, feedback), strict=True):
         if rule is not None and rule.backward is not None and b is not None:
             b = carried(rule, None, path, w, b)
         b = b.effective() if isinstance(b, ProductFeedback) else b
-        if not (b is None or is_array(b) or isinstance(b, Direct)):
+        if not (b is None or checks.is_array(b) or isinstance(b, Direct)):
             raise ValueError(
                 f"feedback[{path!r}] is {checks.shapes(b)}, which is not one array; pass the rule that made it: "
                 "matrix_angles(params, feedback, rule)"
@@ -268,7 +268,7 @@ def input_covariances(fun: Callable[..., Any], params: Any, *args: Any) -> dict[
     """
     checks.values("args", args)
     analysis = analyse(fun, params, *args)
-    leaves = list(named_leaves(params).values())
+    leaves = list(checks.named_leaves(params).values())
     check_samples(analysis)
     sites = {path: [p for p in products if not p.obstacle] for path, products in analysis.sites().items()}
     products = list(dict.fromkeys(p for found in sites.values() for p in found))

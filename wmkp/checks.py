@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -123,11 +123,16 @@ def lacks(missing: Iterable[str], extra: Iterable[str]) -> str:
     return " and".join(filter(None, parts))
 
 
+def places(name: str, tree: Any) -> Iterator[tuple[str, Any]]:
+    """A tree's leaves, each with its place as messages print it: ``params['w']``."""
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        yield (f"{name}[{path_name(path)!r}]" if path else name), x
+
+
 def alive(name: str, tree: Any) -> None:
     """ValueError if an array of the tree is deleted."""
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    for where, x in places(name, tree):
         if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
-            where = f"{name}[{path_name(path)!r}]" if path else name
             raise ValueError(
                 f"{where} is deleted: a step takes over the memory of the state that it is given (JAX donates it). "
                 "Continue with the state that the step returned, or pass a copy: jax.tree.map(jnp.copy, state)."
@@ -136,11 +141,61 @@ def alive(name: str, tree: Any) -> None:
 
 def values(name: str, tree: Any) -> None:
     """TypeError if the tree holds shapes instead of arrays, ValueError if an array is deleted."""
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    for where, x in places(name, tree):
         if isinstance(x, jax.ShapeDtypeStruct):
-            where = f"{name}[{path_name(path)!r}]" if path else name
             raise TypeError(f"{where} is a ShapeDtypeStruct where its values are needed; pass the array itself")
     alive(name, tree)
+
+
+def traceable(name: str, tree: Any) -> None:
+    """TypeError if the tree holds a value that JAX does not accept as an array. Tracers are not checked."""
+    for where, x in places(name, tree):
+        try:
+            if not isinstance(x, jax.core.Tracer):
+                jax.eval_shape(lambda x: x, x)
+        except Exception:
+            raise TypeError(
+                f"{where} is {type(x).__name__} {getattr(x, 'dtype', '')}".rstrip()
+                + ", which JAX cannot trace. Pass and "
+                "return only arrays of numbers; let fun read strings and other objects from a closure."
+            ) from None
+
+
+def named_leaves(params: Any, *, shapes_will_do: bool = False) -> dict[str, Any]:
+    """params' leaves by path.
+
+    Raises ValueError for one that is deleted (unless ``shapes_will_do``), TypeError for one that is not a floating-point
+    array of at least 16 bits (nor, with ``shapes_will_do``, the shape of one), and ValueError for two of one path.
+    """
+    try:
+        flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    except ValueError as error:
+        raise ValueError(f"JAX cannot flatten params ({first_line(error)}); use dict keys of one type") from error
+    leaves: dict[str, Any] = {}
+    for keys, leaf in flat:
+        path = path_name(keys)
+        if path in leaves:
+            raise ValueError(f"params has two leaves whose path is {path!r}; rename one")
+        leaves[path] = leaf
+        fits = is_array(leaf) and (shapes_will_do or not isinstance(leaf, jax.ShapeDtypeStruct))
+        if not fits or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise TypeError(
+                f"params[{path!r}] is {leaf.dtype if fits else type(leaf).__name__}; parameters must be floating-point "
+                "arrays. Pass anything else as a later argument of fun (of an NNX model: wmkp.nnx.pure)."
+            )
+        if jnp.finfo(leaf.dtype).bits < 16:
+            raise TypeError(
+                f"params[{path!r}] is {leaf.dtype}, whose sums with wider numbers JAX does not define; keep params in float32 "
+                "or bfloat16, and cast them inside fun."
+            )
+    if not shapes_will_do:
+        alive("params", params)
+    return leaves
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether an argument's leaf is traced: an array, a NumPy array or scalar, or a ShapeDtypeStruct."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
 def aval(x: Any) -> jax.ShapeDtypeStruct | None:

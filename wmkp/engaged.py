@@ -15,7 +15,7 @@ from wmkp.program import compat, pathways
 from wmkp.program.interpreter import Direct, Handler, anchored, run
 from wmkp.program.pathways import hebbian
 from wmkp.program.products import Product
-from wmkp.program.projections import Analysis, Projection, analyse, explained, is_array, named_leaves
+from wmkp.program.projections import Analysis, Projection, analyse, explained
 from wmkp.rule import Rule, RuleOrRules, check_rule, float_part, overlay, resolve
 
 
@@ -102,7 +102,7 @@ def carried(rule: Rule, projection: Projection | None, path: str, w: Any, b: Any
         expected = jnp.shape(w)
         if rule.direct:
             expected = jnp.shape(array) if projection is None else projection.direct_shape()
-        fits = isinstance(carrier, Direct) == rule.direct and is_array(array) and array.shape == expected
+        fits = isinstance(carrier, Direct) == rule.direct and checks.is_array(array) and array.shape == expected
         why = f"{checks.shape(array)}, not {list(expected)}"
         if fits and not rule.direct and checks.aval(carrier) != checks.aval(w):
             fits, why = False, f"{checks.shape(array)}, where W is {checks.shape(w)}"
@@ -169,7 +169,7 @@ def evaluate(
             handler.channel = handler.channel._replace(error=error)  # each step of a scan has its own error
         return y if tap is None else tapped(product, x, y, tap)
 
-    data = [leaf for leaf in jax.tree.leaves(args) if is_array(leaf)]
+    data = [leaf for leaf in jax.tree.leaves(args) if checks.is_array(leaf)]
     inputs = [(w, None if b is w else b) for w, b in zip(leaves, carriers, strict=True)] + [(x, None) for x in data]
     error = None
     if last is not None:
@@ -205,7 +205,7 @@ def _leaves_alone(rule: Rule) -> bool:
 
 def _whole(entry: Any, product: Product) -> Any:
     """A B of several arrays, for a signal with its structure. ValueError if this use of the weight reads only a part of B."""
-    if entry is None or is_array(entry):
+    if entry is None or checks.is_array(entry):
         return None
     if product.stack or len(product.params) > 1:
         raise ValueError(
@@ -304,7 +304,7 @@ def _check_key(rules: dict[str, Rule], key: Any) -> None:
 
 def _check_no_feedback(params: Any, feedback: Any) -> None:
     """If the rule is backprop alone, feedback must be None or fit params."""
-    named_leaves(params)
+    checks.named_leaves(params)
     if feedback is not None:
         feedback_leaves(params, feedback)
 

@@ -6,7 +6,7 @@ import jax
 
 from wmkp import checks
 from wmkp.program import compat
-from wmkp.program.projections import Analysis, Projection, is_array, named_leaves
+from wmkp.program.projections import Analysis, Projection
 from wmkp.rule import Rule
 
 
@@ -35,18 +35,18 @@ def made(rule: Rule, key: jax.Array, projection: Projection, w: Any) -> Any:
             f"rule.init of {rule.name} raised {checks.first_line(error)}; write it as init(key, projection, W) -> B"
         ) from error
     parts = jax.tree.leaves(b)
-    if not parts or not all(map(is_array, parts)) or (is_array(b) and checks.aval(b) != checks.aval(w)):
+    if not parts or not all(map(checks.is_array, parts)) or (checks.is_array(b) and checks.aval(b) != checks.aval(w)):
         raise ValueError(
             f"rule.init of {rule.name} made {checks.shapes(b)} for params[{projection.path!r}], which is "
             f"{checks.shape(w)}; return an array of W's shape and dtype, or a pytree of arrays that rule.backward turns into one"
         )
-    if rule.mirror is not None and not is_array(b):
+    if rule.mirror is not None and not checks.is_array(b):
         raise ValueError(
             f"rule {rule.name} has a mirror mode, and B is {checks.shapes(b)} at params[{projection.path!r}]: mirror mode "
             "needs a B that is one array in W's layout. Give mirror=None, or make B an array."
         )
     _check_transports(rule, w, b)
-    return compat.divided_as(b, jax.typeof(w)) if is_array(b) else b
+    return compat.divided_as(b, jax.typeof(w)) if checks.is_array(b) else b
 
 
 def _check_transports(rule: Rule, w: Any, b: Any) -> None:
@@ -83,7 +83,7 @@ def feedback_leaves(params: Any, feedback: Any) -> list[Any]:
 
     Raises ValueError where the two do not match. It names the path, the expected and the found.
     """
-    named = named_leaves(params)
+    named = checks.named_leaves(params)
     tree: Any = jax.tree.structure(params)
     try:
         leaves = tree.flatten_up_to(feedback)
@@ -100,12 +100,12 @@ def feedback_leaves(params: Any, feedback: Any) -> list[Any]:
         ) from None
     for (path, w), b in zip(named.items(), leaves, strict=True):
         for part in jax.tree.leaves(b):
-            if not is_array(part) or isinstance(part, jax.ShapeDtypeStruct):
+            if not checks.is_array(part) or isinstance(part, jax.ShapeDtypeStruct):
                 raise TypeError(
                     f"feedback[{path!r}] holds {type(part).__name__} where an array (or None) belongs; make feedback "
                     "with init_feedback."
                 )
-        if b is not None and is_array(b) and checks.aval(b) != checks.aval(w):
+        if b is not None and checks.is_array(b) and checks.aval(b) != checks.aval(w):
             raise ValueError(
                 f"feedback[{path!r}] is {checks.shape(b)} where its parameter is {checks.shape(w)}; make it again with "
                 "init_feedback, or cast both alike."

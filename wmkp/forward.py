@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from wmkp import checks
 from wmkp.program.interpreter import Direct, Handler, anchored, run
 from wmkp.program.pathways import Synapses
 from wmkp.program.products import Product
-from wmkp.program.projections import Analysis, direct_sizes, is_array
+from wmkp.program.projections import Analysis, direct_sizes
 
 
 def forward_signal(synapses: Synapses) -> jax.Array:
@@ -93,7 +94,7 @@ def _output(
             handler.channel = y
         return y
 
-    inputs = [(x, None) for x in [*leaves, *(leaf for leaf in jax.tree.leaves(args) if is_array(leaf))]]
+    inputs = [(x, None) for x in [*leaves, *(leaf for leaf in jax.tree.leaves(args) if checks.is_array(leaf))]]
     start = jnp.zeros(last.output_aval.shape, last.output_aval.dtype)
     handler = Handler(
         on_product, dict(zip(products, taps, strict=True)), start, anchored((inputs, analysis.plan.consts))

@@ -16,7 +16,7 @@ from wmkp.program import compat
 from wmkp.program.interpreter import collect
 from wmkp.program.pathways import Signal, Synapses
 from wmkp.program.products import Product
-from wmkp.program.projections import Analysis, WeightTransportError, analyse, is_array
+from wmkp.program.projections import Analysis, WeightTransportError, analyse
 from wmkp.rule import Mirror, Rule, RuleOrRules, check_rule, resolve
 
 # The most numbers of noise for a projection (16 GiB in float32): 32 bits number them, and more would repeat.
@@ -228,7 +228,7 @@ def signals(
     ws, pull_back, biases = jax.vjp(weights, leaves, has_aux=True)
     losses = [wanted[p].signal is not None for p in products]
     if any(losses):  # these read B, in the layout of its weight
-        entries = [w if b is None or not is_array(b) else b for w, b in zip(leaves, feedback, strict=True)]
+        entries = [w if b is None or not checks.is_array(b) else b for w, b in zip(leaves, feedback, strict=True)]
         bs = weights(entries)[0]
     mirrored, keys = [], jax.random.split(key, max(1, len(products)))
     in_work: deque[tuple[int, jax.Array]] = deque()
@@ -416,7 +416,7 @@ def mirror_signals(
     entries = [None] * len(leaves) if feedback is None else feedback_leaves(params, feedback)
     for path, b in zip(analysis.paths, entries, strict=True):
         mirror = rules[path].mirror if path in rules else None
-        if mirror and mirror.signal and projections[path].feedback and not is_array(b):
+        if mirror and mirror.signal and projections[path].feedback and not checks.is_array(b):
             raise ValueError(
                 f"feedback[{path!r}] is {checks.shape(b)}, but the signal of {rules[path].name} depends on B; make "
                 "feedback with init_feedback for this rule."

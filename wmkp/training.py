@@ -16,7 +16,7 @@ from wmkp import checks, mirror, updates
 from wmkp.engaged import check_loss, value_and_grad
 from wmkp.feedback import feedback_leaves, initial_feedback
 from wmkp.program import compat
-from wmkp.program.projections import Analysis, analyse, check_traceable, named_leaves
+from wmkp.program.projections import Analysis, analyse
 from wmkp.rule import Mirror, Rule, RuleOrRules, learning_part, overlay, resolve
 from wmkp.sharding import batch_sharding as batch_sharding
 from wmkp.sharding import check_devices, state_sharding
@@ -400,7 +400,7 @@ class _Training:
             mirror_steps = mirror.at_start(self.rules)[1]
         checks.key(key)
         self.check_as_given("params", params)
-        named_leaves(params)
+        checks.named_leaves(params)
         self.check_as_given("model_state", model_state)
         must = "be an integer of at least 0 and below 2^31"
         checks.number("mirror_steps", mirror_steps, must, lambda n: 0 <= n < 2**31, numbers.Integral)
@@ -439,7 +439,7 @@ class _Training:
                     raise TypeError(
                         f"{name}[{checks.path_name(path)!r}] is {checks.shape(leaf)}; a step takes only arrays: remove it, or pass an array"
                     ) from error
-            check_traceable(name, value)
+            checks.traceable(name, value)
             if "deleted" in str(error) or "not a valid JAX type" in str(error):
                 checks.values(name, value)
         if "donate the same buffer twice" in str(error):

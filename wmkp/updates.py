@@ -10,7 +10,6 @@ import optax
 
 from wmkp import checks
 from wmkp.law import mirror_gain
-from wmkp.program.projections import is_array
 from wmkp.rule import Rule, is_float, learning_part, overlay
 
 __all__ = ["calibrated_mirror", "clip_together", "kolen_pollack", "same_hyperparams", "weight_mirror"]
@@ -117,7 +116,7 @@ def _still(tree: Any) -> Any:
 def _check_arrays(name: str, tree: Any, floats: bool = False) -> None:
     """TypeError unless all leaves are arrays (of floating-point numbers)."""
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        if not is_array(x) or (floats and not is_float(x)):
+        if not checks.is_array(x) or (floats and not is_float(x)):
             where = f"{name}[{checks.path_name(path)!r}]" if path else name
             kind = "floating-point arrays" if floats else "arrays"
             raise TypeError(f"{where} is {checks.shape(x)}; it must hold only {kind} (or None)")

@@ -239,41 +239,6 @@ def direct_sizes(x: tuple[int, ...], error: tuple[int, ...]) -> tuple[int, int, 
     return shared, math.prod(x[shared:]), math.prod(error[shared:])
 
 
-def named_leaves(params: Any, *, shapes_will_do: bool = False) -> dict[str, Any]:
-    """params' leaves by path.
-
-    Raises ValueError for one that is deleted (unless ``shapes_will_do``), TypeError for one that is not a floating-point
-    array of at least 16 bits (nor, with ``shapes_will_do``, the shape of one), and ValueError for two of one path.
-    """
-    try:
-        flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    except ValueError as error:
-        raise ValueError(
-            f"JAX cannot flatten params ({checks.first_line(error)}); use dict keys of one type"
-        ) from error
-    leaves: dict[str, Any] = {}
-    for keys, leaf in flat:
-        path = checks.path_name(keys)
-        if path in leaves:
-            raise ValueError(f"params has two leaves whose path is {path!r}; rename one")
-        leaves[path] = leaf
-        floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
-        if not is_array(leaf) or not floating or (isinstance(leaf, jax.ShapeDtypeStruct) and not shapes_will_do):
-            found = leaf.dtype if is_array(leaf) and not floating else type(leaf).__name__
-            raise TypeError(
-                f"params[{path!r}] is {found}; parameters must be floating-point arrays. Pass "
-                "anything else as a later argument of fun (of an NNX model: wmkp.nnx.pure)."
-            )
-        if jnp.finfo(leaf.dtype).bits < 16:
-            raise TypeError(
-                f"params[{path!r}] is {leaf.dtype}, whose sums with wider numbers JAX does not define; keep params in float32 "
-                "or bfloat16, and cast them inside fun."
-            )
-    if not shapes_will_do:
-        checks.alive("params", params)
-    return leaves
-
-
 def explained(fun: Callable[..., Any]) -> Callable[..., Any]:
     """``fun``, whose errors while it is traced also say which arguments wmkp passed, and what to check."""
     checks.function("fun", fun, "fun(params, *args)")
@@ -285,7 +250,9 @@ def explained(fun: Callable[..., Any]) -> Callable[..., Any]:
             raise
         except Exception as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
-            shapes = ", ".join(f"{k}: {checks.shape(x)}" for k, x in named_leaves(params, shapes_will_do=True).items())
+            shapes = ", ".join(
+                f"{k}: {checks.shape(x)}" for k, x in checks.named_leaves(params, shapes_will_do=True).items()
+            )
             name = getattr(fun, "__name__", "fun")
             raise kind(
                 f"fun(params, *args){'' if name == 'fun' else f', here {name},'} raised {checks.first_line(error)}\n"
@@ -303,21 +270,21 @@ def analyse(fun: Callable[..., Any], params: Any, *args: Any) -> Analysis:
     Raises TypeError for a parameter that is not a floating-point array, and where ``fun`` raises an error.
     """
     fun = explained(fun)
-    named = named_leaves(params, shapes_will_do=True)
+    named = checks.named_leaves(params, shapes_will_do=True)
     leaves, tree = jax.tree.flatten(args)
-    traced = [x for x in leaves if is_array(x)]
+    traced = [x for x in leaves if checks.is_array(x)]
 
     def of_arrays(params: Any, arrays: list[Any]) -> Any:
         rest = iter(arrays)
-        out = fun(params, *jax.tree.unflatten(tree, [next(rest) if is_array(x) else x for x in leaves]))
-        check_traceable("what fun returns", out)
+        out = fun(params, *jax.tree.unflatten(tree, [next(rest) if checks.is_array(x) else x for x in leaves]))
+        checks.traceable("what fun returns", out)
         return out
 
     try:
         jaxpr, out = jax.make_jaxpr(of_arrays, return_shape=True)(params, traced)
     except Exception:
-        check_traceable("params", params)
-        check_traceable("args", [x if is_array(x) else None for x in leaves])
+        checks.traceable("params", params)
+        checks.traceable("args", [x if checks.is_array(x) else None for x in leaves])
         raise
     kinds = [
         Kind(frozenset({i}), active=True, breadth=sum(n > 1 for n in leaf.shape))
@@ -329,25 +296,6 @@ def analyse(fun: Callable[..., Any], params: Any, *args: Any) -> Analysis:
     settle([k for k in plan.outputs if not k.weight])  # a weight that is returned is state, and is used again
     shared = analyser.shared.union(*(kind.params for kind in plan.outputs))
     return Analysis(plan, list(named), jax.tree.structure(out), frozenset(shared), analyser.roles)
-
-
-def check_traceable(name: str, tree: Any) -> None:
-    """TypeError if the tree holds a value that JAX does not accept as an array. Tracers are not checked."""
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        try:
-            if not isinstance(x, jax.core.Tracer):
-                jax.eval_shape(lambda x: x, x)
-        except Exception:
-            raise TypeError(
-                f"{name}[{checks.path_name(path)!r}] is {type(x).__name__} {getattr(x, 'dtype', '')}".rstrip()
-                + ", which JAX cannot trace. Pass and return only arrays of numbers; let fun read strings and other objects "
-                "from a closure."
-            ) from None
-
-
-def is_array(leaf: Any) -> bool:
-    """Whether an argument's leaf is traced: an array, a NumPy array or scalar, or a ShapeDtypeStruct."""
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
 READS = {

@@ -15,7 +15,6 @@ from wmkp.experiments import devices
 from wmkp.experiments.config import InputError, Train, refusals
 from wmkp.experiments.data import feeds
 from wmkp.experiments.models import tasks
-from wmkp.program.projections import named_leaves
 from wmkp.training import state_sharding
 
 
@@ -124,7 +123,7 @@ def build(config: Train) -> Run:
         )
     mirrors = rule.mirror is not None and rule.mirror.each_step
     zero, none = np.float32(0), np.int32(0)
-    finite = {name: np.bool_(True) for name in ("loss", *named_leaves(params))}
+    finite = {name: np.bool_(True) for name in ("loss", *checks.named_leaves(params))}
     return Run(
         rule,
         steps,
@@ -193,7 +192,7 @@ def _measure(rule: wmkp.Rule, task: tasks.Task) -> Callable[..., dict[str, jax.A
         found |= {f"matrix_angle_deg/{path}": x for path, x in matrix.items()}
         found |= {f"delta_angle_deg/{path}": x.angle for path, x in delta.items()}
         found |= {f"delta_norm_ratio/{path}": x.ratio for path, x in delta.items()}
-        weights = named_leaves(state.params)
+        weights = checks.named_leaves(state.params)
         for path, b in jax.tree_util.tree_leaves_with_path(state.feedback):
             name = checks.path_name(path)
             if name in matrix:
