@@ -26,8 +26,13 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import pytest
 
+LONGEST = ["test_processes", "test_docs", "test_reproduce", "test_train", "test_guards"]
+
 
 def pytest_collection_modifyitems(items):
+    """Puts the files with the longest tests first, so that workers end together."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     for item in items:
         if "integration" in item.path.parts:
             item.add_marker("integration")

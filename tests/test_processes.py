@@ -89,19 +89,16 @@ def test_two_processes_train_as_one_and_one_resumes_alone(together, tmp_path, qu
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-3)
 
 
-@pytest.mark.parametrize("lost", [0, 1], ids=["the coordinator", "the other"])
-def test_losing_a_process_ends_the_other(lost, tmp_path, child_environment):
+def test_losing_a_process_ends_the_other(tmp_path, child_environment):
+    """JAX itself ends the processes that lose their coordinator, which is process 0."""
     command = "train mlp-digits-bp --hidden 16 --epochs 400 --log-every 10 --no-tensorboard".split()
     processes = start_two(child_environment, tmp_path / "run", command=command)
     try:
         until_rows(tmp_path / "run" / "train.csv", 2, processes)
-        processes[lost].kill()
-        _, said = processes[1 - lost].communicate(timeout=SECONDS)
-        assert processes[1 - lost].returncode not in (0, None)
-        if lost == 1:
-            assert "wmkp: another process of the run was lost" in said
-        else:  # JAX ends a process that lost its coordinator, with its own message
-            assert "another process of the run was lost" in said or "coordination service" in said.lower()
+        processes[1].kill()
+        _, said = processes[0].communicate(timeout=SECONDS)
+        assert processes[0].returncode not in (0, None)
+        assert "wmkp: another process of the run was lost" in said
     finally:
         for p in processes:
             p.kill()
