@@ -157,6 +157,14 @@ def autoregressive_chunks(params, xs):
     return jnp.sum(lax.scan(chunk, jnp.ones((BATCH, OUT)), xs.reshape(2, TIME // 2, BATCH, INPUTS))[1] ** 2)
 
 
+def autoregressive_in_part(params, xs):
+    """A network whose output comes back into a compiled part of the next step."""
+    state = jax.jit(lambda h, x: jnp.tanh(x @ params["x"] + h @ params["h"]))
+    tick = lambda carry, x: ((h := state(carry[0], x + carry[1][:, :INPUTS]), h @ params["m"]), None)
+    start = jnp.zeros((BATCH, STATE)), jnp.ones((BATCH, params["m"].shape[1]))
+    return jnp.sum(lax.scan(tick, start, xs)[0][1] ** 2)
+
+
 def encoded(params, xs):
     h = jnp.tanh(jnp.tanh(xs[0] @ params["x"]) @ params["h"])
     return jnp.sum(lax.scan(lambda h, x: (h, h @ params["m"] + x[:, :1]), h, xs)[1] ** 2)
@@ -172,6 +180,7 @@ def branching(params, xs):
     [
         (readout_first, r"params\['h'\].* enters a projection in the next step.*after the state"),
         (autoregressive, r"params\['o'\].* enters a projection in the next step.*stop_gradient"),
+        (autoregressive_in_part, r"params\['m'\].* enters a projection in the next step.*stop_gradient"),
         (autoregressive_chunks, r"params\['o'\].* enters a projection in the next step.*stop_gradient"),
         (encoded, r"params\['h'\] is used outside of the lax\.scan.*rule=\{\"h\": wmkp\.feedback_alignment"),
         (branching, r"outside of any lax\.cond"),
@@ -191,3 +200,18 @@ def test_another_rule_outside_of_the_scan():
     e = 2 * (h @ PARAMS["m"] + XS[:, :, :1])
     at_h = (1 - h**2) * (e.sum(0) @ np.asarray(feedback["m"].array).T)
     np.testing.assert_allclose(grads["h"], np.tanh(XS[0] @ PARAMS["x"]).T @ at_h, rtol=1e-4, atol=1e-4)
+
+
+def test_joined_weights_cannot_each_have_direct_feedback():
+    """B from the output has its own shape, so it cannot follow a part of a joined weight."""
+    joined = lambda params, x: jnp.sum((jnp.tanh(x @ params["x"]) @ jnp.hstack([params["h"], params["m"]])) ** 2)
+    feedback = drawn_feedback(wmkp.direct_feedback_alignment(), joined, PARAMS, XS[0])
+    with pytest.raises(ValueError, match=r"joined to one weight cannot each have direct feedback"):
+        wmkp.value_and_grad(joined, wmkp.direct_feedback_alignment())(PARAMS, feedback, XS[0])
+
+
+def test_no_output_without_a_projection():
+    """Where B cannot follow the only weight, no projection makes an output."""
+    found = wmkp.projections(lambda p, x: jnp.sum(jnp.tanh(x * p["bias"][:INPUTS]) @ jnp.tanh(p["x"])), PARAMS, XS[0])
+    with pytest.raises(ValueError, match=r"no projection makes the output"):
+        found["x"].direct_shape()

@@ -338,19 +338,17 @@ class _Collector(NamedTuple):
 
     def scan(self, step: Step, operands: list[Maybe], level: int) -> list[Maybe]:
         consts, carries = compat.scan_sizes(step.eqn.params)
-        inner = list(operands)
-        for i, x in enumerate(inner):
-            if x is not None and i >= consts + carries:  # this scan's axis comes after those of the scans around it
-                inner[i] = _Stacked(x.value, (*x.levels, level))
-        outs = self.plan(step.plans[0], inner, level + 1)
+        # This scan's axis comes after those of the scans around it.
+        slices = [x and _Stacked(x.value, (*x.levels, level)) for x in operands[consts + carries :]]
+        outs = self.plan(step.plans[0], [*operands[: consts + carries], *slices], level + 1)
         for i, y in enumerate(outs):
-            if y is None or i < carries:
-                continue
-            if level in y.levels:
-                outs[i] = _Stacked(y.value, y.levels[:-1])
-            else:
-                value = jnp.expand_dims(jnp.asarray(y.value), len(y.levels))
-                outs[i] = _Stacked(jnp.repeat(value, step.eqn.params["length"], len(y.levels)), y.levels)
+            if y is not None and i >= carries:
+                levels = tuple(at for at in y.levels if at != level)
+                if levels == y.levels:  # it is the same at each step
+                    y = _Stacked(
+                        jnp.repeat(jnp.expand_dims(y.value, len(levels)), step.eqn.params["length"], len(levels))
+                    )
+                outs[i] = _Stacked(y.value, levels)
         return outs
 
     def shard_map(self, step: Step, operands: list[Maybe], level: int) -> None:

@@ -98,12 +98,9 @@ class Product:
     def output_axes(self) -> list[int]:
         """The output's axes that index the weight's groups and outputs, in the order (groups, outputs)."""
         if self.primitive == "dot_general":
-            contract, batch = self.eqn_params["dimension_numbers"]
-            groups = len(batch[0])
-            free_left = len(self.input_avals[0].shape if self.weight == 1 else self.weight_aval.shape)
-            free_left -= groups + len(contract[0])
-            free = len(self.axes()[2])
-            start = groups if self.weight == 0 else groups + free_left
+            _, batch = self.eqn_params["dimension_numbers"]
+            groups, free = len(batch[0]), len(self.axes()[2])
+            start = groups if self.weight == 0 else self.output_aval.ndim - free
             return [*range(groups), *range(start, start + free)]
         return [self.eqn_params["dimension_numbers"].out_spec[1]]
 
