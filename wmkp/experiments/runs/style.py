@@ -6,13 +6,14 @@ import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMATS = ("png", "pdf", "svg")
 TEXT = "#222222"
@@ -65,15 +66,17 @@ _DASHES = ("-", SHORT, DASHDOT, DOTS)
 OTHERS = [{"color": _COLOURS[i % 5], "linestyle": _DASHES[i % 4], "marker": _MARKS[i % 4]} for i in range(20)]
 
 
-def figure(width: float, height: float, title: str = "") -> Figure:
+def figure(width: float, height: float, title: str = "") -> "Figure":
     """A figure without a display, in inches, inside ``styled``; ``save`` draws it."""
+    from matplotlib.figure import Figure  # over half of the time that matplotlib takes to import
+
     made = Figure(figsize=(width, height), layout="constrained")
     if title:
         made.suptitle(title, fontsize=10)
     return made
 
 
-def save(figure: Figure, suffix: str = ".png") -> bytes:
+def save(figure: "Figure", suffix: str = ".png") -> bytes:
     """The figure as a file's bytes in the format of the suffix, at 200 dots per inch."""
     file = io.BytesIO()
     kind = suffix.lower().removeprefix(".") or "png"
@@ -136,8 +139,10 @@ def logarithmic(axes: Any, steps: tuple[float, ...] = (1, 1.5, 2, 3, 5, 7)) -> N
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def legend(figure: Figure, entries: Sequence[tuple[str, Mapping[str, Any]]], note: str = "") -> None:
+def legend(figure: "Figure", entries: Sequence[tuple[str, Mapping[str, Any]]], note: str = "") -> None:
     """The legend below the panels, in as many columns as fit, and a note below it."""
+    from matplotlib.lines import Line2D
+
     width = figure.get_size_inches()[0]
     labels = [textwrap.shorten(label, 110, placeholder="…") for label, _ in entries]
     columns = max(1, min(len(labels), int(width / (0.72 + 0.075 * max(map(len, labels), default=1)))))
