@@ -1041,6 +1041,35 @@ def test_a_frozen_weight_is_mirrored():
         np.testing.assert_allclose(found[name], params[name], rtol=1e-4, atol=1e-5)
 
 
+def mapped(params, x):
+    """A loop transposes each matrix of a stack, and hands over one that stays the same."""
+    each, same = jax.lax.map(lambda w: (w.T, params["out"]), params["w"].reshape(2, 3, 6))
+    h = jnp.tanh(jnp.einsum("bi,kio->bko", tanh_first(params, x), each)).reshape(-1, 6)
+    return jnp.sum(jnp.tanh(h @ same[0]))
+
+
+def in_branches(params, x):
+    w, out = (lambda h, name=name: jnp.tanh(h @ params[name]) for name in ("w", "out"))
+    return jnp.sum(jax.lax.cond(x[0, 0] > 0, w, out, tanh_first(params, x)))
+
+
+@pytest.mark.parametrize("fun", [mapped, in_branches])
+def test_a_mirror_reaches_what_loops_and_branches_make(fun):
+    params = weights("first", "w", "out")
+    rule = wmkp.weight_mirror("orthogonal", num_samples=6, rate=1.0)
+    found = jax.jit(lambda params: wmkp.mirror_signals(KEY, rule, fun, params, X))(params)
+    for name in ("w", "out"):
+        np.testing.assert_allclose(found[name], params[name], rtol=1e-4, atol=1e-5)
+
+
+def test_no_gradient_is_had_at_data_that_a_parameter_scales():
+    fun = lambda p, x: jnp.sum(jnp.tanh((x * p["v"]) @ p["w"]) @ p["out"])
+    params = {**weights("w", "out"), "v": np.ones(6, np.float32)}
+    feedback = params | {"v": None}
+    with pytest.raises(wmkp.WeightTransportError, match="gradient was asked for at data that a parameter multiplies"):
+        jax.grad(wmkp.engage(fun, wmkp.kolen_pollack()), argnums=2)(params, feedback, X)
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_no_gradient_is_had_at_the_input_of_a_first_layer(rule):
     """A first layer has no B, so the gradient at its input would go through W. Asking for it raises an error."""

@@ -187,7 +187,8 @@ def _remat(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
 def _shard_map(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
     if handler.channel is not None:
         raise ValueError(
-            "direct feedback cannot pass a shard_map in the model; put the shard_map around the whole step"
+            "direct feedback and a rule's random numbers cannot pass a shard_map in the model; put the shard_map around the "
+            "whole step"
         )
     plan, sharding = step.plans[0], compat.sharding(step.eqn.params)
     mine = [p for p in plan.products() if p in handler.taps]
@@ -202,13 +203,15 @@ def _shard_map(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]
     return [(y, None) for y in mapped(operands, [handler.taps[p] for p in mine])]
 
 
-def _as_kind(pair: Pair, kind: Kind) -> Pair:
-    """A pair in a place whose kind may be wider than the value's own: an activation is its own companion.
+def _has_b(kind: Kind) -> bool:
+    """Whether a B follows values of this kind. If B cannot follow a weight, the weight may still be a gain, such as a norm."""
+    return kind.weight and (kind.static or not kind.obstacle)
 
-    A weight that B cannot follow may still be a gain, such as a norm. Then its companion is the gain that B has.
-    """
-    lost = kind.obstacle and (not kind.static or isinstance(pair[1], Direct))
-    return pair if kind.weight and not lost else (pair[0], None)
+
+def _as_kind(pair: Pair, kind: Kind) -> Pair:
+    """A pair in a place whose kind may be wider than the value's own: an activation is its own companion."""
+    lost = kind.obstacle and isinstance(pair[1], Direct)
+    return pair if _has_b(kind) and not lost else (pair[0], None)
 
 
 def _cond(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
@@ -218,8 +221,7 @@ def _cond(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
     def branch(plan: Plan) -> tuple[list[Pair], Any]:
         inner = handler.within(handler.taps, handler.channel)
         pairs = [_as_kind(pair, kind) for pair, kind in zip(run(plan, rest, inner), kinds, strict=True)]
-        follows = [k.static or (k.weight and not k.obstacle) for k in kinds]
-        outs = [(p[0], _companion(p, handler) if f else None) for p, f in zip(pairs, follows, strict=True)]
+        outs = [(p[0], _companion(p, handler) if _has_b(k) else None) for p, k in zip(pairs, kinds, strict=True)]
         return outs, inner.channel
 
     outs, handler.channel = jax.lax.switch(index, [functools.partial(branch, plan) for plan in step.plans])
@@ -235,7 +237,7 @@ def _scan(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
     # If a carried weight gets a separate companion in the body, it needs one from the start.
     for i, ((a, b), kind) in enumerate(zip(init, kinds[consts:], strict=False)):
         changed = plan.jaxpr.outvars[i] not in plan.jaxpr.invars
-        if b is None and changed and kind.weight and (kind.static or not kind.obstacle):
+        if b is None and changed and _has_b(kind):
             init[i] = (a, _held(jnp.copy(a), handler.anchor))  # another array, even without jit
     mine = [p for p in plan.products() if p in handler.taps]
 

@@ -31,7 +31,6 @@ class Product:
         lengths: tuple[int, ...],
     ):
         kind = kinds[weight]
-        others = [k for i, k in enumerate(kinds) if i != weight]
         self.primitive: str = eqn.primitive.name
         self.eqn_params: dict[str, Any] = eqn.params
         self.weight = weight  # which operand the weight is
@@ -46,7 +45,7 @@ class Product:
         )
         self.plain = kind.plain
         self.stack = kind.stack
-        self.needs_feedback = any(k.active for k in others)
+        self.needs_feedback = any(k.active for i, k in enumerate(kinds) if i != weight)
         self.weight_aval = eqn.invars[weight].aval
         self.input_avals = [v.aval for i, v in enumerate(eqn.invars) if i != weight]
         self.output_aval = eqn.outvars[0].aval
