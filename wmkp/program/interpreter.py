@@ -101,9 +101,9 @@ def _bind(step: Step, operands: list[Pair], handler: Handler) -> list[Pair]:
         if any(b is not direct[0] for b in direct):
             raise ValueError("parameters joined to one weight cannot each have direct feedback; give them another rule")
         return [(y, direct[0]) for y in outs]
-    if len(direct) + bs.count(None) == len(bs):
-        return list(zip(outs, bs if apart else [None] * len(outs), strict=True))
     arrays = [None if isinstance(b, Direct) else b for b in bs]
+    if all(b is None for b in arrays):
+        return list(zip(outs, bs if apart else [None] * len(outs), strict=True))
     companions = [_companion((a, b), handler) for (a, _), b in zip(operands, arrays, strict=True)]
     # JAX does not transpose a pad with respect to the padding alone, nor take a custom_vjp's derivative in forward mode.
     if step.eqn.primitive.name in {"pad", *compat.CUSTOM}:
