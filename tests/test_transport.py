@@ -1062,10 +1062,11 @@ def test_a_mirror_reaches_what_loops_and_branches_make(fun):
         np.testing.assert_allclose(found[name], params[name], rtol=1e-4, atol=1e-5)
 
 
-def test_no_gradient_is_had_at_data_that_a_parameter_scales():
-    fun = lambda p, x: jnp.sum(jnp.tanh((x * p["v"]) @ p["w"]) @ p["out"])
-    params = {**weights("w", "out"), "v": np.ones(6, np.float32)}
-    feedback = params | {"v": None}
+@pytest.mark.parametrize("scaled", [lambda x, p: x * p["v"], lambda x, p: x * p["first"][0]], ids=["gains", "a row"])
+def test_no_gradient_is_had_at_data_that_a_parameter_scales(scaled):
+    fun = lambda p, x: jnp.sum(jnp.tanh(scaled(x, p) @ p["w"]) @ p["out"])
+    params = {**weights("first", "w", "out"), "v": np.ones(6, np.float32)}
+    feedback = params | {"v": None, "first": None}
     with pytest.raises(wmkp.WeightTransportError, match="gradient was asked for at data that a parameter multiplies"):
         jax.grad(wmkp.engage(fun, wmkp.kolen_pollack()), argnums=2)(params, feedback, X)
 
