@@ -181,7 +181,7 @@ JOBS: list[tuple[str, str, tuple[str, ...]]] = [
     ("8 H100", "ResNet-50", FEW),
     ("8 H100", "GPT-2 small", FEW),
     ("8 H100", "ViT-B/16", FEW),
-    ("v5e 4x4", "ResNet-18", ("shard_map", "pmap")),
+    ("v5e 4x4", "ResNet-18", (*FEW, "shard_map", "pmap")),
     ("v5e 4x4", "ResNet-50", ("FA", "MKP", "WM", *MIRRORS)),
     ("v5e 4x4, fsdp", "ResNet-50", ("FA", "MKP", "WM", *MIRRORS)),
     ("v5e 4x4", "GPT-2 small", ("FA", "MKP", "WM", *MIRRORS)),
@@ -294,7 +294,7 @@ def rows_of(programs: dict[str, Any]) -> list[Row]:
             rows.append(Row(f"{key} of a device", program["batch"], detail=program["peaks"]))
             continue
         plain = programs.get(f"{place}: {name}: BP")
-        if plain is not None and step not in ("BP", "pmap", "shard_map"):
+        if plain is not None and step != "BP":
             rows += (
                 mirror_rows(key, step, program, plain) if step.endswith("mirror") else engaged_rows(key, program, plain)
             )

@@ -182,13 +182,13 @@ def engaged_compiled() -> str:
     plain, kernels = {(target, model): p for target, model, step, p in found if step == "BP"}, "kernels' bytes"
     for target, model, step, p in found:
         bp = plain.get((target, model))
-        if bp is None or "flops" not in p or step in ("BP", "pmap", "shard_map") or step.endswith("mirror"):
+        if bp is None or "flops" not in p or step == "BP" or step.endswith("mirror"):
             continue
         moved = compiled.moved(f"{target}: {model}: {step}", p, bp)
         sent, its = (sum(c["bytes"] for c in x["collectives"].values()) for x in (p, bp))
         lines.append(
             [
-                target, model, step, f"{p['flops'] / bp['flops']:.3f}",
+                target, model, f"KP, {step}" if step in ("pmap", "shard_map") else step, f"{p['flops'] / bp['flops']:.3f}",
                 f"{sum(p['products'].values())} / {sum(bp['products'].values())}",
                 f"{p['temporaries'] / bp['temporaries']:.3f}", f"{p[kernels] / bp[kernels]:.3f}",
                 f"{p[kernels] / (bp[kernels] + moved):.3f}",

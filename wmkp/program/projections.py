@@ -32,6 +32,7 @@ class Projection:
       feedback: whether an error must pass back through it. ``False`` for a first layer, whose input needs no gradient.
       uses: how many products the parameter takes part in.
       obstacle: the primitive through which B cannot follow the parameter, or ``None``.
+      shape: the parameter's shape.
     """
 
     path: str
@@ -43,8 +44,8 @@ class Projection:
     obstacle: str | None
     shape: tuple[int, ...] = dataclasses.field(repr=False, compare=False)
     # What the two methods answer: a function that finds it, or what it has found.
-    axes: Any = dataclasses.field(repr=False, compare=False)
-    direct: Any = dataclasses.field(repr=False, compare=False)
+    _axes: Any = dataclasses.field(repr=False, compare=False)
+    _direct: Any = dataclasses.field(repr=False, compare=False)
 
     def matrix_axes(self, shape: tuple[int, ...]) -> "Axes":
         """Which axes of the parameter, of this shape, number its groups (and scans' steps), its inputs and its outputs.
@@ -56,7 +57,7 @@ class Projection:
             raise ValueError(
                 f"params[{self.path!r}] has the shape {list(self.shape)}, not {list(shape)}; pass its own shape"
             )
-        return _answer(self.axes)
+        return _answer(self._axes)
 
     def direct_shape(self) -> tuple[int, ...]:
         """The shape of feedback from the network's output straight to this projection's input.
@@ -67,11 +68,11 @@ class Projection:
         Raises:
           ValueError: the projections that share this parameter have inputs of different sizes.
         """
-        return _answer(self.direct)
+        return _answer(self._direct)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: the functions hold the analysis, so what they find or raise takes their place."""
-        return {**self.__dict__, "axes": _found(self.axes), "direct": _found(self.direct)}
+        return {**self.__dict__, "_axes": _found(self._axes), "_direct": _found(self._direct)}
 
 
 Axes = tuple[list[int], list[int], list[int]]
