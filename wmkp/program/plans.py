@@ -273,7 +273,8 @@ class Analyser:
             outs = [out._replace(scaled=Scaled(product, none, varies(kinds[gain], eqn.invars[gain].aval) or none))]
             return Step(eqn, action, bind, gain=gain, product=product), outs
         norm = gain is not None and bool(kinds[0].params & kinds[1].params)
-        by_hand = name in compat.MULTIPLIED and (out.activity or out.per_example > 0)
+        spread = out.per_example > max(k.per_example for k in kinds)  # one for each example, made here
+        by_hand = name in compat.MULTIPLIED and (out.activity or spread)
         guarded = tuple(i for i, k in enumerate(kinds) if by_hand and k.data and not k.active)
         return Step(eqn, action, bind, gain=gain, norm=norm, guarded=guarded), outs
 
