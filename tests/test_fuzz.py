@@ -525,7 +525,11 @@ def check(program):
         strict |= "of a weight with gains" in str(error) and "norm" in program.text.split()  # such as joined weights
         # A number over its norm is its sign.
         alone = {name for name, w in program.params.items() if w.size == 1}
-        strict |= "integer_pow" in str(error) and any(f"params['{name}']" in str(error) for name in alone)
+        strict |= (
+            "'integer_pow'" in str(error)
+            and "norm" in program.text.split()
+            and any(f"params['{name}']" in str(error) for name in alone)
+        )
         # The outer product sums activities that a norm has just scaled, so the scale acts as a sum's weights.
         strict |= "mul by copies of an activation" in str(error) and {"norm", "outer"} <= {*program.text.split()}
         strict |= "element by element" in str(error) and "a gain" in program.text  # the gain is a column of a matrix

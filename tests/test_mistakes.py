@@ -629,7 +629,7 @@ WRONG = {
     "params in place of a state": (lambda: steps(KP).engaged_step(PARAMS, X), "state must be a TrainState", "steps.init"),
     "mirror, params in place of a state": (lambda: steps(WM).mirror_step(PARAMS), "state must be a TrainState"),
     "a batch of another structure": (lambda: steps(KP).engaged_step(state(), {"image": X}), "batch must have the structure"),
-    "a batch of no array": (lambda: steps(KP).engaged_step(state(), "batch"), "batch[''] is str"),
+    "a batch of no array": (lambda: steps(KP).engaged_step(state(), "batch"), "batch is str"),
     "a batch of more axes": (lambda: steps(KP).engaged_step(state(), X[None]), "batch is float32[1, 4, 3]", "float32[4, 3]"),
     "a batch of another dtype": (lambda: steps(KP).engaged_step(state(), np.ones((4, 3), int)), "batch is int32[4, 3]"),
     "a batch of other features": (lambda: steps(KP).engaged_step(state(), X[:, :2]), "raised TypeError", "float32[4, 2]"),

@@ -90,7 +90,7 @@ def test_two_processes_train_as_one_and_one_resumes_alone(together, tmp_path, qu
 
 
 def test_losing_a_process_ends_the_other(tmp_path, child_environment):
-    """JAX itself ends the processes that lose their coordinator, which is process 0."""
+    """Process 0 ends with a message. It is the coordinator; JAX itself ends a process that loses it."""
     command = "train mlp-digits-bp --hidden 16 --epochs 400 --log-every 10 --no-tensorboard".split()
     processes = start_two(child_environment, tmp_path / "run", command=command)
     try:

@@ -102,16 +102,15 @@ def alike(name: str, value: Any, expected: Any, of: str, *, dtypes: bool = True,
         missing, extra = [p for p in want if p not in found], [p for p in found if p not in want]
         what = lacks(missing, extra) or f" is {short(tree)} where {short(wanted_tree)} is expected"
         raise ValueError(f"{name} must have the structure of {of}, but it{what}")
-    for (path, value), (_, y) in zip(flat, wanted, strict=True):
-        x, y = aval(value), aval(y)
+    for (where, given), (_, y) in zip(places(name, value), wanted, strict=True):
+        x, y = aval(given), aval(y)
         if y is None:
             continue
         fits = x is not None and (x.shape == y.shape if shapes else x.ndim == y.ndim)
         if x is not None and fits and (x.dtype == y.dtype or not dtypes):
             continue
-        where = f"{name}[{path_name(path)!r}]" if path else name
         raise ValueError(
-            f"{where} is {shape(value if x is None else x)} where {of} has {y.dtype}{list(y.shape)}; "
+            f"{where} is {shape(given if x is None else x)} where {of} has {y.dtype}{list(y.shape)}; "
             f"make {'them' if shapes else 'dtypes and numbers of axes'} agree"
         )
 
@@ -156,8 +155,8 @@ def traceable(name: str, tree: Any) -> None:
         except Exception:
             raise TypeError(
                 f"{where} is {type(x).__name__} {getattr(x, 'dtype', '')}".rstrip()
-                + ", which JAX cannot trace. Pass and "
-                "return only arrays of numbers; let fun read strings and other objects from a closure."
+                + ", which JAX cannot trace. Pass and return only arrays of numbers; let fun read strings and other objects "
+                "from a closure."
             ) from None
 
 

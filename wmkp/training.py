@@ -434,10 +434,10 @@ class _Training:
     def explain(self, error: Exception, state: Any = None, batch: Any = None, *more: Any, **named: Any) -> None:
         """Raises what was wrong with a step's arguments, if it is one of the mistakes that JAX sees before the step does."""
         for name, value in (("state", state), ("batch", batch)):
-            for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+            for where, leaf in checks.places(name, value):
                 if checks.aval(leaf) is None:
                     raise TypeError(
-                        f"{name}[{checks.path_name(path)!r}] is {checks.shape(leaf)}; a step takes only arrays: remove it, or pass an array"
+                        f"{where} is {checks.shape(leaf)}; a step takes only arrays: remove it, or pass an array"
                     ) from error
             checks.traceable(name, value)
             if "deleted" in str(error) or "not a valid JAX type" in str(error):

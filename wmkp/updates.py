@@ -115,9 +115,8 @@ def _still(tree: Any) -> Any:
 
 def _check_arrays(name: str, tree: Any, floats: bool = False) -> None:
     """TypeError unless all leaves are arrays (of floating-point numbers)."""
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    for where, x in checks.places(name, tree):
         if not checks.is_array(x) or (floats and not is_float(x)):
-            where = f"{name}[{checks.path_name(path)!r}]" if path else name
             kind = "floating-point arrays" if floats else "arrays"
             raise TypeError(f"{where} is {checks.shape(x)}; it must hold only {kind} (or None)")
 
@@ -194,7 +193,7 @@ def _try(optimizer: optax.GradientTransformation, tree: Any, dtype: Any) -> None
         seen += moved
         if seen >= 4:
             break
-        w, b = jax.tree.map(np.add, w, u), jax.tree.map(np.add, b, v)
+        w, b = _updated(w, u), _updated(b, v)
     _check_others_do_not_matter(optimizer.init, update, start, steps)
 
 
@@ -214,8 +213,13 @@ def _check_others_do_not_matter(init: Any, update: Any, start: Any, steps: list[
             gradients[place] = first(gradient)
             u, state = update(jax.tree.unflatten(jax.tree.structure(tree), gradients), state, params)
             u = jax.device_get(u)
-            params = jax.tree.map(np.add, params, u)
+            params = _updated(params, u)
             _compare_alone(first(expected), jax.tree.leaves(u)[place])
+
+
+def _updated(params: Any, updates: Any) -> Any:
+    """``optax.apply_updates`` for NumPy arrays, which it would turn into JAX's: each keeps its dtype."""
+    return jax.tree.map(lambda p, u: (p + u).astype(p.dtype), params, updates)
 
 
 def _small(random: np.random.Generator, tree: Any, offset: float, dtype: Any = jnp.float32) -> Any:

@@ -345,12 +345,10 @@ class _Collector(NamedTuple):
         outs = self.plan(step.plans[0], [*operands[: consts + carries], *slices], level + 1)
         for i, y in enumerate(outs):
             if y is not None and i >= carries:
-                levels = tuple(at for at in y.levels if at != level)
+                value, levels = y.value, tuple(at for at in y.levels if at != level)
                 if levels == y.levels:  # it is the same at each step
-                    y = _Stacked(
-                        jnp.repeat(jnp.expand_dims(y.value, len(levels)), step.eqn.params["length"], len(levels))
-                    )
-                outs[i] = _Stacked(y.value, levels)
+                    value = jnp.repeat(jnp.expand_dims(value, len(levels)), step.eqn.params["length"], len(levels))
+                outs[i] = _Stacked(value, levels)
         return outs
 
     def shard_map(self, step: Step, operands: list[Maybe], level: int) -> None:
